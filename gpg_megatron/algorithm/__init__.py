@@ -1,0 +1,1 @@
+"""GPG as pure functions: advantages, aggregation weights, the loss."""

@@ -1,0 +1,1 @@
+"""Moving weights between Hugging Face files, Megatron shards and vLLM workers."""

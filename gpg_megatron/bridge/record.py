@@ -1,0 +1,106 @@
+"""Record where vLLM's own weight loaders put every Hugging Face element.
+
+The loaders are run once on meta tensors that have the checkpoint's names and shapes. Each
+copy they attempt is written down instead of executed: the source's storage tells the Hugging
+Face tensor, the offsets and strides on both sides tell the rectangles. So no table of vLLM's
+fused and sharded parameters is needed, for any model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpg_megatron.bridge.layout import Box
+from gpg_megatron.bridge.plan import Destination, View
+
+
+class _CopyRecorder(TorchDispatchMode):
+    """Collects (destination, source) of every copy_ from a meta tensor, executing none.
+
+    Fills (of vocabulary padding) are executed, and counted as written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.fills: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[1].is_meta:
+            self.copies.append((args[0], args[1]))
+            return args[0]
+        if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
+            self.fills.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def record_loaders(
+    model: torch.nn.Module, hf_shapes: Mapping[str, tuple[int, ...]]
+) -> list[Destination]:
+    """Run model.load_weights dry and return where each element goes.
+
+    Args:
+        model: a vLLM model whose parameters have their loadable shapes.
+        hf_shapes: every tensor of the checkpoint.
+
+    Raises:
+        ValueError: a loader did something that is not a plain copy of a rectangle, or parts
+            of a parameter were never written; the parameter is named.
+    """
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in hf_shapes.items()}
+    names = {_storage(tensor): name for name, tensor in tensors.items()}
+    parameters = {_storage(p): name for name, p in model.named_parameters() if p.numel()}
+    recorder = _CopyRecorder()
+    with recorder, torch.no_grad():
+        model.load_weights(iter(tensors.items()))
+    result = []
+    for target, source in recorder.copies:
+        name = names.get(_storage(source))
+        parameter = parameters.get(_storage(target))
+        if name is None or parameter is None:
+            raise ValueError(
+                f"the engine's loader of {name or parameter} copies a tensor that is no view of "
+                f"the checkpoint or of a parameter; this model cannot be updated in place"
+            )
+        view = View(parameter, target.storage_offset(), tuple(target.shape), target.stride())
+        result.append(Destination(name, _box_of(source, tensors[name], name), view))
+    written = Counter({name: 0 for name in parameters.values()})
+    for destination in result:
+        written[destination.view.parameter] += destination.hf.numel
+    for fill in recorder.fills:
+        if _storage(fill) in parameters:
+            written[parameters[_storage(fill)]] += fill.numel()
+    _check_coverage(model, written)
+    return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of the memory under a tensor, also on the meta device."""
+    return tensor.untyped_storage()._cdata
+
+
+def _box_of(view: torch.Tensor, whole: torch.Tensor, name: str) -> Box:
+    """The rectangle that a view covers of a contiguous tensor."""
+    starts, rest = [], view.storage_offset()
+    for stride in whole.stride():
+        starts.append(rest // stride)
+        rest %= stride
+    if view.ndim != whole.ndim or view.stride() != whole.stride():
+        raise ValueError(f"the engine's loader reshapes {name}; only rectangles can be moved")
+    return Box(tuple((start, start + n) for start, n in zip(starts, view.shape, strict=True)))
+
+
+def _check_coverage(model: torch.nn.Module, written: Mapping[str, int]) -> None:
+    """Every element of every parameter is written exactly once."""
+    sizes = dict(model.named_parameters())
+    for name, count in written.items():
+        if count != sizes[name].numel():
+            raise ValueError(
+                f"the engine's parameter {name} has {sizes[name].numel()} elements, and its "
+                f"loaders write {count}"
+            )

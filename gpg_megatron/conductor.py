@@ -1,0 +1,149 @@
+"""What rank 0 alone holds: the prompts, the engines, the scorers, the logs.
+
+take prompts -> generate -> score -> (too few live groups: draw again) -> groups
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpg_megatron.algorithm.advantages import needs_redraw
+from gpg_megatron.config import Config, config_yaml
+from gpg_megatron.data.stream import PromptStream
+from gpg_megatron.evaluate import evaluate
+from gpg_megatron.observe.loggers import RunLogger
+from gpg_megatron.observe.metrics import memory_metrics
+from gpg_megatron.observe.progress import Progress
+from gpg_megatron.observe.report import write_report
+from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.preflight import Inputs
+from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.rollout.sampling import SamplingRequest
+from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
+
+CANARY_PROMPTS = 8
+CANARY_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One rollout batch, as every rank sees it."""
+
+    groups: tuple[ScoredGroup, ...]
+    redraws: int
+
+
+class Conductor:
+    """Rank 0's side of the loop. Close it, or leave its context, however the run ends."""
+
+    def __init__(
+        self, config: Config, inputs: Inputs, fleet: Fleet, watchdog: Watchdog, pids: Sequence[int]
+    ) -> None:
+        """pids: of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+        self.fleet = fleet
+        self._config = config
+        self._pids = tuple(pids)
+        self._val_prompts = inputs.val_prompts
+        self._canary_prompts = inputs.train_prompts[:CANARY_PROMPTS]
+        self._stream = PromptStream(
+            inputs.train_prompts, seed=config.trainer.seed, shuffle=config.data.shuffle
+        )
+        self._watchdog = watchdog
+        with ExitStack() as stack:
+            stack.callback(fleet.close)
+            self._pool = stack.enter_context(RewardPool(config.reward))
+            self._logger = stack.enter_context(
+                RunLogger(config.trainer.output_dir, config.logging, config_yaml(config))
+            )
+            self._progress = stack.enter_context(Progress(config.trainer.total_training_steps))
+            self._resources = stack.pop_all()
+
+    def collect(self, step: int) -> Rollout:
+        """Roll out and score one batch; draw more prompts while too few groups are live."""
+        size = self._config.trainer.train_batch_size
+        groups: list[ScoredGroup] = []
+        redraws = 0
+        while not groups or needs_redraw(groups, self._config.algorithm, redraws, batch_size=size):
+            redraws += bool(groups)
+            prompts = self._stream.take(size)
+            with self._watchdog.phase("rollout"):
+                completions = self.fleet.generate(self._requests(prompts, step, redraws))
+            n = self._config.rollout.n
+            with self._watchdog.phase("reward"):
+                groups += self._pool.score(
+                    [(p, completions[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
+                )
+        return Rollout(groups=tuple(groups), redraws=redraws)
+
+    def canary(self) -> list[tuple[Prompt, Completion]]:
+        """A few short samples of the engines' weights, to compare with the policy's."""
+        limit = min(CANARY_TOKENS, self._config.rollout.max_response_length)
+        requests = self._requests(self._canary_prompts, step=0, redraw=0, n=1, max_tokens=limit)
+        return list(zip(self._canary_prompts, self.fleet.generate(requests), strict=True))
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy; {} without validation files."""
+        if not self._val_prompts:
+            return {}
+        with self._watchdog.phase("eval"):
+            return evaluate(self.fleet, self._pool, self._val_prompts, self._config)
+
+    def message(self, text: str) -> None:
+        """One line for the person who watches."""
+        self._progress.message(text)
+
+    def report(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[ScoredGroup] = (),
+        samples: Sequence[TrainSample] = (),
+    ) -> None:
+        """Write one step everywhere; step 0 is the state before training."""
+        metrics = {**metrics, **memory_metrics(self._pids)}
+        self._logger.log(step, metrics)
+        if step:
+            self._progress.step(step, metrics)
+            self._logger.write_rollouts(step, groups, samples)
+
+    def finish(self) -> Path:
+        """The report page of a run that came to its end."""
+        return write_report(self._config.trainer.output_dir)
+
+    def close(self) -> None:
+        """End the engines and the scorers, and close the logs."""
+        self._resources.close()
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        redraw: int,
+        *,
+        n: int | None = None,
+        max_tokens: int | None = None,
+    ) -> list[SamplingRequest]:
+        """One request for each prompt; no two of a run share a seed."""
+        r = self._config.rollout
+        return [
+            SamplingRequest(
+                prompt=prompt,
+                n=n or r.n,
+                temperature=r.temperature,
+                top_p=r.top_p,
+                top_k=r.top_k,
+                max_tokens=max_tokens or r.max_response_length,
+                stop=r.stop,
+                seed=_seed(self._config.trainer.seed, step, redraw, place),
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+
+
+def _seed(run: int, step: int, redraw: int, place: int) -> int:
+    """One number for the four; the engine hashes it, so only uniqueness matters."""
+    return ((run * 10**6 + step) * 10**3 + redraw) * 10**6 + place

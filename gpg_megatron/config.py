@@ -1,0 +1,370 @@
+"""The configuration: typed sections, loaded with OmegaConf, validated in one place.
+
+This is the only file that knows OmegaConf. Everything else receives the frozen dataclasses.
+A key that nothing reads does not exist here; each has one spelling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from gpg_megatron.errors import UserError
+
+# OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which problems are trained on and how they become token ids."""
+
+    train_files: tuple[str, ...] = ()
+    """Parquet or jsonl files in the row schema of docs/data.md."""
+    val_files: tuple[str, ...] = ()
+    """Held-out files of the same schema; empty: no evaluation."""
+    apply_chat_template: bool = True
+    """False: the contents of the messages are joined as they are and tokenised without
+    special tokens (base models, completion-style prompts)."""
+    max_prompt_length: int = 1024
+    """Tokens."""
+    overlong_prompts: Literal["error", "filter"] = "error"
+    """What happens to a prompt of more than max_prompt_length tokens."""
+    shuffle: bool = True
+    val_max_rows: Optional[int] = None
+    """Evaluate on the first N rows only; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    path: str = ""
+    """A Hugging Face directory: config.json, safetensors, tokenizer files."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Compute and parameter type of the policy; master weights are always fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The Megatron ranks: parallel layout, optimizer, micro-batches."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    data_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: Optional[int] = None
+    num_layers_in_last_pipeline_stage: Optional[int] = None
+    max_tokens_per_micro_batch: int = 16384
+    """Token budget of one packed micro-batch; a single longer sequence goes alone."""
+    lr: float = 1e-6
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient-norm limit; 0 turns clipping off."""
+    timeout_s: int = 1800
+    """Limit of every collective among the policy ranks, in seconds."""
+    num_threads: Optional[int] = None
+    """CPU threads of each rank; None: the machine's cores shared among its ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The vLLM engines and how they sample."""
+
+    n: int = 8
+    """G, samples per prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1: all tokens."""
+    max_response_length: int = 1024
+    """Tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response. The stop string stays part of the response."""
+    num_engines: int = 1
+    tensor_model_parallel_size: int = 1
+    """Of each engine; independent of the policy's."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    gpu_memory_utilization: float = 0.6
+    """Share of each GPU that an engine may reserve. Not used on CPU."""
+    kv_cache_gb: float = 1.0
+    """Key-value cache of each engine on CPU, GiB."""
+    max_num_seqs: int = 256
+    """Sequences that an engine decodes at once."""
+    enforce_eager: bool = False
+    """True: no compilation and no graph capture; starts faster."""
+    startup_timeout_s: int = 600
+    generate_timeout_s: int = 3600
+    """Limit of one rollout batch, in seconds."""
+    ray_address: Optional[str] = None
+    """None: a private Ray inside rank 0; otherwise the address of a cluster to join."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """Moving the policy's weights into the engines."""
+
+    bucket_mb: int = 64
+    """Bytes moved per message, MiB."""
+    timeout_s: int = 300
+    """Limit of every wait between a policy rank and an engine worker, in seconds."""
+    canary_tolerance: Optional[float] = None
+    """Largest accepted |log-prob difference| between engine and policy: on the canary prompts
+    after the first sync, and, when both sides are fp32, in every step's rollouts.
+    None: 1e-4 when both sides are fp32, else 0.25."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """GPG: how rewards become per-token weights. docs/gpg.md has the formulas."""
+
+    alpha: Literal["none", "group", "token"] = "group"
+    """Correction for groups without gradient: none = 1; group = B / (B - M) over the samples
+    of the rollout batch; token = loss tokens / loss tokens of live groups."""
+    f_norm: Literal["one", "std"] = "one"
+    """Divisor of r - mean(r): 1, or the group's standard deviation."""
+    loss_aggregation: Literal[
+        "token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum-norm",
+        "group-token-mean",
+    ] = "group-token-mean"
+    beta_th: float = 0.0
+    """Smallest share of live groups in a batch; more prompts are drawn until it is met.
+    0 turns the rule off."""
+    max_redraws: int = 4
+    """Rounds of drawing more prompts before the step goes on with what there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Scoring of completions."""
+
+    scorer: Literal["auto", "exact_match", "gsm8k"] = "auto"
+    """auto: chosen by each row's data_source."""
+    num_workers: int = 1
+    """Scoring processes."""
+    timeout_s: float = 10.0
+    """Limit for one answer; an answer that takes longer scores 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The loop."""
+
+    total_training_steps: int = 100
+    """Rollout batches to train on."""
+    train_batch_size: int = 64
+    """Prompts per rollout batch."""
+    mini_batch_size: Optional[int] = None
+    """Prompts per optimizer step; None: the whole rollout batch."""
+    seed: int = 1
+    output_dir: str = "runs/default"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    val_before_train: bool = True
+    test_freq: int = 0
+    """Evaluate every N steps; 0: only before the first and after the last step."""
+    val_n: int = 1
+    """Samples per held-out prompt."""
+    val_temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where metrics go, besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "gpg_megatron"
+    rollout_samples: int = 16
+    """Completions of each step that are written to rollouts/step_N.jsonl; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All sections."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Policy ranks: TP * PP * DP."""
+        p = self.policy
+        return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.data_parallel_size
+
+    @property
+    def mismatch_tolerance(self) -> float:
+        """Largest accepted |engine log-prob - policy log-prob| after a sync."""
+        if self.bridge.canary_tolerance is not None:
+            return self.bridge.canary_tolerance
+        return 1e-4 if self.model.dtype == self.rollout.dtype == "fp32" else 0.25
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run, when no step is skipped."""
+        per_step = self.trainer.train_batch_size // self.prompts_per_update
+        return self.trainer.total_training_steps * per_step
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Prompts per optimizer step."""
+        return self.trainer.mini_batch_size or self.trainer.train_batch_size
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
+
+    Raises:
+        UserError: missing or malformed file, unknown key (the nearest known one is named),
+            wrong type, or values that do not fit together.
+    """
+    merged = OmegaConf.structured(Config)
+    for where, layer in ((str(path), _read(path)), ("command line", _parse(overrides))):
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except ConfigKeyError as error:
+            raise UserError(f"{where}: {_unknown(str(error.full_key))}") from None
+        except (OmegaConfBaseException, TypeError) as error:
+            raise UserError(f"{where}: {_one_line(error)}") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; load_config reads it back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _read(path: str | Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"config file not found: {path}") from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: is a list; expected sections, for example policy: {{lr: 1e-6}}")
+    return content
+
+
+def _parse(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if not re.match(r"\w+\.\w+=", item):
+            raise UserError(f"override {item!r}: expected a.b=value, for example policy.lr=1e-6")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override: not a YAML value: {_one_line(error)}") from None
+
+
+def _unknown(key: str) -> str:
+    """ "unknown key ...", with the nearest known key or, failing that, all keys of its section."""
+    section, _, name = key.partition(".")
+    types = {f.name: type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)}
+    known = [f.name for f in dataclasses.fields(types[section])] if name else list(types)
+    near = difflib.get_close_matches(name or section, known, n=1)
+    prefix = f"{section}." if name else ""
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"unknown key {key}; {hint}"
+
+
+def _one_line(error: Exception) -> str:
+    """The message with the full key, without OmegaConf's lines of type bookkeeping."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((x.removeprefix("full_key: ") for x in lines if x.startswith("full_key: ")), "")
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+# (what is right, test, keys). A key whose value is None is not judged.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "policy.tensor_model_parallel_size policy.pipeline_model_parallel_size "
+        "policy.data_parallel_size policy.max_tokens_per_micro_batch policy.timeout_s "
+        "policy.num_layers_in_first_pipeline_stage policy.num_layers_in_last_pipeline_stage "
+        "policy.num_threads data.max_prompt_length data.val_max_rows rollout.n rollout.top_k "
+        "rollout.num_engines rollout.tensor_model_parallel_size rollout.max_response_length "
+        "rollout.max_num_seqs rollout.startup_timeout_s rollout.generate_timeout_s "
+        "bridge.bucket_mb bridge.timeout_s reward.num_workers trainer.total_training_steps "
+        "trainer.train_batch_size trainer.mini_batch_size trainer.val_n",
+    ),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        "policy.lr_warmup_steps policy.min_lr policy.weight_decay policy.clip_grad "
+        "algorithm.max_redraws trainer.seed trainer.test_freq trainer.val_temperature "
+        "logging.rollout_samples",
+    ),
+    (
+        "greater than 0",
+        lambda v: v > 0,
+        "policy.lr policy.adam_eps rollout.temperature rollout.kv_cache_gb "
+        "bridge.canary_tolerance reward.timeout_s",
+    ),
+    (
+        "greater than 0 and at most 1",
+        lambda v: 0 < v <= 1,
+        "rollout.top_p rollout.gpu_memory_utilization",
+    ),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "algorithm.beta_th"),
+    ("at least 0 and less than 1", lambda v: 0 <= v < 1, "policy.adam_beta1 policy.adam_beta2"),
+)
+
+
+def validate(config: Config) -> None:
+    """Rules that need no file besides the configuration. Raises UserError."""
+    t = config.trainer
+    _require(bool(config.model.path), "model.path", "is not set", "a Hugging Face directory")
+    _require(bool(config.data.train_files), "data.train_files", "is empty", "at least one file")
+    for right, test, keys in _RANGES:
+        for key in keys.split():
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            unset = value is None or (key == "rollout.top_k" and value == -1)
+            fits = unset or (math.isfinite(value) and test(value))
+            _require(fits, key, f"is {value}", right)
+    update = config.prompts_per_update
+    _require(
+        t.train_batch_size % update == 0,
+        "trainer.mini_batch_size",
+        f"({update}) does not divide trainer.train_batch_size ({t.train_batch_size})",
+        "a divisor of it",
+    )
+    p = config.policy
+    _require(
+        p.min_lr <= p.lr, "policy.min_lr", f"({p.min_lr}) exceeds policy.lr ({p.lr})", "at most lr"
+    )
+
+
+def _require(condition: bool, key: str, problem: str, right: str) -> None:
+    if not condition:
+        raise UserError(f"{key} {problem}; expected {right}")

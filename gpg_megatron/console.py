@@ -1,0 +1,27 @@
+"""What the commands share: user errors become one line and exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from gpg_megatron.errors import UserError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def exit_codes(main: Main) -> Main:
+    """Wrap a command: a UserError is printed as one line on stderr (by rank 0) and returns 2."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run

@@ -1,0 +1,1 @@
+"""Data sets -> prompts: row schema, rendering, the resumable stream, generators."""

@@ -1,0 +1,207 @@
+"""The row schema, and reading and writing files of it.
+
+A row is one problem:
+
+    {"data_source": str,                      chooses the scorer
+     "prompt": [{"role": str, "content": str}, ...],
+     "ability": str,
+     "reward_model": {"style": str, "ground_truth": str},
+     "extra_info": {...}}                     anything; not read by training
+
+Files of this schema in parquet or jsonl are read as they are; further columns are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpg_megatron.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One checked row and where it stands."""
+
+    data_source: str
+    messages: tuple[Mapping[str, str], ...]
+    """Chat messages, each exactly {role, content}."""
+    ground_truth: str
+    location: str
+    """For messages: "<file>:<line>" for jsonl, "<file>: row <n>" for parquet, from 1."""
+
+
+def make_row(
+    *,
+    data_source: str,
+    content: str,
+    ability: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any],
+    style: str = "rule",
+) -> dict[str, Any]:
+    """A row whose prompt is one user message."""
+    return {
+        "data_source": data_source,
+        "prompt": [{"role": "user", "content": content}],
+        "ability": ability,
+        "reward_model": {"style": style, "ground_truth": ground_truth},
+        "extra_info": dict(extra_info),
+    }
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Read and check a parquet or jsonl file of the row schema.
+
+    Raises:
+        UserError: the file is missing, empty, unreadable or of another type, or a row does
+            not follow the schema; the message names the file and the line or row.
+    """
+    problems = [parse_row(row, location) for location, row in _read_rows(Path(path))]
+    if not problems:
+        raise UserError(f"{path}: the file has no rows; expected at least one problem")
+    return problems
+
+
+def parse_row(row: Any, location: str) -> Problem:
+    """Check one row. Raises UserError that begins with location."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{location}: expected an object, found {type(row).__name__}")
+    reward_model = _field(row, "reward_model", Mapping, location)
+    truth = reward_model.get("ground_truth")
+    if isinstance(truth, bool) or not isinstance(truth, (str, int, float)):
+        raise UserError(
+            f"{location}: reward_model.ground_truth is {_kind(truth)}; expected a string"
+        )
+    return Problem(
+        data_source=_field(row, "data_source", str, location),
+        messages=_messages(row, location),
+        ground_truth=str(truth),
+        location=location,
+    )
+
+
+def write_parquet(rows: Sequence[Row], path: str | Path) -> None:
+    """Write rows as parquet, to a temporary name first: path is complete or untouched.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    write_parquets({Path(path): rows})
+
+
+def write_parquets(files: Mapping[Path, Sequence[Row]]) -> None:
+    """Write several files; none gets its name before all of them are complete on disk.
+
+    Raises:
+        UserError: a folder cannot be written.
+    """
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    try:
+        for path, rows in files.items():
+            assert rows, f"no rows for {path}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), parts[path])
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot write: {error.strerror}") from None
+    finally:
+        for part in parts.values():
+            if part.exists():
+                part.unlink()
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("<file>:<line>", value) for every line that is not blank.
+
+    Raises:
+        UserError: the file is missing or not UTF-8, or a line is not JSON.
+    """
+    _require_file(path)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _json(line, f"{path}:{number}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected jsonl") from None
+
+
+def _json(line: str, location: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{location}: not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _read_rows(path: Path) -> Iterable[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    raise UserError(f"{path}: unknown file type; expected .parquet or .jsonl")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    _require_file(path)
+    wanted = ("data_source", "prompt", "reward_model")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise UserError(f"{path}: no column {missing[0]!r}; found {', '.join(names)}")
+            rows = file.read(columns=list(wanted)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {error}") from None
+    return iter([(f"{path}: row {n}", row) for n, row in enumerate(rows, start=1)])
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"data file not found: {path}")
+
+
+def _messages(row: Row, location: str) -> tuple[Mapping[str, str], ...]:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
+        raise UserError(
+            f"{location}: prompt is {_kind(prompt)}; "
+            "expected a list of messages with role and content"
+        )
+    messages = []
+    for index, message in enumerate(prompt):
+        where = f"{location}: prompt[{index}]"
+        if not isinstance(message, Mapping):
+            raise UserError(f"{where} is {_kind(message)}; expected role and content")
+        role, content = (_field(message, key, str, where) for key in ("role", "content"))
+        messages.append({"role": role, "content": content})
+    return tuple(messages)
+
+
+def _field(row: Row, key: str, kind: type, location: str) -> Any:
+    value = row.get(key)
+    if not isinstance(value, kind):
+        expected = "a string" if kind is str else "an object"
+        raise UserError(f"{location}: {key} is {_kind(value)}; expected {expected}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, (list, tuple)) and not value:
+        return "an empty list"
+    return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(
+        type(value), f"a {type(value).__name__}"
+    )

@@ -1,0 +1,1 @@
+"""The observe room: metrics, loggers, progress, report page, watchdog."""

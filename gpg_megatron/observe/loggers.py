@@ -1,0 +1,184 @@
+"""The run directory: config.yaml, metrics.jsonl, rollouts/; TensorBoard and wandb on request."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from gpg_megatron.config import LoggingConfig
+from gpg_megatron.errors import UserError
+from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Value = float | int | None
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """Raise UserError when a logger is configured whose package is not installed."""
+    for name, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"logging.{name} is true but the package {name} is not installed; "
+                f"install it (pip install {name}) or set logging.{name}=false"
+            )
+
+
+class RunLogger:
+    """Writes what one run leaves behind; close() or leave the context at the end.
+
+    Opening a directory that has metrics already continues its metrics.jsonl.
+
+    Args:
+        output_dir: the run directory, made when absent.
+        config: tensorboard, wandb, wandb_project, rollout_samples.
+        config_yaml_text: the resolved configuration, written to config.yaml.
+
+    Raises:
+        UserError: a configured logger is not installed, or the directory cannot be made.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, config: LoggingConfig, config_yaml_text: str
+    ) -> None:
+        check_logging(config)
+        self._config = config
+        self._dir = Path(output_dir)
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            (self._dir / "config.yaml").write_text(config_yaml_text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"trainer.output_dir {self._dir}: {error.strerror}; expected a directory "
+                "that can be made and written to"
+            ) from None
+        path = self._dir / "metrics.jsonl"
+        _drop_torn_line(path)
+        self._metrics = path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(self._dir) if config.tensorboard else None
+        self._wandb = _open_wandb(self._dir, config, config_yaml_text) if config.wandb else None
+
+    def log(self, step: int, metrics: Mapping[str, Value]) -> None:
+        """Append one step to every log. Values that are not finite become null."""
+        row = {key: _finite(value) for key, value in sorted(metrics.items())}
+        self._metrics.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        known = {key: value for key, value in row.items() if value is not None}
+        if self._tensorboard is not None:
+            for key, value in known.items():
+                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(known, step=step)
+
+    def write_rollouts(
+        self, step: int, groups: Sequence[ScoredGroup], samples: Sequence[TrainSample]
+    ) -> None:
+        """Write the first logging.rollout_samples completions to rollouts/step_N.jsonl.
+
+        `samples` are those of `groups`: sample.group indexes into it.
+        """
+        if not self._config.rollout_samples:
+            return
+        by_place = {(sample.group, sample.index): sample for sample in samples}
+        rows = (
+            _rollout_row(step, group, place, by_place[g, group.completions[place].index])
+            for g, group in enumerate(groups)
+            for place in range(len(group.completions))
+        )
+        path = self._dir / "rollouts" / f"step_{step}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for row in islice(rows, self._config.rollout_samples):
+                # ASCII escapes: a response may hold halves of surrogate pairs.
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Flush and close every log."""
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _finite(value: Value) -> Value:
+    if value is None or isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a run that was killed while writing left after the last line break."""
+    if path.exists():
+        content = path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            path.write_bytes(content[:complete])
+
+
+def _open_tensorboard(directory: Path) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"))
+
+
+def _open_wandb(directory: Path, config: LoggingConfig, config_yaml_text: str) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.wandb_project,
+        name=directory.resolve().name,
+        dir=str(directory),
+        config=yaml.safe_load(config_yaml_text),
+    )
+
+
+def _rollout_row(step: int, group: ScoredGroup, place: int, sample: TrainSample) -> dict[str, Any]:
+    completion: Completion = group.completions[place]
+    reward = group.rewards[place]
+    return {
+        "step": step,
+        "group": sample.group,
+        "index": sample.index,
+        "prompt_id": group.prompt.id,
+        "prompt": _prompt_text(group.prompt),
+        "response": completion.text,
+        "ground_truth": group.prompt.ground_truth,
+        "reward": _finite(reward.score),
+        "accuracy": _finite(reward.accuracy),
+        "parts": {part: _finite(value) for part, value in reward.parts.items()},
+        "advantage": _finite(sample.advantage),
+        "version": sample.version,
+        "logprob_mean": _finite(fmean(completion.logprobs)) if completion.logprobs else None,
+        "length": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    if len(prompt.messages) == 1:
+        return prompt.messages[0]["content"]
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt.messages)

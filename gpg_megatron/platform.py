@@ -1,0 +1,145 @@
+"""Device, process-group backend, and every redirection that Megatron-Core needs on a CPU.
+
+Megatron-Core 0.16 names CUDA in a few dozen lines that have nothing to do with CUDA kernels:
+factories with device="cuda", tensor-type comparisons, the random-number tracker. On a machine
+with a GPU this module changes nothing. Without one, `redirect_megatron_to_cpu` points those
+lines at the CPU, once per process, before any Megatron object is made. No other file of the
+project patches anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import types
+import warnings
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from gpg_megatron.errors import UserError
+
+Device = Literal["cpu", "cuda"]
+
+
+def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device that trainer.device asks for. Raises UserError for cuda without a GPU."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda, but torch sees no CUDA device; use cpu or auto")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def init_process_group(device: Device, timeout_s: int) -> None:
+    """Join torchrun's world: gloo on CPU, gloo and NCCL on CUDA. Every collective has a limit."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def set_threads(num_threads: int | None) -> None:
+    """CPU threads of this rank: as configured, or the machine's cores shared among its ranks."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads or max(1, cores // ranks))
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used here (it needs CUDA)."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def quiet_megatron() -> None:
+    """Silence what Megatron says on import about missing Transformer Engine and Apex.
+
+    To be called before Megatron is imported; gpg-doctor tells what is installed.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+
+
+# ---- Megatron-Core on CPU -----------------------------------------------------------------
+
+_CPU_NAMES = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+# Modules whose functions hold those strings as constants: torch.zeros(..., device="cuda") and
+# param.type() == "torch.cuda.FloatTensor".
+_MODULES_NAMING_CUDA = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.transformer.utils",
+    "megatron.core.utils",
+    "megatron.core.distributed.param_and_grad_buffer",
+)
+
+
+@functools.cache
+def redirect_megatron_to_cpu() -> None:
+    """Make Megatron-Core 0.16 run on a machine without CUDA. Idempotent; no-op with CUDA."""
+    if torch.cuda.is_available():
+        return
+    cuda: Any = torch.cuda
+    # RoPE, the schedules and the layers ask for "the current device" of their factories.
+    cuda.current_device = lambda: torch.device("cpu")
+    # The pipeline synchronises after point-to-point transfers; gloo's have ended by then.
+    cuda.synchronize = lambda *_: None
+    # The tracker that gives tensor-parallel ranks different dropout states.
+    cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    cuda.manual_seed = torch.manual_seed
+    # Tied embeddings move their weight to the GPU for the first all-reduce.
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+
+    # Megatron compiles small element-wise functions; on CPU that costs every new shape seconds
+    # and a C++ compiler.
+    importlib.import_module("torch._dynamo").config.disable = True
+
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    for name in _MODULES_NAMING_CUDA:
+        _retarget_module(importlib.import_module(name))
+
+
+def _retarget_module(module: types.ModuleType) -> None:
+    """Rewrite the constants of _CPU_NAMES in all functions and methods defined in a module.
+
+    Cheaper at run time than a TorchFunctionMode, which would tax every operation, and
+    narrower than patching torch's factories for the whole process.
+    """
+    for item in list(vars(module).values()):
+        if getattr(item, "__module__", None) != module.__name__:
+            continue
+        members = list(vars(item).values()) if isinstance(item, type) else [item]
+        for member in members:
+            member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            function = getattr(member, "__wrapped__", member)
+            if isinstance(function, types.FunctionType):
+                function.__code__ = _retarget_code(function.__code__)
+
+
+def _retarget_code(code: types.CodeType) -> types.CodeType:
+    return code.replace(co_consts=tuple(_retarget_constant(c) for c in code.co_consts))
+
+
+def _retarget_constant(constant: object) -> object:
+    if isinstance(constant, str):
+        return _CPU_NAMES.get(constant, constant)
+    if isinstance(constant, tuple):
+        return tuple(_retarget_constant(item) for item in constant)
+    if isinstance(constant, types.CodeType):
+        return _retarget_code(constant)
+    return constant

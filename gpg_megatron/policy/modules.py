@@ -1,0 +1,123 @@
+"""The project's own modules inside Megatron's transformer layer, and the layer spec.
+
+Megatron's local spec has a norm that refuses sequence parallelism and an attention that knows
+no packed sequences; both are replaced here. With Transformer Engine its own spec is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from gpg_megatron.platform import has_transformer_engine
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467).
+
+    The product with the weight is taken after the cast back, as Hugging Face and vLLM do.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention over sequences packed into one row; nothing crosses their borders."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> torch.Tensor:
+        """query [T, heads, d], key and value [T, kv heads, d] -> [T, heads * d]."""
+        bounds = packed_seq_params.cu_seqlens_q
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        rows = [
+            _causal(q, k, v)
+            for q, k, v in zip(
+                query.split(lengths), key.split(lengths), value.split(lengths), strict=True
+            )
+        ]
+        return torch.cat(rows).flatten(1)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One sequence: [t, heads, d] and [t, kv heads, d] -> [t, heads, d]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def layer_spec(
+    config: TransformerConfig, *, qk_norm: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """This stage's layers: Transformer Engine's modules where it is present, else ours."""
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    layer = _own_layer(RMSNorm if qk_norm else IdentityOp)
+    count = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _own_layer(head_norm: type[torch.nn.Module]) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

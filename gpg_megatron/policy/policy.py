@@ -1,0 +1,215 @@
+"""The policy of one rank: forward, backward and update through Megatron's own schedule.
+
+TrainBatch -> forward/backward over the micro-batches (1F1B when pipelined)
+           -> gradients summed over data-parallel ranks -> clip -> Adam -> StepResult
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.utils import get_model_config
+
+from gpg_megatron.algorithm.loss import gpg_loss, logprob_mismatch
+from gpg_megatron.config import Config
+from gpg_megatron.platform import Device, redirect_megatron_to_cpu
+from gpg_megatron.policy.model import build_model, forward_arguments
+from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, canonical_lr
+from gpg_megatron.types import MicroBatch, ModelShape, ParallelPosition, StepResult, TrainBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Policy:
+    """This rank's shard of the model, its optimizer state, and the update."""
+
+    def __init__(self, config: Config, shape: ModelShape, device: Device) -> None:
+        """Join the parallel groups and build the model; weights are loaded afterwards.
+
+        The default process group must exist (platform.init_process_group).
+        """
+        redirect_megatron_to_cpu()
+        p = config.policy
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=p.tensor_model_parallel_size,
+            pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+            distributed_timeout_minutes=max(1, p.timeout_s // 60),
+            create_gloo_process_groups=device == "cuda",
+        )
+        model_parallel_cuda_manual_seed(config.trainer.seed)
+        self.device = device
+        self.position = _position()
+        self.version = 0
+        self._ddp = build_model(
+            shape,
+            p,
+            dtype=DTYPES[config.model.dtype],
+            device=device,
+            temperature=config.rollout.temperature,
+        )
+        # The weights hold the global denominator, so nothing divides by a token count again.
+        get_model_config(self._ddp).finalize_model_grads_func = _sum_gradients
+        self._optimizer = build_optimizer(p, self._ddp, DTYPES[config.model.dtype], device)
+        self._scheduler = build_scheduler(p, self._optimizer, config.total_updates)
+
+    def named_shards(self) -> dict[str, torch.Tensor]:
+        """Every parameter shard of this rank under its global name (layer numbers of the whole
+        model). The tensors alias the parameters: writing to them changes the model, after which
+        `weights_loaded` must be called."""
+        model = self._ddp.module
+        numbers = {
+            f"decoder.layers.{local}.": f"decoder.layers.{layer.layer_number - 1}."
+            for local, layer in enumerate(model.decoder.layers)
+        }
+        return {
+            _global_name(name, numbers): parameter.data
+            for name, parameter in model.named_parameters()
+        }
+
+    def weights_loaded(self) -> None:
+        """Refresh the optimizer's fp32 master weights after named_shards were written."""
+        self._optimizer.reload_model_params()
+
+    def train(self, batch: TrainBatch) -> StepResult:
+        """One optimizer step. Without a live sample nothing is computed or changed."""
+        if not batch.micro_batches:
+            return self._result(updated=False, loss=0.0, grad_norm=0.0, metrics={})
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        outputs = self._run(batch.micro_batches, _gpg_output, forward_only=False)
+        loss, metrics = _reduce(outputs)
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return self._result(updated=False, loss=loss, grad_norm=grad_norm, metrics=metrics)
+        result_lr = canonical_lr(self._optimizer)
+        self._optimizer.step()
+        self._scheduler.step(increment=1)
+        self.version += 1
+        return self._result(
+            updated=True, loss=loss, grad_norm=grad_norm, metrics=metrics, lr=result_lr
+        )
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Log-probabilities of the response tokens, fp32 [number of masked-in positions] per
+        micro-batch, at the sampling temperature. The same on every pipeline stage."""
+        outputs = self._run(micro_batches, _logprob_output, forward_only=True)
+        box: list[list[torch.Tensor] | None] = [[x.cpu() for x in outputs] if outputs else None]
+        dist.broadcast_object_list(
+            box,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        assert box[0] is not None
+        return box[0]
+
+    def _run(
+        self, micro_batches: Sequence[MicroBatch], output: OutputFunction, *, forward_only: bool
+    ) -> list:
+        """Megatron's schedule over the micro-batches; the outputs exist on the last stage."""
+
+        def forward_step(
+            batches: Iterator[MicroBatch], model: torch.nn.Module
+        ) -> tuple[torch.Tensor, Callable]:
+            batch = next(batches)
+            return model(**forward_arguments(batch, self.device)), partial(output, batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self._ddp],
+            num_microbatches=len(micro_batches),
+            # Only sizes buffers when lengths are fixed; here every micro-batch has its own.
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _result(
+        self,
+        *,
+        updated: bool,
+        loss: float,
+        grad_norm: float,
+        metrics: Mapping[str, float],
+        lr: float | None = None,
+    ) -> StepResult:
+        return StepResult(
+            version=self.version,
+            updated=updated,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=canonical_lr(self._optimizer) if lr is None else lr,
+            metrics=metrics,
+        )
+
+
+OutputFunction = Callable[[MicroBatch, torch.Tensor], tuple]
+
+
+def _gpg_output(batch: MicroBatch, logprobs: torch.Tensor) -> tuple:
+    """The loss of one micro-batch and what the metrics need, from the last stage's log-probs.
+
+    Returns (loss, token count, statistics) as the schedule expects of a per-token loss.
+    """
+    device = logprobs.device
+    mask_T = batch.loss_mask_T.to(device)
+    logprobs_T = logprobs.new_zeros(mask_T.shape).masked_scatter(mask_T, logprobs)
+    loss = gpg_loss(logprobs_T, batch.advantages_T.to(device), batch.weights_T.to(device), mask_T)
+    gap = logprob_mismatch(logprobs_T, batch.rollout_logprobs_T.to(device), mask_T)
+    statistics = torch.stack([loss.detach(), gap.abs_sum, gap.n_tokens, gap.abs_max])
+    return loss, torch.zeros((), dtype=torch.int, device=device), statistics
+
+
+def _logprob_output(batch: MicroBatch, logprobs: torch.Tensor) -> tuple:
+    return logprobs.sum(), torch.zeros((), dtype=torch.int), logprobs
+
+
+def _reduce(outputs: Sequence[torch.Tensor]) -> tuple[float, dict[str, float]]:
+    """Sum the micro-batches' statistics over all ranks; each is counted once, on the last
+    stage's first tensor-parallel rank."""
+    counted = outputs and parallel_state.get_tensor_model_parallel_rank() == 0
+    rows = torch.stack(list(outputs)).double().cpu() if counted else torch.zeros(1, 4).double()
+    total, largest = rows[:, :3].sum(0), rows[:, 3].max()
+    dist.all_reduce(total)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    loss, gap, tokens = total.tolist()
+    return loss, {
+        "mismatch/logprob_mean": gap / max(tokens, 1.0),
+        "mismatch/logprob_max": float(largest),
+    }
+
+
+def _sum_gradients(model: list, num_tokens: object, **kwargs: object) -> None:
+    """Megatron's gradient reduction without its division by a token count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _position() -> ParallelPosition:
+    return ParallelPosition(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _global_name(name: str, numbers: Mapping[str, str]) -> str:
+    """A parameter's name with the layer number of the whole model instead of this stage's."""
+    for local, whole in numbers.items():
+        if name.startswith(local):
+            return whole + name.removeprefix(local)
+    return name

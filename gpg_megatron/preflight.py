@@ -1,0 +1,60 @@
+"""Everything that can be found wrong before a process or an engine is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpg_megatron.bridge.hf_io import check_checkpoint
+from gpg_megatron.config import Config
+from gpg_megatron.data.prompts import load_prompts
+from gpg_megatron.errors import UserError
+from gpg_megatron.hf_config import check_layout, load_model_shape
+from gpg_megatron.observe.loggers import check_logging
+from gpg_megatron.reward.sources import check_prompts
+from gpg_megatron.types import ModelShape, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The problems of a run, tokenised."""
+
+    train_prompts: tuple[Prompt, ...]
+    val_prompts: tuple[Prompt, ...]
+    n_filtered: int
+    """Training rows left out because their prompt was too long."""
+
+
+def check_model(config: Config) -> ModelShape:
+    """The model's shape, checked against the parallel layout and the checkpoint's tensors.
+
+    Raises:
+        UserError
+    """
+    shape = load_model_shape(config.model.path)
+    check_layout(config, shape)
+    check_checkpoint(config.model.path, shape)
+    return shape
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read and tokenise the data, and check that every row can be scored.
+
+    Raises:
+        UserError
+    """
+    # Importing transformers takes seconds, and only rank 0 and the launcher need it.
+    from transformers import AutoTokenizer
+
+    check_logging(config.logging)
+    path = Path(config.model.path)
+    if not (path / "tokenizer_config.json").exists():
+        raise UserError(f"model.path: {path} has no tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    data = config.data
+    train = load_prompts(data.train_files, data, tokenizer)
+    val: tuple[Prompt, ...] = ()
+    if data.val_files:
+        val = load_prompts(data.val_files, data, tokenizer).prompts[: data.val_max_rows]
+    check_prompts((*train.prompts, *val), config.reward)
+    return Inputs(train_prompts=train.prompts, val_prompts=val, n_filtered=train.n_filtered)

@@ -1,0 +1,1 @@
+"""The reward room: (prompt, completion) -> Reward, in processes that can be killed."""

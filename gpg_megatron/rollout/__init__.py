@@ -1,0 +1,1 @@
+"""Rollout: vLLM engines in Ray actors sample completions of the current weights."""

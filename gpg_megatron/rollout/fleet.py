@@ -1,0 +1,274 @@
+"""The fleet of engines that rank 0 drives.
+
+    requests --spread--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
+
+Every wait has a time-out that names what was waited for, and ends at once when an engine dies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from gpg_megatron.config import RolloutConfig
+from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec
+from gpg_megatron.rollout.failures import EngineDied, EngineError, with_log
+from gpg_megatron.rollout.ray_session import open_ray
+from gpg_megatron.rollout.sampling import SamplingRequest, spread, to_completion
+from gpg_megatron.types import Completion
+
+PLACEMENT_TIMEOUT_S = 120.0
+CONTROL_TIMEOUT_S = 120.0
+SHUTDOWN_TIMEOUT_S = 8.0
+EXIT_GRACE_S = 3.0
+MAX_SCRATCH_PATH = 40
+
+
+class Fleet:
+    """vLLM engines behind one generate call. Create it with Fleet.start."""
+
+    def __init__(self, config: RolloutConfig, max_model_len: int, logs: Sequence[Path]) -> None:
+        self._config = config
+        self._max_model_len = max_model_len
+        self._logs = logs
+        self._actors: list[Any] = []
+        self._processes: list[Any] = []
+        self._version = 0
+        self._open = True
+        self._at_close = ExitStack()
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        model_path: str,
+        config: RolloutConfig,
+        device: Literal["cpu", "cuda"],
+        max_model_len: int,
+        run_id: str,
+        worker_extension: str,
+        scratch_dir: Path | None = None,
+        log_dir: Path | None = None,
+        cpu_threads: int | None = None,
+    ) -> Fleet:
+        """Open Ray and start the engines in parallel.
+
+        Args:
+            model_path: a Hugging Face directory that every engine's host can read.
+            max_model_len: longest prompt plus response, in tokens.
+            run_id: names the Ray namespace.
+            worker_extension: dotted path of a class whose methods call_workers can call.
+            scratch_dir: for sockets and temporary files of Ray and vLLM; at most 40 characters,
+                since Unix sockets lie 62 characters below it. The caller removes it. None: a
+                new folder below /tmp that close removes.
+            log_dir: where engine_<i>.log are written; None: scratch_dir.
+            cpu_threads: of each worker, on CPU; None: this host's cores shared among them.
+
+        Raises:
+            UserError: Ray has no place for the engines, or does not answer.
+            EngineError, TimeoutError: an engine did not start; the last lines of its log are
+                in the message.
+        """
+        tp, count = config.tensor_model_parallel_size, config.num_engines
+        scratch = scratch_dir or Path(tempfile.mkdtemp(prefix="gpg-", dir="/tmp"))
+        assert len(str(scratch)) <= MAX_SCRATCH_PATH, f"{scratch}: too long for Unix sockets"
+        spec = EngineSpec(
+            model_path=model_path,
+            device=device,
+            dtype="float32" if config.dtype == "fp32" else "bfloat16",
+            tensor_parallel_size=tp,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_bytes=int(config.kv_cache_gb * GIB),
+            enforce_eager=config.enforce_eager,
+            worker_extension=worker_extension,
+            cpu_threads=cpu_threads or max(1, len(os.sched_getaffinity(0)) // (tp * count)),
+            scratch=str(scratch),
+        )
+        folder = (log_dir or scratch).absolute()
+        logs = [folder / f"engine_{i}.log" for i in range(count)]
+        fleet = cls(config, max_model_len, logs)
+        if scratch_dir is None:
+            fleet._at_close.callback(shutil.rmtree, scratch, ignore_errors=True)
+        with ExitStack() as undo:
+            undo.callback(fleet.close)
+            gpus = tp if device == "cuda" else 0
+            open_ray(config, run_id=run_id, scratch_dir=scratch, gpus_per_engine=gpus)
+            fleet._start_engines(spec, gpus)
+            undo.pop_all()
+        return fleet
+
+    def _start_engines(self, spec: EngineSpec, gpus: int) -> None:
+        import ray
+
+        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Engine)
+        self._actors = [actor_class.remote(spec, str(log)) for log in self._logs]
+        need = f"placement by Ray (1 CPU, {gpus} GPUs)"
+        limit = min(PLACEMENT_TIMEOUT_S, self._config.startup_timeout_s)
+        hosts = self._all(lambda actor: actor.placed.remote(), limit, need)
+        self._all(
+            lambda actor: actor.start.remote(),
+            self._config.startup_timeout_s,
+            f"loading {spec.model_path} into vLLM",
+        )
+        self._processes = self._local_processes(hosts)
+
+    def _local_processes(self, hosts: Sequence[str]) -> list[Any]:
+        import psutil
+
+        pids = self._all(lambda actor: actor.pids.remote(), CONTROL_TIMEOUT_S, "listing processes")
+        here = os.uname().nodename
+        local = [part for host, part in zip(hosts, pids, strict=True) if host == here]
+        return [psutil.Process(pid) for part in local for pid in part if psutil.pid_exists(pid)]
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
+        """All samples of all requests, in the requests' order, then by index.
+
+        Raises:
+            EngineDied, EngineError, TimeoutError
+        """
+        for r in requests:
+            length = len(r.prompt.token_ids) + r.max_tokens
+            assert length <= self._max_model_len, f"prompt {r.prompt.id}: {length} tokens"
+        parts = spread(requests, len(self._actors))
+        refs = {
+            self._actors[i].generate.remote([requests[k] for k in part], self._version): i
+            for i, part in enumerate(parts)
+            if part
+        }
+        answers = self._gather(refs, self._config.generate_timeout_s, "generating a rollout batch")
+        by_request = {
+            k: samples
+            for i, part in enumerate(parts)
+            if part
+            for k, samples in zip(part, answers[i], strict=True)
+        }
+        return [
+            to_completion(request, index, sampled)
+            for k, request in enumerate(requests)
+            for index, sampled in enumerate(by_request[k])
+        ]
+
+    def call_workers(
+        self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
+    ) -> list[list[Any]]:
+        """Call a method of the worker extension on every worker of every engine, concurrently.
+
+        Arguments and results pass through msgpack: numbers, strings, bytes, lists, dicts and
+        tensors arrive, tuples arrive as lists; anything else must be pickled to bytes first.
+
+        Returns:
+            [engine][worker rank]
+
+        Raises:
+            EngineDied, EngineError, TimeoutError
+        """
+        assert len(args_per_engine) == len(self._actors), "one tuple of arguments per engine"
+        refs = {
+            actor.call_workers.remote(method, args): i
+            for i, (actor, args) in enumerate(zip(self._actors, args_per_engine, strict=True))
+        }
+        answers = self._gather(refs, timeout_s, f"calling {method} on the workers")
+        return [answers[i] for i in range(len(self._actors))]
+
+    @property
+    def num_engines(self) -> int:
+        return len(self._actors)
+
+    @property
+    def version(self) -> int:
+        """The weight version that generate stamps now."""
+        return self._version
+
+    def set_version(self, version: int) -> None:
+        """Stamp later samples with this version and forget cached prefixes of older weights."""
+        self._all(lambda a: a.set_version.remote(version), CONTROL_TIMEOUT_S, "setting the version")
+        self._version = version
+
+    def pause(self) -> None:
+        """Returns when no engine is running a request; later ones wait for resume."""
+        limit = self._config.generate_timeout_s
+        self._all(lambda actor: actor.pause.remote(), limit, "pausing generation")
+
+    def resume(self) -> None:
+        self._all(lambda actor: actor.resume.remote(), CONTROL_TIMEOUT_S, "resuming generation")
+
+    def pids(self) -> list[int]:
+        """Living processes of the engines on this host: actors, cores, workers."""
+        return [process.pid for process in self._processes if process.is_running()]
+
+    def close(self) -> None:
+        """End the engines and leave Ray, ending it if it is private. May be called again."""
+        import ray
+
+        if not self._open:
+            return
+        self._open = False
+        if ray.is_initialized():
+            # Not an error here: an engine that is dead already has nothing to shut down.
+            ray.wait(
+                [actor.shutdown.remote() for actor in self._actors] or [ray.put(None)],
+                num_returns=max(1, len(self._actors)),
+                timeout=SHUTDOWN_TIMEOUT_S,
+            )
+            for actor in self._actors:
+                ray.kill(actor)
+            ray.shutdown()
+        _end(self._processes)
+        self._at_close.close()
+
+    def _all(self, call: Callable[[Any], Any], timeout_s: float, what: str) -> list[Any]:
+        refs = {call(actor): i for i, actor in enumerate(self._actors)}
+        answers = self._gather(refs, timeout_s, what)
+        return [answers[i] for i in range(len(self._actors))]
+
+    def _gather(self, refs: dict[Any, int], timeout_s: float, what: str) -> dict[int, Any]:
+        """{engine: result}; the first failure of any engine raises at once."""
+        import ray
+
+        deadline = time.monotonic() + timeout_s
+        pending, answers = dict(refs), {}
+        while pending:
+            left = max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+            if not ready:
+                late = sorted(pending.values())
+                message = f"{what}: no answer from engine {late[0]} within {timeout_s:g} s"
+                message += f" (waiting for engines {late})" if len(late) > 1 else ""
+                raise TimeoutError(with_log(message, self._logs[late[0]]))
+            for ref in ready:
+                engine = pending.pop(ref)
+                answers[engine] = self._get(ref, engine, what)
+        return answers
+
+    def _get(self, ref: Any, engine: int, what: str) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        log = self._logs[engine]
+        try:
+            return ray.get(ref, timeout=CONTROL_TIMEOUT_S)
+        except EngineDied:
+            message = f"engine {engine} died while {what}: its core process is gone"
+            raise EngineDied(with_log(message, log)) from None
+        except RayActorError:
+            message = f"engine {engine} died while {what}: its actor process is gone"
+            raise EngineDied(with_log(message, log)) from None
+        except RayTaskError as error:
+            message = f"engine {engine} failed while {what}: {error.cause}"
+            raise EngineError(with_log(message, log)) from error
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """Kill what does not end by itself; resource trackers still unlink what others left."""
+    import psutil
+
+    for process in psutil.wait_procs(processes, timeout=EXIT_GRACE_S)[1]:
+        process.kill()

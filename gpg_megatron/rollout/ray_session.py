@@ -1,0 +1,84 @@
+"""Ray for the rollout: a private one inside this process, or an existing cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from gpg_megatron.config import RolloutConfig
+from gpg_megatron.errors import UserError
+
+OBJECT_STORE_BYTES = 256 << 20
+"""Only requests and completions pass through it; weights do not."""
+
+
+def open_ray(
+    config: RolloutConfig, *, run_id: str, scratch_dir: Path, gpus_per_engine: int
+) -> None:
+    """ray.init, quiet; a private Ray gets exactly the CPUs that the engines ask for.
+
+    Raises:
+        UserError: no cluster at config.ray_address, or too few free resources.
+    """
+    import ray
+
+    assert not ray.is_initialized(), "one fleet at a time in a process"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {
+        "namespace": run_id,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if config.ray_address is None:
+        ray.init(
+            num_cpus=config.num_engines,  # Ray keeps one idle Python process per CPU
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=str(scratch_dir),
+            **quiet,
+        )
+    else:
+        try:
+            ray.init(address=config.ray_address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"rollout.ray_address {config.ray_address}: no Ray cluster answers ({reason}); "
+                "expected the address of a running one, or none for a private Ray"
+            ) from None
+    check_resources(
+        [node["Resources"] for node in ray.nodes() if node["Alive"]],
+        num_engines=config.num_engines,
+        gpus_per_engine=gpus_per_engine,
+    )
+
+
+def check_resources(
+    nodes: list[dict[str, float]], *, num_engines: int, gpus_per_engine: int
+) -> None:
+    """Whether Ray can ever place the engines, each with one CPU and all its GPUs on one node.
+
+    Args:
+        nodes: the total resources of each living node, as ray.nodes() gives them.
+
+    Raises:
+        UserError: they do not fit; the message names what is asked and what there is.
+    """
+    places = 0
+    for node in nodes:
+        fit = int(node.get("CPU", 0))
+        if gpus_per_engine:
+            fit = min(fit, int(node.get("GPU", 0)) // gpus_per_engine)
+        places += fit
+    if places < num_engines:
+        need = f"{num_engines} engines of 1 CPU"
+        need += f" and {gpus_per_engine} GPUs on one node" if gpus_per_engine else ""
+        have = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
+        raise UserError(
+            f"rollout.num_engines: {need} are asked for, room for {places} in Ray's nodes "
+            f"({have}); expected fewer engines, a smaller rollout.tensor_model_parallel_size "
+            "or more nodes"
+        )

@@ -1,0 +1,121 @@
+"""gpg-train: check everything, start torchrun with the world that the configuration asks for.
+
+Under torchrun (RANK is set) it joins that world instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from gpg_megatron.config import Config, load_config
+from gpg_megatron.console import exit_codes
+from gpg_megatron.errors import UserError
+from gpg_megatron.preflight import check_model, load_inputs
+from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+
+
+@exit_codes
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad input or configuration, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="gpg-train", description="Train a model with GPG.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a key")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if "RANK" in os.environ:
+        return run_rank(config)
+    return launch(config, [f"--config={arguments.config}", *arguments.overrides])
+
+
+def launch(config: Config, arguments: Sequence[str]) -> int:
+    """Check the inputs, then run one torchrun agent on this host; leave nothing of it behind."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    check_model(config)
+    load_inputs(config)
+    # The agent narrates every failure three times; the line below says it once.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    run_id = os.environ[RUN_ID_VARIABLE] = new_run_id()
+    start_reaper(run_id)
+    world = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.world_size,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    try:
+        elastic_launch(world, sys.executable)("-m", "gpg_megatron.train", *arguments)
+    except SignalException as stop:
+        print(f"stopped by {signal.Signals(stop.sigval).name}", file=sys.stderr)
+        return 128 + stop.sigval
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode == 2:
+            return 2
+        print(f"error: policy rank {rank} ended: {_exit_text(failure.exitcode)}", file=sys.stderr)
+        return 1
+    finally:
+        cleanup_run(run_id)
+    return 0
+
+
+def _exit_text(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def run_rank(config: Config) -> int:
+    """One rank of the world that torchrun made."""
+    import torch.distributed as dist
+
+    from gpg_megatron import platform
+    from gpg_megatron.collectives import Rank0Failed, on_rank0
+
+    platform.quiet_megatron()
+    from gpg_megatron.rollout.failures import EngineError
+    from gpg_megatron.trainer import MismatchError, Trainer
+
+    platform.set_threads(config.policy.num_threads)
+    world = int(os.environ["WORLD_SIZE"])
+    if world != config.world_size:
+        raise UserError(
+            f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
+            f"{config.world_size}; expected equal numbers"
+        )
+    device = platform.resolve_device(config.trainer.device)
+    shape = check_model(config)
+    platform.init_process_group(device, config.policy.timeout_s)
+    try:
+        run_id = on_rank0(_own_run)
+        with Trainer(config, shape, device, run_id) as trainer:
+            trainer.run()
+    except Rank0Failed:
+        return 1
+    except (EngineError, MismatchError, TimeoutError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _own_run() -> str:
+    """The run that the launcher opened, or, under somebody else's torchrun, a new one."""
+    if RUN_ID_VARIABLE not in os.environ:
+        os.environ[RUN_ID_VARIABLE] = new_run_id()
+        start_reaper(os.environ[RUN_ID_VARIABLE])
+    return os.environ[RUN_ID_VARIABLE]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The loop. Every policy rank runs it; rank 0 also drives the engines (conductor.py).
+
+prompts -> rollout -> reward -> advantage -> batch -> policy step -> bridge -> rollout
+'------- rank 0, broadcast -----'  '------------ every rank ------------'
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from statistics import fmean
+
+import torch.distributed as dist
+
+from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
+from gpg_megatron.batching import make_batches, pack
+from gpg_megatron.bridge.bridge import RECEIVER, WeightBridge
+from gpg_megatron.bridge.hf_io import load_hf
+from gpg_megatron.collectives import on_rank0
+from gpg_megatron.conductor import Conductor, Rollout
+from gpg_megatron.config import Config
+from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics
+from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.platform import Device
+from gpg_megatron.policy.policy import DTYPES, Policy
+from gpg_megatron.preflight import load_inputs
+from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.types import (
+    Completion,
+    ModelShape,
+    Prompt,
+    StepResult,
+    TrainBatch,
+    TrainSample,
+)
+
+WATCHDOG_LIMIT_S = 300.0
+
+
+class MismatchError(RuntimeError):
+    """Engine and policy disagree about log-probabilities: the engine has other weights."""
+
+
+class Trainer:
+    """One rank's view of a run. Use as a context manager, so that engines end with it."""
+
+    def __init__(self, config: Config, shape: ModelShape, device: Device, run_id: str) -> None:
+        """Collective. Engines start while the policy is built."""
+        self.config = config
+        self.watchdog = Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S)
+        self.conductor: Conductor | None = None
+        begin = time.perf_counter()
+        engines = self._start_engines(device, run_id)
+        try:
+            self.policy = Policy(config, shape, device)
+            self.parallel = self.policy.position
+            load_hf(config.model.path, self.policy.named_shards(), shape, self.parallel)
+            self.policy.weights_loaded()
+        except BaseException:
+            if engines is not None:
+                engines.result().close()
+            raise
+        self._open_conductor(engines)
+        self._say(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
+        self.bridge = WeightBridge(
+            shards=self.policy.named_shards(),
+            model=shape,
+            position=self.parallel,
+            run_id=run_id,
+            config=config.bridge,
+            wire_dtype=DTYPES[config.rollout.dtype],
+            call_workers=self._call_workers if self.conductor else None,
+            n_engines=config.rollout.num_engines,
+        )
+
+    def run(self) -> None:
+        """Train to the end."""
+        self._publish()
+        self._check_canary()
+        if self.config.trainer.val_before_train:
+            self._evaluate(0)
+        for step in range(1, self.config.trainer.total_training_steps + 1):
+            begin = time.perf_counter()
+            rollout = on_rank0(lambda step=step: self._conductor.collect(step))
+            samples, stats = assign_advantages(rollout.groups, self.config.algorithm)
+            batches = make_batches(
+                samples, self.config, dp_rank=self.parallel.dp_rank, dp_size=self.parallel.dp_size
+            )
+            before = self.policy.version
+            with self.watchdog.phase("policy"):
+                results = [self.policy.train(batch) for batch in batches]
+            self._check_mismatch(step, results)
+            if self.policy.version > before:
+                self._publish()
+            metrics = _metrics(rollout, samples, stats, batches, results, before)
+            self._report(step, begin, metrics, rollout, samples)
+        on_rank0(self._finish)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watchdog.close()
+        if self.conductor is not None:
+            self.conductor.close()
+
+    # ---- set-up -----------------------------------------------------------------------
+
+    def _start_engines(self, device: Device, run_id: str) -> Future[Fleet] | None:
+        """Rank 0 starts the engines in a thread: they take as long as building the policy."""
+        if dist.get_rank() != 0:
+            return None
+        config = self.config
+        # Kept until the end: Ray's daemons are killed when the thread that started them ends.
+        self._starter = ThreadPoolExecutor(1, "engines")
+        return self._starter.submit(
+            lambda: Fleet.start(
+                model_path=os.path.abspath(config.model.path),
+                config=config.rollout,
+                device=device,
+                max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
+                run_id=run_id,
+                worker_extension=RECEIVER,
+            )
+        )
+
+    def _open_conductor(self, engines: Future[Fleet] | None) -> None:
+        pids: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(pids, os.getpid())
+
+        def open_on_rank0() -> None:
+            assert engines is not None
+            fleet = engines.result()
+            inputs = load_inputs(self.config)
+            self.conductor = Conductor(
+                self.config, inputs, fleet, self.watchdog, [*pids[1:], os.getppid()]
+            )
+
+        on_rank0(open_on_rank0)
+
+    @property
+    def _conductor(self) -> Conductor:
+        assert self.conductor is not None, "only rank 0 has a conductor"
+        return self.conductor
+
+    def _call_workers(self, method: str, arguments: Sequence[tuple[bytes]]) -> list[list[bytes]]:
+        return self._conductor.fleet.call_workers(
+            method, arguments, timeout_s=self.config.bridge.timeout_s
+        )
+
+    # ---- steps of the loop --------------------------------------------------------------
+
+    def _publish(self) -> None:
+        with self.watchdog.phase("sync"):
+            self.bridge.publish()
+            on_rank0(lambda: self._conductor.fleet.set_version(self.policy.version))
+
+    def _check_canary(self) -> None:
+        """Refuse to train when the engines do not compute what the policy computes."""
+        pairs = on_rank0(lambda: self._conductor.canary())
+        # A data-parallel rank would pack its own share; here every rank computes all of it.
+        batch = pack([_canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
+        (logprobs,) = self.policy.logprobs([batch])
+        gap = (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item()
+        tolerance = self.config.mismatch_tolerance
+        if not gap <= tolerance:
+            raise MismatchError(
+                f"after the first sync the engines' log-probs differ from the policy's by "
+                f"{gap:.2g} (limit {tolerance:g}, bridge.canary_tolerance); refusing to train"
+            )
+        self._say(f"first sync verified: log-probs agree within {gap:.1e} (limit {tolerance:g})")
+
+    def _check_mismatch(self, step: int, results: Sequence[StepResult]) -> None:
+        """In fp32 both sides must agree at every step; the first update of a step is on-policy."""
+        if not self.config.model.dtype == self.config.rollout.dtype == "fp32":
+            return
+        gap = results[0].metrics.get("mismatch/logprob_max", 0.0)
+        if gap > self.config.mismatch_tolerance:
+            raise MismatchError(
+                f"step {step}: the rollouts' log-probs differ from the policy's by {gap:.2g} "
+                f"(limit {self.config.mismatch_tolerance:g}); the last sync went wrong"
+            )
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Held-out accuracy on rank 0; written as step 0 before training."""
+        metrics = on_rank0(lambda: self._conductor.evaluate())
+        for name, value in metrics.items():
+            when = "before training" if step == 0 else f"after step {step}"
+            self._say(f"{name} {when}: {value:.3f}")
+        if step == 0 and self.conductor:
+            metrics = {**metrics, **self.watchdog.pop_timings()}
+            self.conductor.report(0, {"version": self.policy.version, **metrics})
+        return metrics
+
+    def _report(
+        self,
+        step: int,
+        begin: float,
+        metrics: dict[str, float],
+        rollout: Rollout,
+        samples: Sequence[TrainSample],
+    ) -> None:
+        seconds = time.perf_counter() - begin
+        every, last = self.config.trainer.test_freq, self.config.trainer.total_training_steps
+        if step == last or (every and step % every == 0):
+            metrics |= self._evaluate(step)
+        timings = self.watchdog.pop_timings()
+        if self.conductor is None:
+            return
+        metrics |= timings | {"timing/step_s": seconds}
+        metrics |= _throughput(rollout, metrics)
+        self.conductor.report(step, metrics, rollout.groups, samples)
+
+    def _finish(self) -> None:
+        page = self._conductor.finish()
+        self._say(f"done: {self.policy.version} updates; report: {page}")
+
+    def _say(self, text: str) -> None:
+        if self.conductor is not None:
+            self.conductor.message(text)
+
+
+def _canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
+    return TrainSample(
+        prompt_id=prompt.id,
+        group=0,
+        index=0,
+        prompt_token_ids=prompt.token_ids,
+        response_token_ids=completion.token_ids,
+        rollout_logprobs=completion.logprobs,
+        advantage=1.0,
+        version=0,
+    )
+
+
+def _metrics(
+    rollout: Rollout,
+    samples: Sequence[TrainSample],
+    stats: AdvantageStats,
+    batches: Sequence[TrainBatch],
+    results: Sequence[StepResult],
+    version_before: int,
+) -> dict[str, float]:
+    """The metrics of one step that do not depend on the clock."""
+    updated = [r for r in results if r.updated]
+    return {
+        **rollout_metrics(rollout.groups),
+        **staleness_metrics(samples, version_before),
+        **results[0].metrics,
+        "version": results[-1].version,
+        "group/alpha": stats.alpha,
+        "group/redraws": rollout.redraws,
+        "policy/loss": fmean(r.loss for r in results),
+        "policy/grad_norm": fmean(r.grad_norm for r in updated) if updated else 0.0,
+        "policy/lr": results[-1].lr,
+        "policy/updates_skipped": len(results) - len(updated),
+        "policy/tokens": sum(b.n_computed_tokens for b in batches),
+        "policy/tokens_skipped": sum(b.n_skipped_tokens for b in batches),
+    }
+
+
+def _throughput(rollout: Rollout, metrics: dict[str, float]) -> dict[str, float]:
+    """Tokens per second of the phases that ran."""
+    generated = sum(len(c.token_ids) for g in rollout.groups for c in g.completions)
+    return {
+        "throughput/rollout_tokens_per_s": generated / metrics["timing/rollout_s"],
+        "throughput/policy_tokens_per_s": metrics["policy/tokens"] / metrics["timing/policy_s"],
+    }

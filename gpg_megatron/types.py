@@ -1,0 +1,205 @@
+"""Every object that crosses from one room into another.
+
+    Prompt -> Completion -> ScoredGroup -> TrainSample -> TrainBatch -> StepResult
+
+All of them are frozen, slotted and keyword-only, and a field exists only once it is true:
+nothing here is None until later.
+
+Shape legend: L response tokens of one completion, G completions of one group,
+T packed tokens of one micro-batch, S sequences of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem, rendered and tokenised."""
+
+    id: str
+    """Unique within the run; "<data_source>/<row>", the same in every epoch."""
+    token_ids: tuple[int, ...]
+    """What the engine is given, special tokens included."""
+    messages: tuple[Mapping[str, str], ...]
+    """The chat messages {role, content} that token_ids were rendered from."""
+    ground_truth: str
+    """The reference answer, as the scorer of data_source expects it."""
+    data_source: str
+    """Chooses the scorer and groups the evaluation metrics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled from one weight version."""
+
+    version: int
+    """Optimizer steps done by the weights that sampled these tokens."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled answer."""
+
+    prompt_id: str
+    index: int
+    """Position in its group, 0 .. G-1."""
+    token_ids: tuple[int, ...]
+    """[L] response tokens, the end-of-sequence token included when it was sampled."""
+    logprobs: tuple[float, ...]
+    """[L] natural-log probability of each token under the sampling distribution
+    (after temperature), as the engine computed it."""
+    finish_reason: FinishReason
+    text: str
+    """The response decoded without special tokens."""
+    versions: tuple[VersionSpan, ...]
+    """Contiguous, covering [0, L)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """The verdict on one completion."""
+
+    score: float
+    """What the policy gradient uses."""
+    accuracy: float
+    """1.0 right, 0.0 wrong; decides whether a group is dead. Equals score for 0/1 scorers."""
+    parts: Mapping[str, float]
+    """Named components for the metrics, for example {"exact_match": 1.0}."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """One prompt with its G completions and their rewards."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    rewards: tuple[Reward, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSample:
+    """One prompt + response with the scalar that multiplies its log-probabilities."""
+
+    prompt_id: str
+    group: int
+    """Index of its group within the rollout batch."""
+    index: int
+    """Index of the sample within its group."""
+    prompt_token_ids: tuple[int, ...]
+    response_token_ids: tuple[int, ...]
+    """[L]; every one of them carries loss."""
+    rollout_logprobs: tuple[float, ...]
+    """[L] from the engine."""
+    advantage: float
+    """alpha * (r_i - mean of the group) / F_norm; exactly 0.0 for a sample that carries
+    no gradient."""
+    version: int
+    """The oldest weight version that sampled a token of the response."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """S sequences packed without padding into one row of T tokens.
+
+    Position t predicts token t+1: labels, mask, weights and log-probs are already shifted,
+    so element t of each belongs to the logits at position t.
+    """
+
+    input_ids_T: torch.Tensor
+    """int64 [T]."""
+    position_ids_T: torch.Tensor
+    """int64 [T]; starts at 0 in every sequence."""
+    labels_T: torch.Tensor
+    """int64 [T]; token t+1 of the same sequence, 0 at the last position of a sequence."""
+    cu_seqlens_S1: torch.Tensor
+    """int32 [S+1]; sequence s occupies [cu_seqlens[s], cu_seqlens[s+1])."""
+    loss_mask_T: torch.Tensor
+    """bool [T]; True where labels_T is a response token."""
+    advantages_T: torch.Tensor
+    """float32 [T]; the advantage of the sequence, 0 where the mask is False."""
+    weights_T: torch.Tensor
+    """float32 [T]; aggregation weight 1/denominator of the token over the whole global
+    batch, 0 where the mask is False. The loss is -sum(logprob * advantage * weight)."""
+    rollout_logprobs_T: torch.Tensor
+    """float32 [T]; 0 where the mask is False."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """What one data-parallel rank computes in one optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    """This rank's part; the same number on every rank. Empty when no sample of the global
+    batch carries gradient: the step is skipped."""
+    n_samples: int
+    """Samples of the global batch, the ones without gradient included."""
+    n_loss_tokens: int
+    """Response tokens of the global batch, the ones without gradient included."""
+    n_computed_tokens: int
+    """Prompt and response tokens that go through the network, all ranks."""
+    n_skipped_tokens: int
+    """Prompt and response tokens of samples with zero advantage, all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did. The same on every rank."""
+
+    version: int
+    """Optimizer steps done so far, this one included."""
+    updated: bool
+    """False when the step was skipped (no live sample, or a non-finite gradient)."""
+    loss: float
+    grad_norm: float
+    lr: float
+    metrics: Mapping[str, float]
+    """Further metrics under their names in metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPosition:
+    """Where one policy rank stands in the parallel grid."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The architecture of a Hugging Face model, as its config.json states it."""
+
+    architecture: str
+    """The first entry of "architectures", for example "Qwen2ForCausalLM"."""
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding as the checkpoint stores it, without padding for parallelism."""
+    tied: bool
+    """The output projection is the embedding; the checkpoint has no lm_head.weight."""
+    qkv_bias: bool
+    qk_norm: bool
+    """RMSNorm over each head of q and k (Qwen3)."""
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int

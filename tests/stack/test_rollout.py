@@ -1,0 +1,291 @@
+"""Real vLLM engines in real Ray actors, on a tiny model with random weights.
+
+The tests of TestOneEngine share one engine; the last tests start their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gpg_megatron.config import RolloutConfig
+from gpg_megatron.reaper import (
+    RUN_ID_VARIABLE,
+    SHARED_MEMORY,
+    cleanup_run,
+    new_run_id,
+    open_segments,
+    scratch_directory,
+    start_reaper,
+)
+from gpg_megatron.rollout.failures import EngineDied, EngineError
+from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.rollout.sampling import SamplingRequest
+from gpg_megatron.types import Completion, Prompt, VersionSpan
+from tests.stack.tiny_model import make_tiny_model
+
+HERE = Path(__file__).resolve().parent
+MAX_MODEL_LEN = 256
+PROMPTS = ([10, 20, 30], [40, 50], [60, 70, 80, 90, 100], [7])
+
+
+@contextmanager
+def run_of(model: Path, *, tp: int = 1) -> Iterator[Fleet]:
+    """A marked run with its reaper and a fleet; all of it is ended afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (RUN_ID_VARIABLE, "SPT_NOENV"):  # start_reaper sets them: undone at the end
+            patch.setenv(name, "")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *sys.path]))
+        run_id = new_run_id()
+        start_reaper(run_id)
+        try:
+            yield start_fleet(model, run_id, tp)
+        finally:
+            cleanup_run(run_id)
+
+
+def start_fleet(model: Path, run_id: str, tp: int) -> Fleet:
+    return Fleet.start(
+        model_path=str(model),
+        config=RolloutConfig(
+            dtype="fp32",
+            kv_cache_gb=0.125,
+            max_num_seqs=64,
+            enforce_eager=True,
+            tensor_model_parallel_size=tp,
+            startup_timeout_s=240,
+            generate_timeout_s=120,
+        ),
+        device="cpu",
+        max_model_len=MAX_MODEL_LEN,
+        run_id=run_id,
+        worker_extension="worker_ext.Extension",
+        scratch_dir=scratch_directory(run_id),
+        cpu_threads=1,
+    )
+
+
+def request(i: int = 0, **changes) -> SamplingRequest:
+    prompt = Prompt(
+        id=f"p/{i}", token_ids=tuple(PROMPTS[i]), messages=(), ground_truth="", data_source="p"
+    )
+    values = {
+        "prompt": prompt,
+        "n": 4,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": -1,
+        "max_tokens": 24,
+        "stop": (),
+        "seed": 5,
+    }
+    return SamplingRequest(**{**values, **changes})
+
+
+def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [c.token_ids for c in completions]
+
+
+def largest_gap(model_dir: Path, prompt: Prompt, c: Completion, temperature: float) -> float:
+    """Largest |log-prob difference| between the engine and a plain forward pass."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt.token_ids + c.token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / temperature
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
+    return (expected - torch.tensor(c.logprobs)).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_qwen2"))
+
+
+@pytest.fixture(scope="class")
+def fleet(model: Path) -> Iterator[Fleet]:
+    with run_of(model) as fleet:
+        yield fleet
+        fleet.close()
+        fleet.close()  # may be called again
+
+
+class TestOneEngine:
+    def test_seeds_decide_the_tokens(self, fleet: Fleet) -> None:
+        once, again = fleet.generate([request()]), fleet.generate([request()])
+        assert once == again
+        assert len(set(tokens(once))) == 4  # the samples of a group differ
+        assert tokens(fleet.generate([request(seed=6)])) != tokens(once)
+
+    def test_order_is_kept(self, fleet: Fleet) -> None:
+        requests = [request(i, n=n) for i, n in ((2, 1), (0, 3), (3, 2), (1, 1))]
+        together = fleet.generate(requests)
+        names = [(c.prompt_id, c.index) for c in together]
+        assert names == [(r.prompt.id, i) for r in requests for i in range(r.n)]
+        alone = [c for r in requests for c in fleet.generate([r])]
+        assert tokens(together) == tokens(alone)
+
+    def test_logprobs_are_of_the_sampling_distribution(self, fleet: Fleet, model: Path) -> None:
+        requests = [request(i, temperature=t) for i in (0, 2) for t in (0.7, 1.0)]
+        for r in requests:
+            for c in fleet.generate([r]):
+                assert largest_gap(model, r.prompt, c, r.temperature) < 1e-4
+
+    def test_top_k_of_one_leaves_no_choice(self, fleet: Fleet) -> None:
+        completions = fleet.generate([request(top_k=1)])
+        assert len(set(tokens(completions))) == 1
+        assert all(lp == pytest.approx(0.0, abs=1e-6) for lp in completions[0].logprobs)
+
+    def test_finish_reasons(self, fleet: Fleet, model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        eos = AutoTokenizer.from_pretrained(model).eos_token_id
+        completions = fleet.generate([request(n=32, max_tokens=200, temperature=1.0)])
+        assert {c.finish_reason for c in completions} == {"stop", "length"}
+        for c in completions:
+            assert (c.finish_reason == "stop") == (c.token_ids[-1] == eos)
+            assert eos not in c.token_ids[:-1]
+            assert (c.finish_reason == "length") <= (len(c.token_ids) == 200)
+
+    def test_a_stop_string_ends_the_response_and_stays_in_it(self, fleet: Fleet) -> None:
+        free = fleet.generate([request(n=1, max_tokens=100)])[0]
+        stop = next(char for char in free.text[5:] if char.isascii())
+        stopped = fleet.generate([request(n=1, max_tokens=100, stop=(stop,))])[0]
+        assert stopped.finish_reason == "stop"
+        assert stopped.text.endswith(stop) and stop not in stopped.text[:-1]
+        assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+        assert len(stopped.token_ids) == len(stopped.logprobs) < 100
+
+    def test_versions_are_stamped(self, fleet: Fleet) -> None:
+        before = fleet.version
+        first = fleet.generate([request()])[0]
+        fleet.set_version(before + 3)
+        second = fleet.generate([request()])[0]
+        n = len(first.token_ids)
+        assert first.versions == (VersionSpan(version=before, start=0, end=n),)
+        assert second.versions == (VersionSpan(version=before + 3, start=0, end=n),)
+        assert second.token_ids == first.token_ids
+
+    def test_a_pause_holds_requests_back(self, fleet: Fleet) -> None:
+        fleet.pause()
+        done: list[Completion] = []
+        caller = threading.Thread(target=lambda: done.extend(fleet.generate([request()])))
+        caller.start()
+        time.sleep(2)
+        assert not done
+        fleet.resume()
+        caller.join(timeout=60)
+        assert len(done) == 4
+
+    def test_calls_reach_the_workers(self, fleet: Fleet) -> None:
+        assert fleet.call_workers("hello", [(1, "a")], timeout_s=30) == [[[0, [1, "a"]]]]
+
+    def test_a_failing_call_is_told_and_the_engine_lives_on(self, fleet: Fleet) -> None:
+        with pytest.raises(EngineError, match=r"engine 0 failed while calling fail.*too bad"):
+            fleet.call_workers("fail", [("too bad",)], timeout_s=30)
+        assert len(fleet.generate([request()])) == 4
+
+    def test_a_wait_that_is_too_long_says_for_what(self, fleet: Fleet) -> None:
+        with pytest.raises(TimeoutError, match=r"sleep_for.*no answer from engine 0 within 1 s"):
+            fleet.call_workers("sleep_for", [(3.0,)], timeout_s=1)
+        assert len(fleet.generate([request()])) == 4  # after the sleep
+
+    def test_every_process_carries_the_run(self, fleet: Fleet) -> None:
+        mark = f"{RUN_ID_VARIABLE}={os.environ[RUN_ID_VARIABLE]}".encode()
+        below = psutil.Process().children(recursive=True)
+        names = {p.pid: p.name() for p in below if p.is_running()}
+        assert {"raylet", "gcs_server", "ray::Engine", "VLLM::EngineCore"} <= set(names.values())
+        unmarked = {
+            name
+            for pid, name in names.items()
+            if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        }
+        assert not unmarked
+        assert set(fleet.pids()) <= set(names) and len(fleet.pids()) >= 2
+
+
+def test_tensor_parallel_engine_and_its_sudden_end(model: Path) -> None:
+    """TP = 2 gives the same log-probs; a killed core ends a running call and leaves nothing."""
+    segments = set(os.listdir(SHARED_MEMORY))
+    with run_of(model, tp=2) as fleet:
+        run_id = os.environ[RUN_ID_VARIABLE]
+        assert fleet.call_workers("hello", [()], timeout_s=30) == [[[0, []], [1, []]]]
+        for c in fleet.generate([request(2)]):
+            assert largest_gap(model, request(2).prompt, c, 0.7) < 1e-4
+        processes = [psutil.Process(pid) for pid in fleet.pids()]
+        core = next(p for p in processes if p.name() == "VLLM::EngineCore")
+        threading.Timer(1.0, core.kill).start()
+        began = time.monotonic()
+        with pytest.raises(EngineDied, match="engine 0 died while calling sleep_for"):
+            fleet.call_workers("sleep_for", [(60.0,)], timeout_s=60)
+        with pytest.raises(EngineDied, match="engine 0 died while generating"):
+            fleet.generate([request()])
+        assert time.monotonic() - began < 15
+        fleet.close()
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not scratch_directory(run_id).exists()
+    assert not new_segments(segments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["owner", "actor"])
+def test_a_kill_leaves_nothing(model: Path, victim: str) -> None:
+    """SIGKILL of the owner, or of the actor: the run's processes and segments are gone."""
+    segments = set(os.listdir(SHARED_MEMORY))
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom gpg_megatron import reaper\n"
+        "from tests.stack.test_rollout import request, start_fleet\n"
+        "reaper.start_reaper(sys.argv[2])\n"
+        "fleet = start_fleet(Path(sys.argv[1]), sys.argv[2], tp=1)\n"
+        "print(*fleet.pids(), flush=True)\n"
+        "while True: fleet.generate([request(max_tokens=200)])\n"
+    )
+    run_id = new_run_id()
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script, str(model), run_id],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    pids = [int(word) for word in owner.stdout.readline().split()]
+    processes = psutil.Process(owner.pid).children(recursive=True)
+    assert {p.pid for p in processes} >= set(pids) and len(pids) >= 2
+    os.kill(owner.pid if victim == "owner" else pids[0], signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = owner.communicate(timeout=30)
+    if victim == "actor":
+        assert "engine 0 died while generating" in errors
+    _, left = psutil.wait_procs(processes, timeout=20)
+    assert not left
+    while scratch_directory(run_id).exists():
+        assert time.monotonic() - began < 20
+        time.sleep(0.1)
+    assert not new_segments(segments)
+
+
+@pytest.mark.slow
+def test_an_engine_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
+    broken = make_tiny_model(tmp_path)
+    (broken / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(EngineError, match=r"loading .* into vLLM") as caught, run_of(broken):
+        pass
+    assert "last lines of" in str(caught.value) and "afetensor" in str(caught.value)
+
+
+def new_segments(before: set[str]) -> set[str]:
+    """Segments that appeared since, apart from those that other programs use."""
+    return set(os.listdir(SHARED_MEMORY)) - before - open_segments(psutil.pids())

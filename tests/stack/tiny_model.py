@@ -1,0 +1,56 @@
+"""A tiny Qwen2 with random weights and a byte-level tokenizer, as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EOS = "<|im_end|>"
+PAD = "<|endoftext|>"
+
+
+def make_tiny_model(
+    directory: Path,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    vocab_size: int = 320,
+    seed: int = 0,
+) -> Path:
+    """Write config, fp32 safetensors and tokenizer files; tied embeddings, head size 32."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _byte_tokenizer()
+    assert hidden_size == 32 * num_heads, "vLLM on CPU knows head size 32, not smaller ones"
+    assert len(tokenizer) <= vocab_size
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, pad_token=PAD)

@@ -1,0 +1,107 @@
+"""The five aggregation modes, against values computed by hand and against their definitions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpg_megatron.algorithm.aggregation import aggregation_weights
+from gpg_megatron.config import AlgorithmConfig
+from gpg_megatron.types import TrainSample
+
+MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])
+
+
+def sample(group, length, advantage=1.0):
+    return TrainSample(
+        prompt_id=f"toy/{group}",
+        group=group,
+        index=0,
+        prompt_token_ids=(1, 2),
+        response_token_ids=(3,) * length,
+        rollout_logprobs=(-1.0,) * length,
+        advantage=advantage,
+        version=0,
+    )
+
+
+# Two questions; lengths 2 + 6 and 1 + 1 + 0: T = 10, N = 5. The second question is dead.
+BATCH = [sample(7, 2), sample(7, 6), sample(9, 1, 0.0), sample(9, 1, 0.0), sample(9, 0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token-mean", [0.1, 0.1, 0.1, 0.1, 0.0]),
+        ("seq-mean-token-sum", [0.2, 0.2, 0.2, 0.2, 0.0]),
+        ("seq-mean-token-mean", [1 / 10, 1 / 30, 1 / 5, 1 / 5, 0.0]),
+        ("seq-mean-token-sum-norm", [1 / 40, 1 / 40, 1 / 40, 1 / 40, 0.0]),
+        ("group-token-mean", [1 / 16, 1 / 16, 1 / 4, 1 / 4, 0.0]),
+    ],
+)
+def test_weights_by_hand(mode, expected):
+    assert aggregation_weights(BATCH, mode, 8) == expected
+
+
+def test_every_mode_of_the_configuration_is_there_and_no_other():
+    for mode in MODES:
+        assert len(aggregation_weights(BATCH, mode, 8)) == len(BATCH)
+    with pytest.raises(KeyError):
+        aggregation_weights(BATCH, "sum", 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_samples_and_only_empty_responses(mode):
+    assert aggregation_weights([], mode, 8) == []
+    assert aggregation_weights([sample(0, 0), sample(1, 0)], mode, 8) == [0.0, 0.0]
+
+
+def direct(mode, losses, groups, max_length):
+    """The table of modes read literally: losses[i] are the token losses of sample i."""
+    n, total = len(losses), sum(map(len, losses))
+    sums = [sum(row, Fraction(0)) for row in losses]
+    if mode == "token-mean":
+        return sum(sums) / total
+    if mode == "seq-mean-token-sum":
+        return sum(sums) / n
+    if mode == "seq-mean-token-mean":
+        return sum(s / len(row) for s, row in zip(sums, losses, strict=True)) / n
+    if mode == "seq-mean-token-sum-norm":
+        return sum(sums) / (n * max_length)
+    of_question = []
+    for question in set(groups):
+        members = [i for i, g in enumerate(groups) if g == question]
+        tokens = sum(len(losses[i]) for i in members)
+        of_question.append(sum(sums[i] for i in members) / tokens)
+    return sum(of_question) / len(of_question)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(
+    batch=st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(-99, 99), min_size=1, max_size=6)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_weighted_sum_is_the_definition(mode, batch):
+    groups = [question for question, _ in batch]
+    losses = [[Fraction(x) for x in row] for _, row in batch]
+    weights = aggregation_weights([sample(q, len(row)) for q, row in batch], mode, 8)
+    weighted = sum(w * float(sum(row)) for w, row in zip(weights, losses, strict=True))
+    assert weighted == pytest.approx(float(direct(mode, losses, groups, 8)), rel=1e-12, abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m not in ("seq-mean-token-sum",)])
+@given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=8))
+def test_the_mean_of_a_constant_is_the_constant(mode, lengths):
+    # seq-mean-token-sum-norm is a mean only where every response has the maximal length
+    lengths = [8] * len(lengths) if mode == "seq-mean-token-sum-norm" else lengths
+    batch = [sample(i // 2, n) for i, n in enumerate(lengths)]
+    weights = aggregation_weights(batch, mode, 8)
+    total = sum(w * n for w, n in zip(weights, lengths, strict=True))
+    assert total == pytest.approx(1.0)

@@ -1,0 +1,299 @@
+"""Batching: layout never changes the loss, nothing is lost or computed twice, ranks agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpg_megatron.algorithm.aggregation import aggregation_weights
+from gpg_megatron.algorithm.loss import gpg_loss
+from gpg_megatron.batching import make_batches, make_update, pack, split_updates
+from gpg_megatron.config import (
+    AlgorithmConfig,
+    Config,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from gpg_megatron.types import TrainSample
+
+MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])
+MAX_RESPONSE = 12
+
+
+def sample(group=0, index=0, prompt=(1, 2), response=(3, 4), advantage=1.0):
+    """Log-probs are a function of the token, so the packed ones can be checked by token."""
+    return TrainSample(
+        prompt_id=f"toy/{group}",
+        group=group,
+        index=index,
+        prompt_token_ids=tuple(prompt),
+        response_token_ids=tuple(response),
+        rollout_logprobs=tuple(-0.125 * token for token in response),
+        advantage=advantage,
+        version=0,
+    )
+
+
+def config(max_tokens, mode="group-token-mean", train_batch_size=4, mini_batch_size=None):
+    return Config(
+        policy=PolicyConfig(max_tokens_per_micro_batch=max_tokens),
+        rollout=RolloutConfig(max_response_length=MAX_RESPONSE),
+        algorithm=AlgorithmConfig(loss_aggregation=mode),
+        trainer=TrainerConfig(train_batch_size=train_batch_size, mini_batch_size=mini_batch_size),
+    )
+
+
+def update(samples, dp_size, max_tokens=16, mode="group-token-mean"):
+    """The TrainBatch of every rank."""
+    return [
+        make_update(
+            samples,
+            aggregation=mode,
+            max_response_length=MAX_RESPONSE,
+            max_tokens=max_tokens,
+            dp_rank=rank,
+            dp_size=dp_size,
+        )
+        for rank in range(dp_size)
+    ]
+
+
+@st.composite
+def rollout_batches(draw, max_groups=5):
+    """Groups of 1-4 samples with distinct token ids, some without gradient, some empty."""
+    samples = []
+    for group in range(draw(st.integers(1, max_groups))):
+        for index in range(draw(st.integers(1, 4))):
+            n_prompt, n_response = draw(st.integers(1, 5)), draw(st.integers(0, MAX_RESPONSE))
+            first = 1000 * (len(samples) + 1)
+            samples.append(
+                sample(
+                    group,
+                    index,
+                    range(first, first + n_prompt),
+                    range(first + n_prompt, first + n_prompt + n_response),
+                    draw(st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.25])),
+                )
+            )
+    return samples
+
+
+def carries_gradient(s):
+    return s.advantage != 0.0 and bool(s.response_token_ids)
+
+
+def token_logprob(token):
+    """A made-up log-prob of each token; the packed and the direct loss both use it."""
+    return -0.1 - (token * 2654435761 % 1009) / 100.0
+
+
+def direct_loss(samples, mode):
+    """-sum logprob * A * w sample by sample, dead ones included, in float64."""
+    weights = aggregation_weights(samples, mode, MAX_RESPONSE)
+    return -sum(
+        w * s.advantage * sum(token_logprob(t) for t in s.response_token_ids)
+        for s, w in zip(samples, weights, strict=True)
+    )
+
+
+def micro_batch_loss(mb):
+    logprobs = [token_logprob(label) for label in mb.labels_T.tolist()]
+    return gpg_loss(
+        torch.tensor(logprobs, dtype=torch.float64),
+        mb.advantages_T.double(),
+        mb.weights_T.double(),
+        mb.loss_mask_T,
+    ).item()
+
+
+def packed_loss(batches):
+    """The loss of a step from its parts: a plain sum over ranks and micro-batches."""
+    return sum(micro_batch_loss(mb) for batch in batches for mb in batch.micro_batches)
+
+
+def sequences(micro_batch):
+    """The token ids of each packed sequence."""
+    ends = micro_batch.cu_seqlens_S1.tolist()
+    ids = micro_batch.input_ids_T.tolist()
+    return [tuple(ids[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@given(rollout_batches())
+def test_the_mask_marks_exactly_the_response_tokens(samples):
+    mb = pack(samples, [1.0] * len(samples))
+    labels = mb.labels_T[mb.loss_mask_T].tolist()
+    assert labels == [token for s in samples for token in s.response_token_ids]
+    logprobs = mb.rollout_logprobs_T[mb.loss_mask_T].tolist()
+    assert logprobs == [value for s in samples for value in s.rollout_logprobs]
+    outside = ~mb.loss_mask_T
+    for tensor in (mb.advantages_T, mb.weights_T, mb.rollout_logprobs_T):
+        assert not tensor[outside].any()
+
+
+# the invariants of one update
+
+UPDATES = {
+    "samples": rollout_batches(),
+    "dp_size": st.integers(1, 5),
+    "max_tokens": st.integers(1, 60),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(**UPDATES)
+@settings(max_examples=50)
+def test_loss_does_not_depend_on_layout(mode, samples, dp_size, max_tokens):
+    expected = direct_loss(samples, mode)
+    got = packed_loss(update(samples, dp_size, max_tokens, mode))
+    # the weights are float32 in the packed form
+    assert got == pytest.approx(expected, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(samples=rollout_batches())
+@settings(max_examples=50)
+def test_dropping_dead_samples_does_not_change_the_loss(mode, samples):
+    weights = aggregation_weights(samples, mode, MAX_RESPONSE)
+    everything = micro_batch_loss(pack(samples, weights))
+    assert packed_loss(update(samples, 2, 30, mode)) == pytest.approx(everything, abs=1e-9)
+
+
+@given(**UPDATES)
+@settings(max_examples=50)
+def test_every_live_sample_is_packed_exactly_once(samples, dp_size, max_tokens):
+    batches = update(samples, dp_size, max_tokens)
+    packed = [
+        s
+        for batch in batches
+        for mb in batch.micro_batches
+        if mb.loss_mask_T.any()
+        for s in sequences(mb)
+    ]
+    live = [(*s.prompt_token_ids, *s.response_token_ids) for s in samples if carries_gradient(s)]
+    assert Counter(packed) == Counter(live)
+
+
+@given(**UPDATES)
+@settings(max_examples=50)
+def test_ranks_match_and_stay_within_the_budget(samples, dp_size, max_tokens):
+    batches = update(samples, dp_size, max_tokens)
+    counts = {len(batch.micro_batches) for batch in batches}
+    assert len(counts) == 1
+    assert (counts == {0}) == (not any(map(carries_gradient, samples)))
+    for batch in batches:
+        for mb in batch.micro_batches:
+            assert mb.input_ids_T.numel() <= max_tokens or len(sequences(mb)) == 1
+            assert mb.input_ids_T.numel() == 1 or mb.loss_mask_T.any()
+
+
+@given(**UPDATES)
+@settings(max_examples=50)
+def test_counts(samples, dp_size, max_tokens):
+    batches = update(samples, dp_size, max_tokens)
+    micro_batches = [mb for batch in batches for mb in batch.micro_batches]
+    computed = sum(mb.input_ids_T.numel() for mb in micro_batches)
+    fillers = sum(not mb.loss_mask_T.any() for mb in micro_batches)
+    total = sum(len(s.prompt_token_ids) + len(s.response_token_ids) for s in samples)
+    for batch in batches:
+        assert batch.n_samples == len(samples)
+        assert batch.n_loss_tokens == sum(len(s.response_token_ids) for s in samples)
+        assert batch.n_computed_tokens == computed
+        assert batch.n_skipped_tokens == total - (computed - fillers)
+
+
+@given(**UPDATES)
+@settings(max_examples=50)
+def test_the_order_of_the_samples_within_a_rollout_batch_does_not_matter(
+    samples, dp_size, max_tokens
+):
+    cfg = config(max_tokens)
+    for rank in range(dp_size):
+        forward = make_batches(samples, cfg, dp_rank=rank, dp_size=dp_size)
+        backward = make_batches(samples[::-1], cfg, dp_rank=rank, dp_size=dp_size)
+        for a, b in zip(forward, backward, strict=True):
+            for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
+                assert torch.equal(x.input_ids_T, y.input_ids_T)
+                assert torch.equal(x.weights_T, y.weights_T)
+
+
+# fillers and skipped steps
+
+
+def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
+    batches = update([sample(response=(3, 4, 5)), sample(index=1, advantage=0.0)], dp_size=3)
+    assert [len(batch.micro_batches) for batch in batches] == [1, 1, 1]
+    assert batches[0].micro_batches[0].loss_mask_T.sum() == 3
+    for batch in batches[1:]:
+        (filler,) = batch.micro_batches
+        assert filler.input_ids_T.tolist() == [1]
+        assert filler.cu_seqlens_S1.tolist() == [0, 1]
+        assert not filler.loss_mask_T.any()
+        assert not filler.weights_T.any() and not filler.advantages_T.any()
+    assert batches[0].n_computed_tokens == 5 + 2
+    assert batches[0].n_skipped_tokens == 4
+
+
+def test_no_live_sample_means_no_micro_batch_on_any_rank():
+    dead = [sample(advantage=0.0), sample(index=1, response=(), advantage=3.0)]
+    for batch in update(dead, dp_size=2):
+        assert batch.micro_batches == ()
+        assert (batch.n_samples, batch.n_loss_tokens) == (2, 2)
+        assert (batch.n_computed_tokens, batch.n_skipped_tokens) == (0, 6)
+
+
+# updates
+
+
+def test_updates_are_runs_of_whole_groups():
+    samples = [sample(group, index) for group in range(4) for index in range(2)]
+    batches = split_updates(samples, 2)
+    assert [[(s.group, s.index) for s in batch] for batch in batches] == [
+        [(0, 0), (0, 1), (1, 0), (1, 1)],
+        [(2, 0), (2, 1), (3, 0), (3, 1)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "sizes"), [(8, [4, 4]), (9, [5, 4]), (16, [8, 8]), (3, [2, 1]), (1, [1]), (0, [])]
+)
+def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(n_groups, sizes):
+    cfg = config(100, train_batch_size=8, mini_batch_size=4)
+    samples = [sample(group) for group in range(n_groups)]
+    batches = make_batches(samples, cfg, dp_rank=0, dp_size=1)
+    assert [batch.n_samples for batch in batches] == sizes
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode):
+    samples = [
+        sample(0, 0, response=(3, 4, 5)),
+        sample(0, 1, response=(3,), advantage=-1.0),
+        sample(1, 0, response=(3, 4)),
+        sample(1, 1, response=(3, 4), advantage=0.0),
+    ]
+    cfg = config(100, mode, train_batch_size=2, mini_batch_size=1)
+    first, second = make_batches(samples, cfg, dp_rank=0, dp_size=1)
+    assert packed_loss([first]) == pytest.approx(direct_loss(samples[:2], mode), abs=1e-6)
+    assert packed_loss([second]) == pytest.approx(direct_loss(samples[2:], mode), abs=1e-6)
+
+
+def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator():
+    samples = [
+        sample(0, 0, response=(3, 4, 5)),
+        sample(0, 1, response=(3,), advantage=-1.0),
+        sample(1, 0, response=(3, 4, 5, 6), advantage=0.0),
+    ]
+    (batch,) = make_batches(samples, config(100, "token-mean"), dp_rank=0, dp_size=1)
+    (mb,) = batch.micro_batches
+    assert mb.weights_T.tolist() == [0, 0.125, 0.125, 0.125, 0, 0, 0.125, 0]
+
+
+def test_a_rank_outside_the_grid_is_a_programming_error():
+    with pytest.raises(AssertionError):
+        make_batches([sample()], config(100), dp_rank=2, dp_size=2)

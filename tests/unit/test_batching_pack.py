@@ -1,0 +1,66 @@
+"""Packing, element by element."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from gpg_megatron.batching import pack
+from gpg_megatron.types import TrainSample
+
+
+def sample(prompt=(1, 2), response=(3, 4), advantage=1.0):
+    return TrainSample(
+        prompt_id="toy/0",
+        group=0,
+        index=0,
+        prompt_token_ids=prompt,
+        response_token_ids=response,
+        rollout_logprobs=tuple(-0.125 * token for token in response),
+        advantage=advantage,
+        version=0,
+    )
+
+
+def test_pack_by_hand():
+    a = sample(prompt=(10, 11, 12), response=(20, 21), advantage=0.5)
+    b = sample(prompt=(30,), response=(40,), advantage=-1.0)
+    mb = pack([a, b], [0.25, 0.125])
+    assert mb.input_ids_T.tolist() == [10, 11, 12, 20, 21, 30, 40]
+    assert mb.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert mb.labels_T.tolist() == [11, 12, 20, 21, 0, 40, 0]
+    assert mb.cu_seqlens_S1.tolist() == [0, 5, 7]
+    assert mb.loss_mask_T.tolist() == [False, False, True, True, False, True, False]
+    assert mb.advantages_T.tolist() == [0, 0, 0.5, 0.5, 0, -1.0, 0]
+    assert mb.weights_T.tolist() == [0, 0, 0.25, 0.25, 0, 0.125, 0]
+    assert mb.rollout_logprobs_T.tolist() == [0, 0, -2.5, -2.625, 0, -5.0, 0]
+
+
+def test_pack_types():
+    mb = pack([sample()], [1.0])
+    dtypes = {f.name: getattr(mb, f.name).dtype for f in dataclasses.fields(mb)}
+    assert dtypes == {
+        "input_ids_T": torch.int64,
+        "position_ids_T": torch.int64,
+        "labels_T": torch.int64,
+        "cu_seqlens_S1": torch.int32,
+        "loss_mask_T": torch.bool,
+        "advantages_T": torch.float32,
+        "weights_T": torch.float32,
+        "rollout_logprobs_T": torch.float32,
+    }
+
+
+def test_pack_of_an_empty_response_has_no_loss():
+    mb = pack([sample(prompt=(1, 2, 3), response=())], [0.0])
+    assert mb.labels_T.tolist() == [2, 3, 0]
+    assert not mb.loss_mask_T.any()
+
+
+def test_pack_refuses_what_it_cannot_predict():
+    with pytest.raises(AssertionError, match="no token to predict from"):
+        pack([sample(prompt=())], [1.0])
+    with pytest.raises(AssertionError, match="toy/0"):
+        pack([dataclasses.replace(sample(), rollout_logprobs=(-1.0,))], [1.0])

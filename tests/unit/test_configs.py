@@ -1,0 +1,308 @@
+"""Configuration: the files in configs/, overrides, and the one clear line for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpg_megatron.config import Config, config_yaml, load_config, validate
+from gpg_megatron.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MINIMAL = "model: {path: some/model}\ndata: {train_files: [train.parquet]}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write(tmp_path, MINIMAL)
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    file = folder / "config.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def failure(path: Path, *overrides: str) -> str:
+    """The message of the UserError; always a single line."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def changed(**sections: dict[str, Any]) -> Config:
+    """A valid configuration with some keys of some sections replaced."""
+    base = Config()
+    needed = {"model": {"path": "m"}, "data": {"train_files": ("a",)}}
+    for name in {*needed, *sections}:
+        values = needed.get(name, {}) | sections.get(name, {})
+        section = dataclasses.replace(getattr(base, name), **values)
+        base = dataclasses.replace(base, **{name: section})
+    return base
+
+
+def test_every_shipped_config_loads() -> None:
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert "demo_cpu.yaml" in {file.name for file in files}
+    for file in files:
+        assert isinstance(load_config(file), Config)
+
+
+def test_file_values_replace_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL + "policy: {lr: 3e-4, lr_warmup_steps: 2}\n"))
+    assert (config.policy.lr, config.policy.lr_warmup_steps) == (3e-4, 2)
+    assert config.data.train_files == ("train.parquet",)
+    assert config.rollout == Config().rollout
+
+
+def test_overrides_replace_file_values(minimal: Path) -> None:
+    overrides = [
+        "policy.lr=2e-6",
+        "rollout.stop=[a,'b c']",
+        "data.train_files=[x.parquet,y.jsonl]",
+        "trainer.mini_batch_size=16",
+        "trainer.val_before_train=false",
+        "trainer.output_dir=runs/a=b",
+        "policy.lr=3e-6",
+    ]
+    config = load_config(minimal, overrides)
+    assert config.policy.lr == 3e-6
+    assert config.rollout.stop == ("a", "b c")
+    assert config.data.train_files == ("x.parquet", "y.jsonl")
+    assert config.trainer.mini_batch_size == 16
+    assert config.trainer.val_before_train is False
+    assert config.trainer.output_dir == "runs/a=b"
+    assert load_config(minimal, ["trainer.mini_batch_size=null"]).trainer.mini_batch_size is None
+
+
+def test_derived_sizes() -> None:
+    layout = {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 3,
+        "data_parallel_size": 4,
+    }
+    config = changed(policy=layout, trainer={"train_batch_size": 12})
+    assert config.world_size == 24
+    assert config.prompts_per_update == 12
+    smaller = changed(trainer={"train_batch_size": 12, "mini_batch_size": 4})
+    assert smaller.prompts_per_update == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("policy: {lrr: 1}", ("policy.lrr", "did you mean policy.lr?")),
+        ("polcy: {lr: 1}", ("unknown key polcy", "did you mean policy?")),
+        ("rollout: {max_respons_length: 1}", ("did you mean rollout.max_response_length?",)),
+        ("policy: {xyzzy: 1}", ("unknown key policy.xyzzy", "known: ", "clip_grad")),
+        ("xyzzy: 1", ("unknown key xyzzy", "known: data, model")),
+        ("1: 2", ("unknown key 1",)),
+        ("policy: {lr: abc}", ("policy.lr", "'abc'")),
+        ("trainer: {seed: 1.5}", ("trainer.seed", "1.5")),
+        ("algorithm: {alpha: foo}", ("algorithm.alpha", "'foo'", "group")),
+        ("policy: 3", ("PolicyConfig",)),
+        ("policy:", ("policy",)),
+        ("rollout: {stop: {a: 1}}", ("config.yaml",)),
+        ("trainer: {output_dir: '${no.such}'}", ("trainer.output_dir", "no.such")),
+    ],
+)
+def test_a_mistake_in_the_file(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    file = write(tmp_path, f"{MINIMAL}{text}\n")
+    message = failure(file)
+    for part in (str(file), *parts):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: [", "not a readable YAML file"),
+        ("a: b: c", "not a readable YAML file"),
+        (f"{MINIMAL}model: {{path: twice}}\n", "not a readable YAML file"),
+        (b"\xff\xfe\xfa", "not a readable YAML file"),
+        ("- a\n- b\n", "is a list"),
+        ("just words", "unknown key just words"),
+        ("", "model.path is not set"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str | bytes, part: str) -> None:
+    assert part in failure(write(tmp_path, text))
+
+
+def test_a_path_that_is_no_file(tmp_path: Path) -> None:
+    assert failure(tmp_path / "absent.yaml") == f"config file not found: {tmp_path}/absent.yaml"
+    assert str(tmp_path) in failure(tmp_path)
+
+
+@pytest.mark.parametrize("item", ["policy.lr", "=3", "policy=3", "--x=3", "lr=1", "a.b.c=1", ""])
+def test_an_override_without_the_right_form(minimal: Path, item: str) -> None:
+    message = failure(minimal, item)
+    assert repr(item) in message
+    assert "expected a.b=value" in message
+
+
+@pytest.mark.parametrize(
+    ("item", "part"),
+    [
+        ("policy.lrr=1", "command line: unknown key policy.lrr; did you mean policy.lr?"),
+        ("polcy.lr=1", "did you mean policy?"),
+        ("policy.lr=[1", "not a YAML value"),
+        ("policy.lr=", "policy.lr"),
+        ("data.train_files=x.parquet", "data.train_files"),
+        ("rollout.temperature=true", "rollout.temperature"),
+    ],
+)
+def test_a_mistake_in_an_override(minimal: Path, item: str, part: str) -> None:
+    assert part in failure(minimal, item)
+
+
+AT_LEAST_ONE = """
+policy: tensor_model_parallel_size pipeline_model_parallel_size data_parallel_size
+policy: max_tokens_per_micro_batch timeout_s num_threads
+policy: num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+data: max_prompt_length val_max_rows
+rollout: n num_engines tensor_model_parallel_size max_response_length max_num_seqs top_k
+rollout: startup_timeout_s generate_timeout_s
+bridge: bucket_mb timeout_s
+reward: num_workers
+trainer: total_training_steps train_batch_size mini_batch_size val_n
+"""
+AT_LEAST_ZERO = """
+policy: lr_warmup_steps min_lr weight_decay clip_grad
+algorithm: max_redraws
+trainer: seed test_freq val_temperature
+logging: rollout_samples
+"""
+ABOVE_ZERO = """
+policy: lr adam_eps
+rollout: temperature kv_cache_gb top_p gpu_memory_utilization
+bridge: canary_tolerance
+reward: timeout_s
+"""
+# Key -> values just outside of its range.
+OUTSIDE: list[tuple[str, str, float]] = [
+    (section, key, value)
+    for table, values in (
+        (AT_LEAST_ONE, (0, -4)),
+        (AT_LEAST_ZERO, (-1,)),
+        (ABOVE_ZERO, (0, -1, math.nan, math.inf)),
+        ("rollout: top_p gpu_memory_utilization", (1.01,)),
+        ("algorithm: beta_th", (-0.01, 1.01, math.nan)),
+        ("policy: adam_beta1 adam_beta2", (-0.01, 1.0)),
+    )
+    for line in table.strip().splitlines()
+    for section, keys in [line.split(": ")]
+    for key in keys.split()
+    for value in values
+    if (key, value) != ("top_k", -1)
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value"), OUTSIDE)
+def test_a_value_outside_of_its_range(section: str, key: str, value: float) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(changed(**{section: {key: value}}))
+    assert str(caught.value).startswith(f"{section}.{key} is {value}; expected ")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("algorithm", {"beta_th": 0.0}),
+        ("algorithm", {"beta_th": 1.0}),
+        ("rollout", {"top_p": 1.0, "top_k": -1}),
+        ("rollout", {"top_p": 0.5, "top_k": 1}),
+        ("policy", {"clip_grad": 0.0, "min_lr": 0.0, "lr": 1e-9}),
+        ("trainer", {"train_batch_size": 6, "mini_batch_size": 3, "val_temperature": 0.0}),
+    ],
+)
+def test_values_at_the_edge_of_their_range(section: str, values: dict[str, Any]) -> None:
+    validate(changed(**{section: values}))
+
+
+def test_every_number_has_a_range() -> None:
+    judged = {f"{section}.{key}" for section, key, _ in OUTSIDE}
+    numbers = {
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(Config)
+        for key in dataclasses.fields(getattr(Config(), section.name))
+        if key.type in ("int", "float", "Optional[int]", "Optional[float]")
+    }
+    assert judged == numbers
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"path": ""}},
+            "model.path is not set; expected a Hugging Face directory",
+        ),
+        (
+            {"data": {"train_files": ()}},
+            "data.train_files is empty; expected at least one file",
+        ),
+        (
+            {"trainer": {"train_batch_size": 8, "mini_batch_size": 3}},
+            "trainer.mini_batch_size (3) does not divide trainer.train_batch_size (8); "
+            "expected a divisor of it",
+        ),
+        (
+            {"policy": {"lr": 1e-6, "min_lr": 1e-5}},
+            "policy.min_lr (1e-05) exceeds policy.lr (1e-06); expected at most lr",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together(sections: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(changed(**sections))
+    assert str(caught.value) == message
+
+
+text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filter(
+    lambda x: "${" not in x and x != "???"  # OmegaConf's own syntax
+)
+
+
+@settings(max_examples=25)
+@given(
+    path=text.filter(bool),
+    files=st.lists(text, min_size=1, max_size=3),
+    stop=st.lists(text, max_size=3),
+    lr=st.floats(1e-9, 1.0),
+    temperature=st.floats(0.01, 10.0),
+    seed=st.integers(0, 2**31),
+    val_max_rows=st.none() | st.integers(1, 1000),
+    alpha=st.sampled_from(["none", "group", "token"]),
+    shuffle=st.booleans(),
+)
+def test_yaml_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    path: str,
+    files: list[str],
+    stop: list[str],
+    lr: float,
+    temperature: float,
+    seed: int,
+    val_max_rows: int | None,
+    alpha: str,
+    shuffle: bool,
+) -> None:
+    config = changed(
+        model={"path": path},
+        data={"train_files": tuple(files), "val_max_rows": val_max_rows, "shuffle": shuffle},
+        policy={"lr": lr},
+        rollout={"stop": tuple(stop), "temperature": temperature},
+        trainer={"seed": seed},
+        algorithm={"alpha": alpha},
+    )
+    file = write(tmp_path_factory.mktemp("round_trip"), config_yaml(config))
+    assert load_config(file) == config

@@ -1,0 +1,122 @@
+"""Metrics by hand-computed values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import psutil
+import pytest
+
+from gpg_megatron.observe.metrics import memory_metrics, rollout_metrics, staleness_metrics
+from gpg_megatron.types import (
+    Completion,
+    Prompt,
+    Reward,
+    ScoredGroup,
+    TrainSample,
+    VersionSpan,
+)
+
+
+def group(
+    rewards: Sequence[Reward],
+    lengths: Sequence[int],
+    finish_reason: Literal["stop", "length"] = "stop",
+) -> ScoredGroup:
+    prompt = Prompt(id="a/0", token_ids=(1,), messages=(), ground_truth="1", data_source="a")
+    completions = tuple(
+        Completion(
+            prompt_id=prompt.id,
+            index=i,
+            token_ids=(7,) * length,
+            logprobs=(-0.5,) * length,
+            finish_reason=finish_reason,
+            text="",
+            versions=(VersionSpan(version=0, start=0, end=length),),
+        )
+        for i, length in enumerate(lengths)
+    )
+    return ScoredGroup(prompt=prompt, completions=completions, rewards=tuple(rewards))
+
+
+def reward(score: float, accuracy: float, **parts: float) -> Reward:
+    return Reward(score=score, accuracy=accuracy, parts=parts)
+
+
+def sample(version: int) -> TrainSample:
+    return TrainSample(
+        prompt_id="a/0",
+        group=0,
+        index=0,
+        prompt_token_ids=(1,),
+        response_token_ids=(7,),
+        rollout_logprobs=(-0.5,),
+        advantage=0.5,
+        version=version,
+    )
+
+
+def test_rollout_metrics_of_two_groups() -> None:
+    right, wrong = reward(1.5, 1.0, format=1.0), reward(0.5, 0.0, format=1.0)
+    groups = [
+        group([right, wrong], [2, 4]),
+        group([wrong, reward(0.0, 0.0, timeout=1.0)], [6, 8], finish_reason="length"),
+    ]
+    assert rollout_metrics(groups) == {
+        "reward/mean": pytest.approx((1.5 + 0.5 + 0.5 + 0.0) / 4),
+        "reward/accuracy": 0.25,
+        "reward/format": 0.75,
+        "reward/timeout": 0.25,
+        "group/live_fraction": 0.5,
+        "response/length_mean": 5.0,
+        "response/clipped_fraction": 0.5,
+    }
+
+
+def test_means_weigh_completions_alike_when_groups_are_ragged() -> None:
+    right, wrong = reward(1.0, 1.0), reward(0.0, 0.0)
+    metrics = rollout_metrics([group([right] * 3, [1, 1, 1]), group([wrong], [5])])
+    assert metrics["reward/accuracy"] == 0.75
+    assert metrics["response/length_mean"] == 2.0
+    assert metrics["group/live_fraction"] == 0.0
+
+
+def test_a_group_is_live_by_accuracy_not_by_score() -> None:
+    shaped = [reward(0.2, 1.0), reward(0.9, 1.0)]
+    assert rollout_metrics([group(shaped, [1, 1])])["group/live_fraction"] == 0.0
+    noise = [reward(1.0, 1.0), reward(1.0, 1.0 - 1e-9)]
+    assert rollout_metrics([group(noise, [1, 1])])["group/live_fraction"] == 0.0
+    mixed = [reward(0.5, 1.0), reward(0.5, 0.0)]
+    assert rollout_metrics([group(mixed, [1, 1])])["group/live_fraction"] == 1.0
+
+
+def test_staleness_is_that_of_the_oldest_sample() -> None:
+    assert staleness_metrics([sample(5), sample(3), sample(4)], 5) == {"staleness/max": 2}
+    assert staleness_metrics([sample(5)], 5) == {"staleness/max": 0}
+    assert staleness_metrics([], 5) == {"staleness/max": 0}
+
+
+def test_memory_counts_descendants_once() -> None:
+    code = (
+        "b = bytearray(200_000_000); b[::4096] = b'x' * len(b[::4096]); print(flush=True); input()"
+    )
+    own = memory_metrics()["memory/rss_gb"]
+    assert own == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.2)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with_child = memory_metrics()["memory/rss_gb"]
+        assert 0.19 < with_child - own < 0.3
+        twice = memory_metrics([child.pid, os.getpid()])["memory/rss_gb"]
+        assert twice == pytest.approx(with_child, abs=0.02)
+    finally:
+        child.kill()
+        child.communicate()
+    assert memory_metrics([child.pid])["memory/rss_gb"] < own + 0.1

@@ -1,0 +1,251 @@
+"""The pool with scorers that really hang, really exit and really raise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gpg_megatron.config import RewardConfig
+from gpg_megatron.errors import UserError
+from gpg_megatron.reward import pool as pool_module
+from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.types import Completion, Prompt, VersionSpan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each response names what its scorer does.
+BAD_SCORERS = """
+import os, re, time
+
+def act(response, ground_truth):
+    if response == "sleep":
+        time.sleep(600)
+    if response == "regex":
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if response == "exit":
+        os._exit(3)
+    if response == "raise":
+        raise ZeroDivisionError("a bug in a scorer")
+    if response == "slow":
+        time.sleep(0.3)
+    if response == "print":
+        print("a scorer that talks")
+    right = float(response == ground_truth)
+    return right, right, {"act": right}
+
+SCORERS = {"exact_match": act}
+"""
+HANG = {"timeout": 1.0}
+CRASH = {"crash": 1.0}
+
+
+@pytest.fixture
+def bad_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "bad_scorers.py").write_text(BAD_SCORERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "bad_scorers"
+
+
+def item(responses: Sequence[str], truth: str = "yes", source: str = "arithmetic"):
+    prompt = Prompt(
+        id=f"{source}/0", token_ids=(1,), messages=(), ground_truth=truth, data_source=source
+    )
+    completions = [
+        Completion(
+            prompt_id=prompt.id,
+            index=i,
+            token_ids=(5,),
+            logprobs=(-0.5,),
+            finish_reason="stop",
+            text=text,
+            versions=(VersionSpan(version=0, start=0, end=1),),
+        )
+        for i, text in enumerate(responses)
+    ]
+    return prompt, completions
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "reward.worker" in " ".join(p.cmdline())]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+
+
+def test_groups_come_back_in_order() -> None:
+    items = [
+        item(["4", "5", " 4 "], truth="4"),
+        item(["#### 1,000", "1000"], truth="1000", source="gsm8k"),
+        item([], truth="1"),
+        item(["x"] * 150 + ["y"], truth="y"),
+    ]
+    with RewardPool(RewardConfig(num_workers=2)) as pool:
+        for _ in range(2):
+            groups = pool.score(items)
+            assert [group.prompt for group in groups] == [prompt for prompt, _ in items]
+            assert [list(group.completions) for group in groups] == [c for _, c in items]
+            scores = [[reward.score for reward in group.rewards] for group in groups]
+            assert scores == [[1.0, 0.0, 1.0], [1.0, 0.0], [], [0.0] * 150 + [1.0]]
+        assert groups[1].rewards[1].parts == {"gsm8k": 0.0, "format": 0.0}
+        assert pool.score([]) == []
+
+
+@pytest.mark.parametrize("hang", ["sleep", "regex"])
+def test_an_answer_that_hangs_costs_itself_only(bad_scorers: str, hang: str) -> None:
+    config = RewardConfig(timeout_s=0.5)
+    with RewardPool(config, scorers_module=bad_scorers) as pool:
+        before = children()
+        start = time.monotonic()
+        [group] = pool.score([item(["yes", hang, "yes", "no"])])
+        assert time.monotonic() - start < 10
+        assert [reward.score for reward in group.rewards] == [1.0, 0.0, 1.0, 0.0]
+        assert group.rewards[1].parts == HANG and group.rewards[1].accuracy == 0.0
+        assert group.rewards[3].parts == {"act": 0.0}
+        assert before != children() and len(children()) == 1
+
+
+@pytest.mark.parametrize("crash", ["exit", "raise"])
+def test_an_answer_that_crashes_costs_itself_only(bad_scorers: str, crash: str) -> None:
+    responses = ["yes", crash, "yes", crash, "no"]
+    with RewardPool(RewardConfig(num_workers=2), scorers_module=bad_scorers) as pool:
+        [group] = pool.score([item(responses)])
+        assert [reward.score for reward in group.rewards] == [1.0, 0.0, 1.0, 0.0, 0.0]
+        assert [reward.parts == CRASH for reward in group.rewards] == [
+            text == crash for text in responses
+        ]
+
+
+def test_the_time_limit_is_for_one_answer_not_for_a_chunk(bad_scorers: str) -> None:
+    config = RewardConfig(timeout_s=0.8)
+    with RewardPool(config, scorers_module=bad_scorers) as pool:
+        [group] = pool.score([item(["slow"] * 4 + ["yes"] * 28)])
+        assert not any(reward.parts == HANG for reward in group.rewards)
+        assert sum(reward.score for reward in group.rewards) == 28
+
+
+def test_a_worker_that_dies_between_batches_costs_nothing() -> None:
+    with RewardPool(RewardConfig()) as pool:
+        [child] = children()
+        child.kill()
+        child.wait(timeout=10)
+        [group] = pool.score([item(["yes", "no"])])
+        assert [reward.score for reward in group.rewards] == [1.0, 0.0]
+
+
+def test_a_scorer_that_always_crashes_is_reported(
+    bad_scorers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "MAX_CRASHES_IN_A_ROW", 3)
+    with RewardPool(RewardConfig(), scorers_module=bad_scorers) as pool:
+        [group] = pool.score([item(["exit", "exit", "yes", "exit", "exit", "yes"])])
+        assert sum(reward.score for reward in group.rewards) == 2
+        with pytest.raises(RuntimeError, match=r"3 answers in a row \(last exit code 3\)"):
+            pool.score([item(["exit"] * 5)])
+    assert children() == []
+
+
+def test_a_scorer_module_that_cannot_be_imported(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit code 1 while it started"):
+        RewardPool(RewardConfig(), scorers_module="no_such_module_of_scorers")
+    assert children() == []
+
+
+def test_an_unknown_data_source_is_the_users_mistake() -> None:
+    with RewardPool(RewardConfig()) as pool:
+        with pytest.raises(UserError, match="'unheard-of'"):
+            pool.score([item(["yes"], source="unheard-of")])
+        [group] = pool.score([item(["yes"])])
+        assert group.rewards[0].score == 1.0
+
+
+def test_what_a_scorer_prints_goes_to_stderr(bad_scorers: str, capfd) -> None:
+    with RewardPool(RewardConfig(), scorers_module=bad_scorers) as pool:
+        pool.score([item(["print", "yes"])])
+    out, err = capfd.readouterr()
+    assert out == "" and "a scorer that talks" in err
+
+
+def test_close_leaves_no_process() -> None:
+    pool = RewardPool(RewardConfig(num_workers=2))
+    assert len(children()) == 2
+    pool.close()
+    pool.close()
+    assert children() == []
+
+
+def test_the_worker_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, gpg_megatron.reward.worker, gpg_megatron.reward.scorers; print(*sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    heavy = {"torch", "ray", "numpy", "omegaconf", "vllm", "megatron", "transformers"}
+    assert heavy.isdisjoint(run.stdout.split())
+
+
+def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
+    """One process waits for work, one is inside a C call that holds the interpreter lock."""
+    (tmp_path / "bad_scorers.py").write_text(BAD_SCORERS)
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
+        "from gpg_megatron.config import RewardConfig\n"
+        "from gpg_megatron.reward.pool import RewardPool\n"
+        "from test_reward_pool import item\n"
+        "config = RewardConfig(num_workers=2, timeout_s=600)\n"
+        "pool = RewardPool(config, scorers_module='bad_scorers')\n"
+        "pool.score([item(['yes', 'no'])])\n"
+        "print('scored', flush=True)\n"
+        "pool.score([item(['regex'])])\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "scored\n"
+        workers = psutil.Process(parent.pid).children()
+        assert len(workers) == 2
+
+        def cpu_seconds() -> list[float]:
+            return sorted(worker.cpu_times().user for worker in workers)
+
+        idle, _ = cpu_seconds()
+        wait_until(lambda: cpu_seconds()[1] > idle + 0.5, "the regular expression to run")
+        parent.kill()
+        parent.wait(timeout=10)
+        gone, _ = psutil.wait_procs(workers, timeout=5)
+        assert len(gone) == 2
+    finally:
+        parent.kill()
+        parent.wait(timeout=10)
+        parent.stdout.close()
+
+
+def test_thousands_of_answers_a_second_and_core() -> None:
+    text = "She has 3 + 4 = 7 apples and eats 2 of them. " * 20
+    items = [item([f"{text}\n#### {n}" for n in range(8)], "5", "gsm8k") for _ in range(500)]
+    with RewardPool(RewardConfig()) as pool:
+        [child] = children()
+
+        def cpu_seconds() -> float:
+            """Of both sides: unlike the time on the clock, other programs do not change it."""
+            times = child.cpu_times()
+            return time.process_time() + times.user + times.system
+
+        start = cpu_seconds()
+        groups = pool.score(items)
+        seconds = cpu_seconds() - start
+    assert all([r.score for r in g.rewards] == [0, 0, 0, 0, 0, 1, 0, 0] for g in groups)
+    assert 4000 / seconds > 2000, f"{4000 / seconds:.0f} answers per CPU second"
