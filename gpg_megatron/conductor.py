@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpg_megatron.algorithm.advantages import needs_redraw
@@ -43,7 +43,9 @@ class Conductor:
     def __init__(
         self, config: Config, inputs: Inputs, fleet: Fleet, watchdog: Watchdog, pids: Sequence[int]
     ) -> None:
-        """pids: of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+        """The fleet stays the caller's to close.
+
+        pids: of the other policy ranks on this host and the launcher, for memory/rss_gb."""
         self.fleet = fleet
         self._config = config
         self._pids = tuple(pids)
@@ -54,7 +56,6 @@ class Conductor:
         )
         self._watchdog = watchdog
         with ExitStack() as stack:
-            stack.callback(fleet.close)
             self._pool = stack.enter_context(RewardPool(config.reward))
             self._logger = stack.enter_context(
                 RunLogger(config.trainer.output_dir, config.logging, config_yaml(config))
@@ -82,7 +83,10 @@ class Conductor:
     def canary(self) -> list[tuple[Prompt, Completion]]:
         """A few short samples of the engines' weights, to compare with the policy's."""
         limit = min(CANARY_TOKENS, self._config.rollout.max_response_length)
-        requests = self._requests(self._canary_prompts, step=0, redraw=0, n=1, max_tokens=limit)
+        requests = [
+            replace(request, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
+            for request in self._requests(self._canary_prompts, step=0, redraw=0)
+        ]
         return list(zip(self._canary_prompts, self.fleet.generate(requests), strict=True))
 
     def evaluate(self) -> dict[str, float]:
@@ -115,28 +119,20 @@ class Conductor:
         return write_report(self._config.trainer.output_dir)
 
     def close(self) -> None:
-        """End the engines and the scorers, and close the logs."""
+        """End the scorers and close the logs."""
         self._resources.close()
 
-    def _requests(
-        self,
-        prompts: Sequence[Prompt],
-        step: int,
-        redraw: int,
-        *,
-        n: int | None = None,
-        max_tokens: int | None = None,
-    ) -> list[SamplingRequest]:
+    def _requests(self, prompts: Sequence[Prompt], step: int, redraw: int) -> list[SamplingRequest]:
         """One request for each prompt; no two of a run share a seed."""
         r = self._config.rollout
         return [
             SamplingRequest(
                 prompt=prompt,
-                n=n or r.n,
+                n=r.n,
                 temperature=r.temperature,
                 top_p=r.top_p,
                 top_k=r.top_k,
-                max_tokens=max_tokens or r.max_response_length,
+                max_tokens=r.max_response_length,
                 stop=r.stop,
                 seed=_seed(self._config.trainer.seed, step, redraw, place),
             )

@@ -113,6 +113,11 @@ class RolloutConfig:
     ray_address: Optional[str] = None
     """None: a private Ray inside rank 0; otherwise the address of a cluster to join."""
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top_p or top_k cut the distribution that is sampled."""
+        return self.top_p < 1.0 or self.top_k != -1
+
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:

@@ -57,6 +57,22 @@ def build_tokenizer(texts: Iterable[str], max_vocab_size: int) -> PreTrainedToke
     )
 
 
+def train(
+    problems: Sequence[arithmetic.Operands], settings: DemoSettings
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+    """The warmed-up model and its tokenizer. Seeds torch's global generator."""
+    torch.manual_seed(settings.seed)
+    texts = [
+        arithmetic.TASKS[task].question(operands)
+        for task in arithmetic.TASKS
+        for operands in problems[:100]
+    ]
+    tokenizer = build_tokenizer(texts, settings.max_vocab_size)
+    model = build_model(settings, tokenizer)
+    warm_up(model, tokenizer, problems, settings)
+    return model, tokenizer
+
+
 def build_model(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """A randomly initialised fp32 Qwen2 with tied embeddings. Uses torch's global generator."""
     config = Qwen2Config(

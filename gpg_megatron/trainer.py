@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from statistics import fmean
 
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.platform import Device
 from gpg_megatron.policy.policy import DTYPES, Policy
 from gpg_megatron.preflight import load_inputs
+from gpg_megatron.reaper import scratch_directory
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.types import (
     Completion,
@@ -50,30 +52,29 @@ class Trainer:
         """Collective. Engines start while the policy is built."""
         self.config = config
         self.watchdog = Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S)
+        self.fleet: Fleet | None = None
         self.conductor: Conductor | None = None
         begin = time.perf_counter()
-        engines = self._start_engines(device, run_id)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            on_rank0(lambda: self._start_engines(device, run_id))
             self.policy = Policy(config, shape, device)
             self.parallel = self.policy.position
             load_hf(config.model.path, self.policy.named_shards(), shape, self.parallel)
             self.policy.weights_loaded()
-        except BaseException:
-            if engines is not None:
-                engines.result().close()
-            raise
-        self._open_conductor(engines)
-        self._say(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
-        self.bridge = WeightBridge(
-            shards=self.policy.named_shards(),
-            model=shape,
-            position=self.parallel,
-            run_id=run_id,
-            config=config.bridge,
-            wire_dtype=DTYPES[config.rollout.dtype],
-            call_workers=self._call_workers if self.conductor else None,
-            n_engines=config.rollout.num_engines,
-        )
+            self._open_conductor()
+            self._say(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
+            self.bridge = WeightBridge(
+                shards=self.policy.named_shards(),
+                model=shape,
+                position=self.parallel,
+                run_id=run_id,
+                config=config.bridge,
+                wire_dtype=DTYPES[config.rollout.dtype],
+                call_workers=self._call_workers if self.fleet else None,
+                n_engines=config.rollout.num_engines,
+            )
+            undo.pop_all()
 
     def run(self) -> None:
         """Train to the end."""
@@ -102,40 +103,40 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.watchdog.close()
-        if self.conductor is not None:
-            self.conductor.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the engines and the scorers, and close the logs."""
+        for part in (self.conductor, self.fleet, self.watchdog):
+            if part is not None:
+                part.close()
 
     # ---- set-up -----------------------------------------------------------------------
 
-    def _start_engines(self, device: Device, run_id: str) -> Future[Fleet] | None:
-        """Rank 0 starts the engines in a thread: they take as long as building the policy."""
-        if dist.get_rank() != 0:
-            return None
+    def _start_engines(self, device: Device, run_id: str) -> None:
+        """They go on starting while the policy is built, which takes as long."""
         config = self.config
-        # Kept until the end: Ray's daemons are killed when the thread that started them ends.
-        self._starter = ThreadPoolExecutor(1, "engines")
-        return self._starter.submit(
-            lambda: Fleet.start(
-                model_path=os.path.abspath(config.model.path),
-                config=config.rollout,
-                device=device,
-                max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
-                run_id=run_id,
-                worker_extension=RECEIVER,
-            )
+        self.fleet = Fleet.start(
+            model_path=os.path.abspath(config.model.path),
+            config=config.rollout,
+            device=device,
+            max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
+            run_id=run_id,
+            worker_extension=RECEIVER,
+            scratch_dir=scratch_directory(run_id),
+            log_dir=Path(config.trainer.output_dir) / "logs",
         )
 
-    def _open_conductor(self, engines: Future[Fleet] | None) -> None:
+    def _open_conductor(self) -> None:
         pids: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(pids, os.getpid())
 
         def open_on_rank0() -> None:
-            assert engines is not None
-            fleet = engines.result()
+            assert self.fleet is not None
             inputs = load_inputs(self.config)
+            self.fleet.wait_ready()
             self.conductor = Conductor(
-                self.config, inputs, fleet, self.watchdog, [*pids[1:], os.getppid()]
+                self.config, inputs, self.fleet, self.watchdog, [*pids[1:], os.getppid()]
             )
 
         on_rank0(open_on_rank0)
@@ -173,8 +174,12 @@ class Trainer:
         self._say(f"first sync verified: log-probs agree within {gap:.1e} (limit {tolerance:g})")
 
     def _check_mismatch(self, step: int, results: Sequence[StepResult]) -> None:
-        """In fp32 both sides must agree at every step; the first update of a step is on-policy."""
-        if not self.config.model.dtype == self.config.rollout.dtype == "fp32":
+        """In fp32 both sides must agree at every step; the first update of a step is on-policy.
+
+        Not with top_p or top_k: the engine's log-probs are then those of a cut distribution.
+        """
+        config = self.config
+        if not config.model.dtype == config.rollout.dtype == "fp32" or config.rollout.truncates:
             return
         gap = results[0].metrics.get("mismatch/logprob_max", 0.0)
         if gap > self.config.mismatch_tolerance:

@@ -8,21 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpg_megatron.console import exit_codes
 from gpg_megatron.data import arithmetic, gsm8k
 from gpg_megatron.data.schema import write_parquets
 from gpg_megatron.errors import UserError
 
 
+@exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 2 bad input (one line on stderr)."""
     args = _parser().parse_args(argv)
-    try:
-        splits = args.make(args)
-        files = {Path(args.out) / f"{name}.parquet": rows for name, rows in splits.items()}
-        write_parquets(files)
-    except UserError as error:
-        print(f"gpg-data: {error}", file=sys.stderr)
-        return 2
+    splits = args.make(args)
+    files = {Path(args.out) / f"{name}.parquet": rows for name, rows in splits.items()}
+    write_parquets(files)
     for path, rows in files.items():
         print(f"{path}: {len(rows)} rows")
     return 0

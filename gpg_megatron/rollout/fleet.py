@@ -8,8 +8,6 @@ Every wait has a time-out that names what was waited for, and ends at once when 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -38,10 +36,11 @@ class Fleet:
         self._max_model_len = max_model_len
         self._logs = logs
         self._actors: list[Any] = []
+        self._placing: dict[Any, int] = {}
+        self._loading: dict[Any, int] = {}
         self._processes: list[Any] = []
         self._version = 0
         self._open = True
-        self._at_close = ExitStack()
 
     @classmethod
     def start(
@@ -53,11 +52,14 @@ class Fleet:
         max_model_len: int,
         run_id: str,
         worker_extension: str,
-        scratch_dir: Path | None = None,
-        log_dir: Path | None = None,
+        scratch_dir: Path,
+        log_dir: Path,
         cpu_threads: int | None = None,
     ) -> Fleet:
-        """Open Ray and start the engines in parallel.
+        """Open Ray and let the engines begin to start; wait_ready waits for them.
+
+        Call it in a thread that lives as long as the fleet: Ray's daemons end with the thread
+        that started them.
 
         Args:
             model_path: a Hugging Face directory that every engine's host can read.
@@ -65,19 +67,15 @@ class Fleet:
             run_id: names the Ray namespace.
             worker_extension: dotted path of a class whose methods call_workers can call.
             scratch_dir: for sockets and temporary files of Ray and vLLM; at most 40 characters,
-                since Unix sockets lie 62 characters below it. The caller removes it. None: a
-                new folder below /tmp that close removes.
-            log_dir: where engine_<i>.log are written; None: scratch_dir.
+                since Unix sockets lie 62 characters below it. The caller removes it.
+            log_dir: where engine_<i>.log are written.
             cpu_threads: of each worker, on CPU; None: this host's cores shared among them.
 
         Raises:
             UserError: Ray has no place for the engines, or does not answer.
-            EngineError, TimeoutError: an engine did not start; the last lines of its log are
-                in the message.
         """
         tp, count = config.tensor_model_parallel_size, config.num_engines
-        scratch = scratch_dir or Path(tempfile.mkdtemp(prefix="gpg-", dir="/tmp"))
-        assert len(str(scratch)) <= MAX_SCRATCH_PATH, f"{scratch}: too long for Unix sockets"
+        assert len(str(scratch_dir)) <= MAX_SCRATCH_PATH, f"{scratch_dir}: too long for sockets"
         spec = EngineSpec(
             model_path=model_path,
             device=device,
@@ -90,35 +88,37 @@ class Fleet:
             enforce_eager=config.enforce_eager,
             worker_extension=worker_extension,
             cpu_threads=cpu_threads or max(1, len(os.sched_getaffinity(0)) // (tp * count)),
-            scratch=str(scratch),
+            scratch=str(scratch_dir),
         )
-        folder = (log_dir or scratch).absolute()
-        logs = [folder / f"engine_{i}.log" for i in range(count)]
+        logs = [log_dir.absolute() / f"engine_{i}.log" for i in range(count)]
         fleet = cls(config, max_model_len, logs)
-        if scratch_dir is None:
-            fleet._at_close.callback(shutil.rmtree, scratch, ignore_errors=True)
         with ExitStack() as undo:
             undo.callback(fleet.close)
             gpus = tp if device == "cuda" else 0
-            open_ray(config, run_id=run_id, scratch_dir=scratch, gpus_per_engine=gpus)
-            fleet._start_engines(spec, gpus)
+            open_ray(config, run_id=run_id, scratch_dir=scratch_dir, gpus_per_engine=gpus)
+            fleet._submit(spec, gpus)
             undo.pop_all()
         return fleet
 
-    def _start_engines(self, spec: EngineSpec, gpus: int) -> None:
+    def _submit(self, spec: EngineSpec, gpus: int) -> None:
         import ray
 
         actor_class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Engine)
         self._actors = [actor_class.remote(spec, str(log)) for log in self._logs]
-        need = f"placement by Ray (1 CPU, {gpus} GPUs)"
-        limit = min(PLACEMENT_TIMEOUT_S, self._config.startup_timeout_s)
-        hosts = self._all(lambda actor: actor.placed.remote(), limit, need)
-        self._all(
-            lambda actor: actor.start.remote(),
-            self._config.startup_timeout_s,
-            f"loading {spec.model_path} into vLLM",
-        )
-        self._processes = self._local_processes(hosts)
+        self._placing = {actor.placed.remote(): i for i, actor in enumerate(self._actors)}
+        self._loading = {actor.start.remote(): i for i, actor in enumerate(self._actors)}
+
+    def wait_ready(self) -> None:
+        """Return when every engine has loaded its model.
+
+        Raises:
+            EngineDied, EngineError, TimeoutError: an engine did not start; the last lines of
+                its log are in the message.
+        """
+        limit = self._config.startup_timeout_s
+        hosts = self._gather(self._placing, min(PLACEMENT_TIMEOUT_S, limit), "placement by Ray")
+        self._gather(self._loading, limit, "loading the model into vLLM")
+        self._processes = self._local_processes([hosts[i] for i in range(len(self._actors))])
 
     def _local_processes(self, hosts: Sequence[str]) -> list[Any]:
         import psutil
@@ -222,7 +222,6 @@ class Fleet:
                 ray.kill(actor)
             ray.shutdown()
         _end(self._processes)
-        self._at_close.close()
 
     def _all(self, call: Callable[[Any], Any], timeout_s: float, what: str) -> list[Any]:
         refs = {call(actor): i for i, actor in enumerate(self._actors)}

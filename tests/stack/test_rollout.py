@@ -32,7 +32,7 @@ from gpg_megatron.rollout.failures import EngineDied, EngineError
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt, VersionSpan
-from tests.stack.tiny_model import make_tiny_model
+from tests.tiny import make_tiny_model
 
 HERE = Path(__file__).resolve().parent
 MAX_MODEL_LEN = 256
@@ -55,7 +55,7 @@ def run_of(model: Path, *, tp: int = 1) -> Iterator[Fleet]:
 
 
 def start_fleet(model: Path, run_id: str, tp: int) -> Fleet:
-    return Fleet.start(
+    fleet = Fleet.start(
         model_path=str(model),
         config=RolloutConfig(
             dtype="fp32",
@@ -71,8 +71,11 @@ def start_fleet(model: Path, run_id: str, tp: int) -> Fleet:
         run_id=run_id,
         worker_extension="worker_ext.Extension",
         scratch_dir=scratch_directory(run_id),
+        log_dir=scratch_directory(run_id),
         cpu_threads=1,
     )
+    fleet.wait_ready()
+    return fleet
 
 
 def request(i: int = 0, **changes) -> SamplingRequest:

@@ -74,7 +74,7 @@ def test_a_bad_line_ends_the_command_with_one_line_and_no_file(tmp_path, capsys)
     code = cli.main(["gsm8k", "--source", str(tmp_path), "--out", str(tmp_path / "out")])
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"gpg-data: {tmp_path}/test.jsonl:2: the answer has no")
+    assert line.startswith(f"error: {tmp_path}/test.jsonl:2: the answer has no")
     assert not (tmp_path / "out").exists()
 
 

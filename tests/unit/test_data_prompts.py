@@ -9,7 +9,7 @@ import pytest
 from gpg_megatron.config import DataConfig
 from gpg_megatron.data.prompts import load_prompts
 from gpg_megatron.data.schema import make_row
-from gpg_megatron.demo import build_tokenizer
+from gpg_megatron.demo_model import build_tokenizer
 from gpg_megatron.errors import UserError
 
 

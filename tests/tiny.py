@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 EOS = "<|im_end|>"
@@ -17,8 +19,13 @@ def make_tiny_model(
     num_kv_heads: int = 2,
     vocab_size: int = 320,
     seed: int = 0,
+    sharpness: float = 1.0,
 ) -> Path:
-    """Write config, fp32 safetensors and tokenizer files; tied embeddings, head size 32."""
+    """Write config, fp32 safetensors and tokenizer files; tied embeddings, head size 32.
+
+    sharpness scales the final norm, and so the logits: random weights alone sample nearly
+    uniformly.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -40,6 +47,7 @@ def make_tiny_model(
         initializer_range=0.05,
     )
     model = Qwen2ForCausalLM(config).float()
+    model.model.norm.weight.data *= sharpness
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -54,3 +62,24 @@ def _byte_tokenizer():
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, pad_token=PAD)
+
+
+def write_problems(
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    answers: Sequence[str] | None = None,
+    data_source: str = "arithmetic/tiny",
+) -> Path:
+    """A jsonl file in the row schema; without answers the ground truth is "0"."""
+    with path.open("w") as file:
+        for prompt, answer in zip(prompts, answers or ["0"] * len(prompts), strict=True):
+            row = {
+                "data_source": data_source,
+                "prompt": [{"role": "user", "content": prompt}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": answer},
+                "extra_info": {},
+            }
+            file.write(json.dumps(row) + "\n")
+    return path

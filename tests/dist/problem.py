@@ -1,0 +1,223 @@
+"""What every layout has to solve: tiny models, samples, and the settings of the updates.
+
+The samples make three updates. The first has live and dead samples, one of them longer than a
+micro-batch. The second has no live sample. The third has only three, too few for four
+data-parallel ranks, so that some ranks compute fillers.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpg_megatron.config import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from gpg_megatron.types import TrainSample
+
+UPDATES = 3
+GROUPS_PER_UPDATE = 3
+TOKENS_PER_MICRO_BATCH = 24
+MAX_RESPONSE = 26
+
+# update -> group -> advantage of each sample; a zero is a sample that carries no gradient.
+_ADVANTAGES = (
+    ((1.5, -0.5, 0.0, 0.75), (0.25, 1.0, -1.25, 2.0), (0.0, 0.0, 0.0, 0.0)),
+    ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
+    ((0.0, 1.25, 0.0), (-0.5, 0.0, 0.75), (0.0, 0.0, 0.0)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many ranks share the model, and in which way."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    first: int | None = None
+    """Layers of the first pipeline stage; None: as many as the others."""
+
+    @property
+    def name(self) -> str:
+        """For example tp2-pp2-first3."""
+        sizes = [f"{k}{n}" for k, n in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp)) if n > 1]
+        return "-".join(sizes + ([f"first{self.first}"] if self.first else [])) or "single"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.tp * self.pp * self.dp
+
+
+LAYOUTS = (
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(pp=2, first=1),
+    Layout(dp=2),
+    Layout(tp=4),
+    Layout(pp=4),
+    Layout(dp=4),
+    Layout(tp=2, pp=2),
+    Layout(tp=2, pp=2, first=3),
+    Layout(tp=2, dp=2),
+    Layout(pp=2, dp=2),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A model and how its updates are made."""
+
+    name: str
+    family: str
+    """Prefix of the classes in transformers, for example Qwen2."""
+    tied: bool
+    vocab_size: int
+    """Odd: the padded vocabulary splits in the middle of the real one, or after it."""
+    head_dim: int
+    aggregation: str
+    temperature: float
+    clip_grad: float
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """As its family has it."""
+        return self.family == "Qwen2"
+
+
+PROBLEMS = (
+    Problem(
+        name="qwen2-tied",
+        family="Qwen2",
+        tied=True,
+        vocab_size=301,
+        head_dim=8,
+        aggregation="group-token-mean",
+        temperature=1.0,
+        clip_grad=0.5,
+    ),
+    Problem(
+        name="qwen2-untied",
+        family="Qwen2",
+        tied=False,
+        vocab_size=131,
+        head_dim=8,
+        aggregation="token-mean",
+        temperature=0.7,
+        clip_grad=0.0,
+    ),
+    Problem(
+        name="qwen3",
+        family="Qwen3",
+        tied=True,
+        vocab_size=257,
+        head_dim=16,
+        aggregation="seq-mean-token-mean",
+        temperature=1.3,
+        clip_grad=1000.0,
+    ),
+    Problem(
+        name="llama",
+        family="Llama",
+        tied=False,
+        vocab_size=301,
+        head_dim=8,
+        aggregation="seq-mean-token-sum-norm",
+        temperature=1.0,
+        clip_grad=0.05,
+    ),
+)
+
+
+def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
+    """The configuration of one run; model is the Hugging Face directory."""
+    return Config(
+        model=ModelConfig(path=str(model), dtype="fp32"),
+        policy=PolicyConfig(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            data_parallel_size=layout.dp,
+            num_layers_in_first_pipeline_stage=layout.first,
+            max_tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
+            lr=1e-2,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            # Adam divides by the gradient's size: a small eps would turn the rounding error of
+            # a gradient near zero into a step of full length.
+            adam_eps=1e-3,
+            clip_grad=problem.clip_grad,
+        ),
+        rollout=RolloutConfig(temperature=problem.temperature, max_response_length=MAX_RESPONSE),
+        algorithm=AlgorithmConfig(loss_aggregation=problem.aggregation),
+        trainer=TrainerConfig(
+            total_training_steps=1,
+            train_batch_size=UPDATES * GROUPS_PER_UPDATE,
+            mini_batch_size=GROUPS_PER_UPDATE,
+            device="cpu",
+        ),
+    )
+
+
+def make_samples(problem: Problem) -> list[TrainSample]:
+    """The rollout batch of all updates, the same on every rank."""
+    rng = random.Random(7)
+    groups = [group for update in _ADVANTAGES for group in update]
+    samples = [
+        _sample(rng, problem.vocab_size, group, index, advantage)
+        for group, advantages in enumerate(groups)
+        for index, advantage in enumerate(advantages)
+    ]
+    return samples
+
+
+def _sample(
+    rng: random.Random, vocab_size: int, group: int, index: int, advantage: float
+) -> TrainSample:
+    n_response = rng.randint(1, 12)
+    if (group, index) == (0, 0):
+        n_response = MAX_RESPONSE
+    if (group, index) == (0, 2):
+        n_response = 0
+    return TrainSample(
+        prompt_id=f"toy/{group}",
+        group=group,
+        index=index,
+        prompt_token_ids=tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, 7))),
+        response_token_ids=tuple(rng.randrange(vocab_size) for _ in range(n_response)),
+        rollout_logprobs=tuple(rng.uniform(-8.0, -2.0) for _ in range(n_response)),
+        advantage=advantage,
+        version=0,
+    )
+
+
+def make_model(problem: Problem, directory: Path) -> None:
+    """Write a random 4-layer model, 8 query heads and 2 key-value heads, fp32 safetensors."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{problem.family}Config")(
+        vocab_size=problem.vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=problem.head_dim,
+        max_position_embeddings=64,
+        tie_word_embeddings=problem.tied,
+    )
+    torch.manual_seed(11)
+    model = getattr(transformers, f"{problem.family}ForCausalLM")(config).float()
+    for parameter in model.parameters():
+        # Norm weights of one and biases of zero would hide that they are mixed up.
+        around = 1.0 if parameter.dim() == 1 and parameter.mean() == 1.0 else 0.0
+        torch.nn.init.normal_(parameter, mean=around, std=0.15)
+    model.save_pretrained(directory)

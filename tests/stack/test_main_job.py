@@ -1,0 +1,194 @@
+"""The whole job, as a user starts it: gpg-train with real ranks, real vLLM, real transfers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gpg_megatron.config import load_config
+from gpg_megatron.reaper import RUN_ID_VARIABLE
+from tests.tiny import make_tiny_model, write_problems
+
+START_LIMIT_S = 240.0
+END_LIMIT_S = 20.0
+PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, problems that it answers now and then, and config.yaml."""
+    folder = tmp_path_factory.mktemp("job")
+    model = make_tiny_model(folder / "model", num_layers=4, sharpness=6.0)
+    answers = _likely_answers(model)
+    write_problems(folder / "train.jsonl", PROMPTS, answers=answers)
+    write_problems(folder / "test.jsonl", PROMPTS[::4], answers=answers[::4])
+    config = {
+        "data": {
+            "train_files": [str(folder / "train.jsonl")],
+            "val_files": [str(folder / "test.jsonl")],
+            "apply_chat_template": False,
+            "max_prompt_length": 8,
+        },
+        "model": {"path": str(folder / "model"), "dtype": "fp32"},
+        "policy": {"tensor_model_parallel_size": 2, "lr": 1e-3, "max_tokens_per_micro_batch": 64},
+        "rollout": {
+            "n": 8,
+            "max_response_length": 1,
+            "dtype": "fp32",
+            "kv_cache_gb": 0.125,
+            "enforce_eager": True,
+        },
+        "trainer": {"train_batch_size": 8, "device": "cpu", "total_training_steps": 100_000},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def _likely_answers(model: Path) -> list[str]:
+    """The model's most likely next token that is not white space, for each prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        ranked = network(ids).logits[0, -1].argsort(descending=True).tolist()
+        texts = (tokenizer.decode([token]) for token in ranked)
+        answers.append(next(t for t in texts if t.strip() == t and t.isascii() and t))
+    return answers
+
+
+class Job:
+    """A running gpg-train and what it must not leave behind."""
+
+    def __init__(self, folder: Path, name: str, *overrides: str) -> None:
+        self.output = folder / name
+        self.segments = set(os.listdir("/dev/shm"))
+        command = [sys.executable, "-m", "gpg_megatron.train", "--config"]
+        command += [str(folder / "config.yaml"), f"trainer.output_dir={self.output}", *overrides]
+        self.log = folder / f"{name}.log"
+        with self.log.open("w") as log:
+            # A session of its own: the terminal's Ctrl-C goes to a whole process group.
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def metrics(self) -> list[dict]:
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not any(row["step"] >= step for row in self.metrics()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, f"no step {step}: {self.log.read_text()}"
+            time.sleep(0.2)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything below gpg-train that carries the run's id."""
+        return [
+            p
+            for p in psutil.Process(self.process.pid).children(recursive=True)
+            if RUN_ID_VARIABLE in p.environ()
+        ]
+
+    def ends(self, code: int) -> str:
+        """Wait for the end and check that nothing is left; returns what was printed."""
+        survivors = psutil.Process(self.process.pid).children(recursive=True)
+        begin = time.monotonic()
+        assert self.process.wait(timeout=END_LIMIT_S) == code, self.log.read_text()
+        while any(p.is_running() and p.status() != "zombie" for p in survivors):
+            assert time.monotonic() < begin + END_LIMIT_S, [p for p in survivors if p.is_running()]
+            time.sleep(0.2)
+        assert set(os.listdir("/dev/shm")) <= self.segments
+        return self.log.read_text()
+
+
+@pytest.fixture
+def running(job: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
+    """A job that has done a step and would go on for hours."""
+    started = Job(job, request.node.name.replace("[", "_").strip("]"))
+    try:
+        started.wait_for_step(1)
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.process.send_signal(signal.SIGTERM)
+            started.process.wait(timeout=60)
+
+
+def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
+    """Other tensor-parallel layouts on both sides; every sync is checked by log-probs."""
+    started = Job(
+        job,
+        "whole",
+        "trainer.total_training_steps=3",
+        "policy.pipeline_model_parallel_size=2",
+        "rollout.tensor_model_parallel_size=2",
+        "trainer.val_n=8",
+    )
+    started.process.wait(timeout=START_LIMIT_S)
+    printed = started.ends(0)
+    assert "first sync verified" in printed and "step 3/3" in printed, printed
+    before, *steps = started.metrics()
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert [row["version"] for row in steps] == [1, 2, 3], "each step made one update"
+    for row in steps:
+        assert row["mismatch/logprob_max"] <= 1e-4
+        assert row["staleness/max"] == 0
+        assert {
+            "reward/mean",
+            "reward/accuracy",
+            "group/live_fraction",
+            "group/alpha",
+            "group/redraws",
+            "policy/loss",
+            "policy/grad_norm",
+            "policy/lr",
+            "policy/tokens",
+            "policy/tokens_skipped",
+            "response/length_mean",
+            "response/clipped_fraction",
+            "timing/rollout_s",
+            "timing/reward_s",
+            "timing/policy_s",
+            "timing/sync_s",
+            "timing/step_s",
+            "throughput/rollout_tokens_per_s",
+            "throughput/policy_tokens_per_s",
+            "memory/rss_gb",
+        } <= row.keys()
+    key = "eval/arithmetic/tiny/mean@8"
+    assert steps[-1][key] > before[key], "three large steps on one-token answers must show"
+    rows = [json.loads(line) for line in (started.output / "rollouts/step_2.jsonl").open()]
+    assert {row["version"] for row in rows} == {1}
+    assert (started.output / "report.html").stat().st_size > 10_000
+    assert any((started.output / "tensorboard").iterdir())
+    assert load_config(started.output / "config.yaml").trainer.total_training_steps == 3
+
+
+def test_a_killed_rank_ends_the_run(running: Job) -> None:
+    rank = next(p for p in running.processes() if p.environ().get("RANK") == "1")
+    rank.kill()
+    assert "policy rank 1 ended: killed by SIGKILL" in running.ends(1)
+
+
+def test_a_killed_engine_ends_the_run(running: Job) -> None:
+    engine = next(p for p in running.processes() if "EngineCore" in " ".join(p.cmdline()))
+    engine.kill()
+    assert "engine 0 died" in running.ends(1)
+
+
+def test_ctrl_c_ends_the_run(running: Job) -> None:
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert "stopped by SIGINT" in running.ends(130)
