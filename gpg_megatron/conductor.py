@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from gpg_megatron.algorithm.advantages import needs_redraw
 from gpg_megatron.config import Config, config_yaml
@@ -18,6 +17,8 @@ from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress
 from gpg_megatron.observe.report import write_report
+from gpg_megatron.observe.rundir import read_metrics
+from gpg_megatron.observe.summary import summary_lines
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.preflight import Inputs
 from gpg_megatron.reward.pool import RewardPool
@@ -114,9 +115,10 @@ class Conductor:
             self._progress.step(step, metrics)
             self._logger.write_rollouts(step, groups, samples)
 
-    def finish(self) -> Path:
-        """The report page of a run that came to its end."""
-        return write_report(self._config.trainer.output_dir)
+    def finish(self) -> list[str]:
+        """Write the report page of a run that came to its end; what there is to say of it."""
+        page = write_report(self._config.trainer.output_dir)
+        return [*summary_lines(read_metrics(page.parent)), f"report: {page}"]
 
     def close(self) -> None:
         """End the scorers and close the logs."""

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpg_megatron.config import Config
+from gpg_megatron.config import Config, PolicyConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import ModelShape
 
@@ -37,6 +37,8 @@ def load_model_shape(path: str | Path) -> ModelShape:
         raise UserError(f"model.path: {path} has no config.json") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{directory / 'config.json'}: expected a JSON object")
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"model.path: {path} has no *.safetensors files")
     return _shape(raw, directory / "config.json")
@@ -83,27 +85,22 @@ def _shape(raw: dict[str, Any], where: Path) -> ModelShape:
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
-    """The parallel sizes against the model. Raises UserError with the nearest legal values."""
-    tp = config.policy.tensor_model_parallel_size
-    engine_tp = config.rollout.tensor_model_parallel_size
-    for key, size in (("policy", tp), ("rollout", engine_tp)):
-        if shape.num_heads % size:
-            legal = [n for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0]
+    """The parallel sizes against the model. Raises UserError with the legal values."""
+    for section, size, has_copies in (
+        ("policy", config.policy.tensor_model_parallel_size, False),
+        ("rollout", config.rollout.tensor_model_parallel_size, True),
+    ):
+        problem = _tensor_parallel_problem(shape, size, engine=has_copies)
+        if problem:
+            legal = [
+                n
+                for n in range(1, shape.num_heads + 1)
+                if not _tensor_parallel_problem(shape, n, engine=has_copies)
+            ]
             raise UserError(
-                f"{key}.tensor_model_parallel_size={size} does not divide the model's "
-                f"{shape.num_heads} attention heads; legal: {legal}"
+                f"{section}.tensor_model_parallel_size={size} {problem}; legal: {legal}"
             )
-        if shape.num_kv_heads % size and size % shape.num_kv_heads:
-            raise UserError(
-                f"{key}.tensor_model_parallel_size={size} fits neither way into the model's "
-                f"{shape.num_kv_heads} key-value heads; one must divide the other"
-            )
-        if shape.ffn_size % size:
-            raise UserError(
-                f"{key}.tensor_model_parallel_size={size} does not divide the model's "
-                f"intermediate_size {shape.ffn_size}"
-            )
-    _check_pipeline(config, shape)
+    pipeline_stages(config.policy, shape.num_layers)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > shape.max_position_embeddings:
         raise UserError(
@@ -112,19 +109,45 @@ def check_layout(config: Config, shape: ModelShape) -> None:
         )
 
 
-def _check_pipeline(config: Config, shape: ModelShape) -> None:
-    """Layers against pipeline stages, an uneven first or last stage included."""
-    pp = config.policy.pipeline_model_parallel_size
-    first = config.policy.num_layers_in_first_pipeline_stage
-    last = config.policy.num_layers_in_last_pipeline_stage
-    fixed = [n for n in (first, last) if n is not None]
-    layers, stages = shape.num_layers - sum(fixed), pp - len(fixed)
-    if (stages > 0 and (layers < stages or layers % stages)) or (stages <= 0 and layers):
+def _tensor_parallel_problem(shape: ModelShape, size: int, *, engine: bool) -> str | None:
+    """Why a model cannot be cut into `size` parts; None when it can."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if heads % size:
+        return f"does not divide the model's {heads} attention heads"
+    if kv_heads % size and size % kv_heads:
+        return (
+            f"fits neither way into the model's {kv_heads} key-value heads; one must divide the "
+            f"other"
+        )
+    # The engine copies key-value heads; Megatron cuts the rows of the fused projection.
+    if not engine and (heads + 2 * kv_heads) * shape.head_dim % size:
+        return f"does not divide the {(heads + 2 * kv_heads) * shape.head_dim} rows of q, k and v"
+    if shape.ffn_size % size:
+        return f"does not divide the model's intermediate_size {shape.ffn_size}"
+    return None
+
+
+def pipeline_stages(policy: PolicyConfig, num_layers: int) -> tuple[int, ...]:
+    """The pipeline stage of each layer: even, but for a first or last stage of a given size.
+
+    Raises:
+        UserError: the layers do not fit.
+    """
+    pp = policy.pipeline_model_parallel_size
+    first = policy.num_layers_in_first_pipeline_stage
+    last = policy.num_layers_in_last_pipeline_stage
+    ends = [n for n in (first, last) if n is not None]
+    middle, stages = num_layers - sum(ends), pp - len(ends)
+    fits = middle >= stages and middle % stages == 0 if stages > 0 else middle == 0
+    if not fits or (pp == 1 and ends):
         raise UserError(
             f"policy.pipeline_model_parallel_size={pp} does not divide the model's "
-            f"{shape.num_layers} layers; set policy.num_layers_in_first_pipeline_stage or "
-            f"policy.num_layers_in_last_pipeline_stage for an uneven layout"
+            f"{num_layers} layers; set policy.num_layers_in_first_pipeline_stage or "
+            f"policy.num_layers_in_last_pipeline_stage for an uneven layout that adds up"
         )
+    sizes = [middle // max(1, stages)] * pp
+    sizes[0], sizes[-1] = first or sizes[0], last or sizes[-1]
+    return tuple(stage for stage, n in enumerate(sizes) for _ in range(n))
 
 
 def padded_vocab_size(shape: ModelShape, tensor_parallel_size: int) -> int:

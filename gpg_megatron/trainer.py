@@ -219,8 +219,8 @@ class Trainer:
         self.conductor.report(step, metrics, rollout.groups, samples)
 
     def _finish(self) -> None:
-        page = self._conductor.finish()
-        self._say(f"done: {self.policy.version} updates; report: {page}")
+        for line in self._conductor.finish():
+            self._say(line)
 
     def _say(self, text: str) -> None:
         if self.conductor is not None:
@@ -256,6 +256,7 @@ def _metrics(
         **results[0].metrics,
         "version": results[-1].version,
         "group/alpha": stats.alpha,
+        "group/live_fraction": stats.live_fraction,
         "group/redraws": rollout.redraws,
         "policy/loss": fmean(r.loss for r in results),
         "policy/grad_norm": fmean(r.grad_norm for r in updated) if updated else 0.0,

@@ -181,6 +181,20 @@ class ParallelPosition:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoEShape:
+    """The experts of a mixture-of-experts model; every layer has them."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_size: int
+    """Intermediate size of one expert."""
+    shared_ffn_size: int
+    """Of the shared expert that every token visits; 0: there is none."""
+    renormalised: bool
+    """The weights of the chosen experts are scaled to sum to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The architecture of a Hugging Face model, as its config.json states it."""
 
@@ -203,3 +217,10 @@ class ModelShape:
     rope_theta: float
     rms_norm_eps: float
     max_position_embeddings: int
+    moe: MoEShape | None = None
+    """None: a dense model."""
+
+    @property
+    def num_experts(self) -> int:
+        """0 for a dense model."""
+        return self.moe.num_experts if self.moe else 0

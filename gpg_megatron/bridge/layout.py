@@ -85,6 +85,11 @@ class Shard:
 Layout = Callable[[Sequence[str], Shard, ModelShape], list[Piece]]
 
 
+def split_dimension(layout: Layout) -> int | None:
+    """The dimension of a Megatron parameter that tensor parallelism cuts; None: it is copied."""
+    return _SPLIT.get(layout, 0)
+
+
 def replicated(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
     """Every rank holds the whole tensor."""
     whole = Box.whole(shard.shape)
@@ -102,6 +107,9 @@ def columns(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece
     first = shard.tp_rank * width
     hf = Box(((0, shard.shape[0]), (first, first + width)))
     return [Piece(names[0], hf, Box.whole(shard.shape))]
+
+
+_SPLIT: dict[Layout, int | None] = {replicated: None, columns: 1}
 
 
 def vocab_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:

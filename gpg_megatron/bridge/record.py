@@ -8,8 +8,9 @@ fused and sharded parameters is needed, for any model.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,13 +70,12 @@ def record_loaders(
             )
         view = View(parameter, target.storage_offset(), tuple(target.shape), target.stride())
         result.append(Destination(name, _box_of(source, tensors[name], name), view))
-    written = Counter({name: 0 for name in parameters.values()})
-    for destination in result:
-        written[destination.view.parameter] += destination.hf.numel
-    for fill in recorder.fills:
-        if _storage(fill) in parameters:
-            written[parameters[_storage(fill)]] += fill.numel()
-    _check_coverage(model, written)
+    fills = [
+        View(parameters[_storage(f)], f.storage_offset(), tuple(f.shape), f.stride())
+        for f in recorder.fills
+        if _storage(f) in parameters
+    ]
+    _check_coverage(model, [d.view for d in result], fills)
     return result
 
 
@@ -90,17 +90,47 @@ def _box_of(view: torch.Tensor, whole: torch.Tensor, name: str) -> Box:
     for stride in whole.stride():
         starts.append(rest // stride)
         rest %= stride
-    if view.ndim != whole.ndim or view.stride() != whole.stride():
+    box = Box(tuple((start, start + n) for start, n in zip(starts, view.shape, strict=False)))
+    fits = view.stride() == whole.stride() and all(
+        stop <= n for (_, stop), n in zip(box.ranges, whole.shape, strict=True)
+    )
+    if not fits:
         raise ValueError(f"the engine's loader reshapes {name}; only rectangles can be moved")
-    return Box(tuple((start, start + n) for start, n in zip(starts, view.shape, strict=True)))
+    return box
 
 
-def _check_coverage(model: torch.nn.Module, written: Mapping[str, int]) -> None:
-    """Every element of every parameter is written exactly once."""
-    sizes = dict(model.named_parameters())
-    for name, count in written.items():
-        if count != sizes[name].numel():
+def _check_coverage(model: torch.nn.Module, views: Sequence[View], fills: Sequence[View]) -> None:
+    """Every element of every parameter is written exactly once, or filled."""
+    written: dict[str, list[View]] = {n: [] for n, p in model.named_parameters() if p.numel()}
+    for view in views:
+        written[view.parameter].append(view)
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            continue
+        filled = [view for view in fills if view.parameter == name]
+        count = sum(math.prod(view.shape) for view in written[name] + filled)
+        if count != parameter.numel():
             raise ValueError(
-                f"the engine's parameter {name} has {sizes[name].numel()} elements, and its "
+                f"the engine's parameter {name} has {parameter.numel()} elements, and its "
                 f"loaders write {count}"
             )
+        if not _disjoint(written[name] + filled):
+            raise ValueError(f"the engine's loaders write parts of its parameter {name} twice")
+
+
+def _disjoint(views: Sequence[View]) -> bool:
+    """Whether no element is in two of the views of one parameter."""
+    spans = sorted((view.offset, _last(view)) for view in views)
+    if all(last < first for (_, last), (first, _) in pairwise(spans)):
+        return True
+    # Interleaved, as columns are: count the elements themselves.
+    hits = torch.zeros(max(last for _, last in spans) + 1, dtype=torch.uint8)
+    for view in views:
+        hits.as_strided(view.shape, view.stride, view.offset).add_(1)
+    return int(hits.max()) <= 1
+
+
+def _last(view: View) -> int:
+    """Offset of a view's last element."""
+    steps = ((n - 1) * stride for n, stride in zip(view.shape, view.stride, strict=True))
+    return view.offset + sum(steps)

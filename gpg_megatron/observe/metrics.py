@@ -11,15 +11,13 @@ import psutil
 from gpg_megatron.types import ScoredGroup, TrainSample
 
 GIGABYTE = 10**9
-SAME_ACCURACY = 1e-6
-"""Accuracies of a group that differ by no more than this count as equal."""
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Means over all completions of the rollout batch (of groups for group/live_fraction).
+    """Means over all completions of the rollout batch.
 
     reward/mean, reward/accuracy, one reward/<part> for each part that a scorer named
-    (an answer without it counts as 0), group/live_fraction, response/length_mean (tokens),
+    (an answer without it counts as 0), response/length_mean (tokens),
     response/clipped_fraction (share that ended at the length limit).
     """
     rewards = [reward for group in groups for reward in group.rewards]
@@ -32,7 +30,6 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics | {
         "reward/mean": fmean(reward.score for reward in rewards),
         "reward/accuracy": fmean(reward.accuracy for reward in rewards),
-        "group/live_fraction": fmean(_is_live(group) for group in groups),
         "response/length_mean": fmean(len(c.token_ids) for c in completions),
         "response/clipped_fraction": fmean(c.finish_reason == "length" for c in completions),
     }
@@ -57,11 +54,6 @@ def memory_metrics(pids: Iterable[int] = ()) -> dict[str, float]:
         except psutil.NoSuchProcess:
             continue
     return {"memory/rss_gb": sum(map(_rss, processes.values())) / GIGABYTE}
-
-
-def _is_live(group: ScoredGroup) -> bool:
-    accuracies = [reward.accuracy for reward in group.rewards]
-    return max(accuracies) - min(accuracies) > SAME_ACCURACY
 
 
 def _rss(process: psutil.Process) -> int:

@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from gpg_megatron.config import load_config
-from gpg_megatron.reaper import RUN_ID_VARIABLE
 from tests.tiny import make_tiny_model, write_problems
 
-START_LIMIT_S = 240.0
+START_LIMIT_S = 480.0
 END_LIMIT_S = 20.0
 PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 
@@ -74,6 +74,7 @@ class Job:
 
     def __init__(self, folder: Path, name: str, *overrides: str) -> None:
         self.output = folder / name
+        self.below: set[psutil.Process] = set()
         self.segments = set(os.listdir("/dev/shm"))
         command = [sys.executable, "-m", "gpg_megatron.train", "--config"]
         command += [str(folder / "config.yaml"), f"trainer.output_dir={self.output}", *overrides]
@@ -90,57 +91,69 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + START_LIMIT_S
         while not any(row["step"] >= step for row in self.metrics()):
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.is_running(), self.log.read_text()
             assert time.monotonic() < deadline, f"no step {step}: {self.log.read_text()}"
             time.sleep(0.2)
 
-    def processes(self) -> list[psutil.Process]:
-        """Everything below gpg-train that carries the run's id."""
-        return [
-            p
-            for p in psutil.Process(self.process.pid).children(recursive=True)
-            if RUN_ID_VARIABLE in p.environ()
-        ]
+    def is_running(self) -> bool:
+        """Also remembers the processes below, which must end with it."""
+        if self.process.poll() is not None:
+            return False
+        self.below |= set(psutil.Process(self.process.pid).children(recursive=True))
+        return True
 
-    def ends(self, code: int) -> str:
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The policy ranks; what they start inherits RANK, so parenthood decides."""
+        children = psutil.Process(self.process.pid).children()
+        return {int(p.environ()["RANK"]): p for p in children if "RANK" in p.environ()}
+
+    def ends(self, code: int, limit_s: float = END_LIMIT_S) -> str:
         """Wait for the end and check that nothing is left; returns what was printed."""
-        survivors = psutil.Process(self.process.pid).children(recursive=True)
-        begin = time.monotonic()
-        assert self.process.wait(timeout=END_LIMIT_S) == code, self.log.read_text()
-        while any(p.is_running() and p.status() != "zombie" for p in survivors):
-            assert time.monotonic() < begin + END_LIMIT_S, [p for p in survivors if p.is_running()]
+        deadline = time.monotonic() + limit_s
+        while self.is_running():
+            assert time.monotonic() < deadline, f"still running: {self.log.read_text()}"
+            time.sleep(0.1)
+        assert self.process.returncode == code, self.log.read_text()
+        deadline = time.monotonic() + END_LIMIT_S
+        while left := [p for p in self.below if p.is_running() and p.status() != "zombie"]:
+            assert time.monotonic() < deadline, left
             time.sleep(0.2)
         assert set(os.listdir("/dev/shm")) <= self.segments
         return self.log.read_text()
 
 
+@contextmanager
+def started(folder: Path, name: str, *overrides: str) -> Iterator[Job]:
+    """A job that is stopped at the end, whatever the test found."""
+    job = Job(folder, name, *overrides)
+    try:
+        yield job
+    finally:
+        if job.process.poll() is None:
+            job.process.send_signal(signal.SIGTERM)
+            job.process.wait(timeout=60)
+
+
 @pytest.fixture
 def running(job: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
     """A job that has done a step and would go on for hours."""
-    started = Job(job, request.node.name.replace("[", "_").strip("]"))
-    try:
-        started.wait_for_step(1)
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.process.send_signal(signal.SIGTERM)
-            started.process.wait(timeout=60)
+    with started(job, request.node.name) as running:
+        running.wait_for_step(1)
+        yield running
 
 
 def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
     """Other tensor-parallel layouts on both sides; every sync is checked by log-probs."""
-    started = Job(
-        job,
-        "whole",
+    overrides = (
         "trainer.total_training_steps=3",
         "policy.pipeline_model_parallel_size=2",
         "rollout.tensor_model_parallel_size=2",
         "trainer.val_n=8",
     )
-    started.process.wait(timeout=START_LIMIT_S)
-    printed = started.ends(0)
+    with started(job, "whole", *overrides) as run:
+        printed = run.ends(0, limit_s=START_LIMIT_S)
     assert "first sync verified" in printed and "step 3/3" in printed, printed
-    before, *steps = started.metrics()
+    before, *steps = run.metrics()
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert [row["version"] for row in steps] == [1, 2, 3], "each step made one update"
     for row in steps:
@@ -170,21 +183,20 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
         } <= row.keys()
     key = "eval/arithmetic/tiny/mean@8"
     assert steps[-1][key] > before[key], "three large steps on one-token answers must show"
-    rows = [json.loads(line) for line in (started.output / "rollouts/step_2.jsonl").open()]
+    rows = [json.loads(line) for line in (run.output / "rollouts/step_2.jsonl").open()]
     assert {row["version"] for row in rows} == {1}
-    assert (started.output / "report.html").stat().st_size > 10_000
-    assert any((started.output / "tensorboard").iterdir())
-    assert load_config(started.output / "config.yaml").trainer.total_training_steps == 3
+    assert (run.output / "report.html").stat().st_size > 10_000
+    assert any((run.output / "tensorboard").iterdir())
+    assert load_config(run.output / "config.yaml").trainer.total_training_steps == 3
 
 
 def test_a_killed_rank_ends_the_run(running: Job) -> None:
-    rank = next(p for p in running.processes() if p.environ().get("RANK") == "1")
-    rank.kill()
+    running.ranks()[1].kill()
     assert "policy rank 1 ended: killed by SIGKILL" in running.ends(1)
 
 
 def test_a_killed_engine_ends_the_run(running: Job) -> None:
-    engine = next(p for p in running.processes() if "EngineCore" in " ".join(p.cmdline()))
+    engine = next(p for p in running.below if p.is_running() and p.name() == "ray::Engine")
     engine.kill()
     assert "engine 0 died" in running.ends(1)
 

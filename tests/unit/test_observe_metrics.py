@@ -71,7 +71,6 @@ def test_rollout_metrics_of_two_groups() -> None:
         "reward/accuracy": 0.25,
         "reward/format": 0.75,
         "reward/timeout": 0.25,
-        "group/live_fraction": 0.5,
         "response/length_mean": 5.0,
         "response/clipped_fraction": 0.5,
     }
@@ -82,16 +81,6 @@ def test_means_weigh_completions_alike_when_groups_are_ragged() -> None:
     metrics = rollout_metrics([group([right] * 3, [1, 1, 1]), group([wrong], [5])])
     assert metrics["reward/accuracy"] == 0.75
     assert metrics["response/length_mean"] == 2.0
-    assert metrics["group/live_fraction"] == 0.0
-
-
-def test_a_group_is_live_by_accuracy_not_by_score() -> None:
-    shaped = [reward(0.2, 1.0), reward(0.9, 1.0)]
-    assert rollout_metrics([group(shaped, [1, 1])])["group/live_fraction"] == 0.0
-    noise = [reward(1.0, 1.0), reward(1.0, 1.0 - 1e-9)]
-    assert rollout_metrics([group(noise, [1, 1])])["group/live_fraction"] == 0.0
-    mixed = [reward(0.5, 1.0), reward(0.5, 0.0)]
-    assert rollout_metrics([group(mixed, [1, 1])])["group/live_fraction"] == 1.0
 
 
 def test_staleness_is_that_of_the_oldest_sample() -> None:
