@@ -123,8 +123,13 @@ class RolloutConfig:
 class BridgeConfig:
     """Moving the policy's weights into the engines."""
 
-    bucket_mb: int = 64
-    """Bytes moved per message, MiB."""
+    transport: Literal["shm", "gloo", "nccl", "cuda_ipc"] = "shm"
+    """shm: policy ranks and engines share a host; gloo: any hosts, through host memory; nccl:
+    any hosts, between GPUs; cuda_ipc: rank and engine share a GPU."""
+    bucket_mb: int = 16
+    """Bytes moved per message, MiB; each sender and each receiver holds two."""
+    verify: Literal["never", "first", "always"] = "first"
+    """Which publishes are read back from the engines' parameters and compared by checksum."""
     timeout_s: int = 300
     """Limit of every wait between a policy rank and an engine worker, in seconds."""
     canary_tolerance: Optional[float] = None
@@ -316,12 +321,13 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "policy.tensor_model_parallel_size policy.pipeline_model_parallel_size "
         "policy.data_parallel_size policy.max_tokens_per_micro_batch policy.timeout_s "
         "policy.num_layers_in_first_pipeline_stage policy.num_layers_in_last_pipeline_stage "
-        "policy.num_threads data.max_prompt_length data.val_max_rows rollout.n rollout.top_k "
+        "policy.num_threads data.max_prompt_length data.val_max_rows rollout.top_k "
         "rollout.num_engines rollout.tensor_model_parallel_size rollout.max_response_length "
         "rollout.max_num_seqs rollout.startup_timeout_s rollout.generate_timeout_s "
         "bridge.bucket_mb bridge.timeout_s reward.num_workers trainer.total_training_steps "
         "trainer.train_batch_size trainer.mini_batch_size trainer.val_n",
     ),
+    ("at least 2: a group of one carries no gradient", lambda v: v >= 2, "rollout.n"),
     (
         "at least 0",
         lambda v: v >= 0,

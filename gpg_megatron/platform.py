@@ -43,6 +43,11 @@ def init_process_group(device: Device, timeout_s: int) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; gloo has no type for it."""
+    return "gloo" in str(error) and "onnection" in str(error)
+
+
 def set_threads(num_threads: int | None) -> None:
     """CPU threads of this rank: as configured, or the machine's cores shared among its ranks."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

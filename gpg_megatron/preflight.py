@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,20 @@ class Inputs:
     val_prompts: tuple[Prompt, ...]
     n_filtered: int
     """Training rows left out because their prompt was too long."""
+
+
+def check_output(config: Config) -> None:
+    """The run directory can be made. Nothing is written yet.
+
+    Raises:
+        UserError
+    """
+    path = Path(config.trainer.output_dir).absolute()
+    parent = next(p for p in (path, *path.parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"trainer.output_dir {path}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"trainer.output_dir {path}: {parent} is not writable")
 
 
 def check_model(config: Config) -> ModelShape:

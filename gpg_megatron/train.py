@@ -10,13 +10,16 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from gpg_megatron.config import Config, load_config
 from gpg_megatron.console import exit_codes
 from gpg_megatron.errors import UserError
-from gpg_megatron.preflight import check_model, load_inputs
+from gpg_megatron.preflight import check_model, check_output, load_inputs
 from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+
+RANK0_GRACE_S = 30.0
 
 
 @exit_codes
@@ -38,10 +41,15 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from gpg_megatron.platform import resolve_device
+
+    resolve_device(config.trainer.device)
+    check_output(config)
     check_model(config)
     load_inputs(config)
     # The agent narrates every failure three times; the line below says it once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("", ".agent.server.api", ".multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     run_id = os.environ[RUN_ID_VARIABLE] = new_run_id()
     start_reaper(run_id)
     world = LaunchConfig(
@@ -82,9 +90,12 @@ def run_rank(config: Config) -> int:
     from gpg_megatron.collectives import Rank0Failed, on_rank0
 
     platform.quiet_megatron()
+    from gpg_megatron.bridge.transport import TransferError
     from gpg_megatron.rollout.failures import EngineError
     from gpg_megatron.trainer import MismatchError, Trainer
 
+    # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     platform.set_threads(config.policy.num_threads)
     world = int(os.environ["WORLD_SIZE"])
     if world != config.world_size:
@@ -100,9 +111,20 @@ def run_rank(config: Config) -> int:
         with Trainer(config, shape, device, run_id) as trainer:
             trainer.run()
     except Rank0Failed:
+        # Rank 0 has something to say; the launcher ends this rank when it has.
+        time.sleep(RANK0_GRACE_S)
         return 1
-    except (EngineError, MismatchError, TimeoutError) as error:
+    except MismatchError as error:  # on every rank
+        if dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (EngineError, TimeoutError, TransferError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not platform.is_lost_peer(error):
+            raise
+        print(f"policy rank {dist.get_rank()} lost its connection to another", file=sys.stderr)
         return 1
     finally:
         dist.destroy_process_group()

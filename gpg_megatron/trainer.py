@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
 from gpg_megatron.batching import make_batches, pack
-from gpg_megatron.bridge.bridge import RECEIVER, WeightBridge
+from gpg_megatron.bridge.bridge import WeightBridge
 from gpg_megatron.bridge.hf_io import load_hf
+from gpg_megatron.bridge.protocol import BACKEND, RECEIVER
+from gpg_megatron.bridge.topology import PolicyGrid
 from gpg_megatron.collectives import on_rank0
 from gpg_megatron.conductor import Conductor, Rollout
 from gpg_megatron.config import Config
+from gpg_megatron.hf_config import pipeline_stages
 from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics
 from gpg_megatron.observe.watchdog import Watchdog
-from gpg_megatron.platform import Device
+from gpg_megatron.platform import Device, has_transformer_engine
 from gpg_megatron.policy.policy import DTYPES, Policy
 from gpg_megatron.preflight import load_inputs
 from gpg_megatron.reaper import scratch_directory
@@ -38,6 +43,7 @@ from gpg_megatron.types import (
     TrainSample,
 )
 
+T = TypeVar("T")
 WATCHDOG_LIMIT_S = 300.0
 
 
@@ -52,12 +58,15 @@ class Trainer:
         """Collective. Engines start while the policy is built."""
         self.config = config
         self.watchdog = Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S)
+        limit = timedelta(seconds=_rank0_limit_s(config))
+        self._waiting = dist.new_group(timeout=limit, backend="gloo")
         self.fleet: Fleet | None = None
         self.conductor: Conductor | None = None
+        self.bridge: WeightBridge | None = None
         begin = time.perf_counter()
         with ExitStack() as undo:
             undo.callback(self.close)
-            on_rank0(lambda: self._start_engines(device, run_id))
+            self._on_rank0(lambda: self._start_engines(device, run_id))
             self.policy = Policy(config, shape, device)
             self.parallel = self.policy.position
             load_hf(config.model.path, self.policy.named_shards(), shape, self.parallel)
@@ -67,12 +76,12 @@ class Trainer:
             self.bridge = WeightBridge(
                 shards=self.policy.named_shards(),
                 model=shape,
-                position=self.parallel,
+                grid=_grid(config, shape),
+                rank=self.parallel.rank,
                 run_id=run_id,
                 config=config.bridge,
                 wire_dtype=DTYPES[config.rollout.dtype],
-                call_workers=self._call_workers if self.fleet else None,
-                n_engines=config.rollout.num_engines,
+                engines=self.fleet,
             )
             undo.pop_all()
 
@@ -84,7 +93,7 @@ class Trainer:
             self._evaluate(0)
         for step in range(1, self.config.trainer.total_training_steps + 1):
             begin = time.perf_counter()
-            rollout = on_rank0(lambda step=step: self._conductor.collect(step))
+            rollout = self._on_rank0(lambda step=step: self._conductor.collect(step))
             samples, stats = assign_advantages(rollout.groups, self.config.algorithm)
             batches = make_batches(
                 samples, self.config, dp_rank=self.parallel.dp_rank, dp_size=self.parallel.dp_size
@@ -97,7 +106,7 @@ class Trainer:
                 self._publish()
             metrics = _metrics(rollout, samples, stats, batches, results, before)
             self._report(step, begin, metrics, rollout, samples)
-        on_rank0(self._finish)
+        self._on_rank0(self._finish)
 
     def __enter__(self) -> Trainer:
         return self
@@ -107,7 +116,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the engines and the scorers, and close the logs."""
-        for part in (self.conductor, self.fleet, self.watchdog):
+        for part in (self.conductor, self.fleet, self.bridge, self.watchdog):
             if part is not None:
                 part.close()
 
@@ -123,6 +132,7 @@ class Trainer:
             max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
             run_id=run_id,
             worker_extension=RECEIVER,
+            weight_transfer=BACKEND,
             scratch_dir=scratch_directory(run_id),
             log_dir=Path(config.trainer.output_dir) / "logs",
         )
@@ -139,28 +149,27 @@ class Trainer:
                 self.config, inputs, self.fleet, self.watchdog, [*pids[1:], os.getppid()]
             )
 
-        on_rank0(open_on_rank0)
+        self._on_rank0(open_on_rank0)
+
+    def _on_rank0(self, action: Callable[[], T]) -> T:
+        """Collective; the other ranks wait as long as engines may take."""
+        return on_rank0(action, self._waiting)
 
     @property
     def _conductor(self) -> Conductor:
         assert self.conductor is not None, "only rank 0 has a conductor"
         return self.conductor
 
-    def _call_workers(self, method: str, arguments: Sequence[tuple[bytes]]) -> list[list[bytes]]:
-        return self._conductor.fleet.call_workers(
-            method, arguments, timeout_s=self.config.bridge.timeout_s
-        )
-
     # ---- steps of the loop --------------------------------------------------------------
 
     def _publish(self) -> None:
         with self.watchdog.phase("sync"):
-            self.bridge.publish()
-            on_rank0(lambda: self._conductor.fleet.set_version(self.policy.version))
+            assert self.bridge is not None
+            self.bridge.publish(self.policy.version)
 
     def _check_canary(self) -> None:
         """Refuse to train when the engines do not compute what the policy computes."""
-        pairs = on_rank0(lambda: self._conductor.canary())
+        pairs = self._on_rank0(lambda: self._conductor.canary())
         # A data-parallel rank would pack its own share; here every rank computes all of it.
         batch = pack([_canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
         (logprobs,) = self.policy.logprobs([batch])
@@ -190,7 +199,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy on rank 0; written as step 0 before training."""
-        metrics = on_rank0(lambda: self._conductor.evaluate())
+        metrics = self._on_rank0(lambda: self._conductor.evaluate())
         for name, value in metrics.items():
             when = "before training" if step == 0 else f"after step {step}"
             self._say(f"{name} {when}: {value:.3f}")
@@ -227,6 +236,25 @@ class Trainer:
             self.conductor.message(text)
 
 
+def _rank0_limit_s(config: Config) -> int:
+    """Longer than anything that rank 0 does alone may take; its own limits come first."""
+    r = config.rollout
+    draws = 1 + config.algorithm.max_redraws
+    return r.startup_timeout_s + 2 * draws * r.generate_timeout_s
+
+
+def _grid(config: Config, shape: ModelShape) -> PolicyGrid:
+    """The arrangement of all policy ranks, as the bridge needs it."""
+    p = config.policy
+    return PolicyGrid(
+        tp_size=p.tensor_model_parallel_size,
+        dp_size=p.data_parallel_size,
+        pp_size=p.pipeline_model_parallel_size,
+        stage_of_layer=pipeline_stages(p, shape.num_layers),
+        transformer_engine=has_transformer_engine(),
+    )
+
+
 def _canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
     return TrainSample(
         prompt_id=prompt.id,
@@ -258,7 +286,7 @@ def _metrics(
         "group/alpha": stats.alpha,
         "group/live_fraction": stats.live_fraction,
         "group/redraws": rollout.redraws,
-        "policy/loss": fmean(r.loss for r in results),
+        "policy/loss": fmean(r.loss for r in updated) if updated else 0.0,
         "policy/grad_norm": fmean(r.grad_norm for r in updated) if updated else 0.0,
         "policy/lr": results[-1].lr,
         "policy/updates_skipped": len(results) - len(updated),

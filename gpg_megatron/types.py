@@ -25,7 +25,7 @@ class Prompt:
     """One problem, rendered and tokenised."""
 
     id: str
-    """Unique within the run; "<data_source>/<row>", the same in every epoch."""
+    """Unique among the prompts of training or of validation; the same in every epoch."""
     token_ids: tuple[int, ...]
     """What the engine is given, special tokens included."""
     messages: tuple[Mapping[str, str], ...]

@@ -1,37 +1,46 @@
 """Publish the policy's weights to the engines. Every policy rank calls; rank 0 also controls.
 
-    set-up:   workers record their loaders -> all ranks compute one plan -> segments attached
-    publish:  for each round: pack own bucket | barrier | workers copy | barrier
+set-up:   workers record their loaders -> every rank plans (plan.py) -> workers connect
+publish:  prepare, pause | send and receive | verify | commit(version), resume
 
-The engines' control plane is a callable given by the trainer, so this room knows no engine.
+policy rank:  shard --pack--> slot --transport--> engine worker --> parameter
 """
 
 from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
-from typing import Any
+from itertools import chain, zip_longest
 
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.bridge.families import pieces_of
-from gpg_megatron.bridge.layout import Piece, Shard
-from gpg_megatron.bridge.plan import Destination, Move, Plan, Source, make_plan
-from gpg_megatron.bridge.shm import Segment
+from gpg_megatron.bridge.plan import (
+    Bucket,
+    Destination,
+    Route,
+    bucket_elements,
+    fingerprint,
+    make_routes,
+    outgoing,
+)
+from gpg_megatron.bridge.protocol import (
+    CHECKSUM_BYTES,
+    Connection,
+    Engines,
+    Pending,
+    Update,
+    WorkerLayout,
+)
+from gpg_megatron.bridge.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
+from gpg_megatron.bridge.transport import Outbox, Patience, TransferError, open_outbox
 from gpg_megatron.collectives import on_rank0
 from gpg_megatron.config import BridgeConfig
-from gpg_megatron.types import ModelShape, ParallelPosition
-
-CallWorkers = Callable[[str, Sequence[tuple[bytes]]], list[list[bytes]]]
-"""(method, pickled arguments for each engine) -> pickled result[engine][worker rank]."""
-
-RECEIVER = "gpg_megatron.bridge.receiver.BridgeReceiver"
-"""Dotted path of the worker extension that the engines must be started with."""
+from gpg_megatron.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +48,17 @@ class PublishResult:
     """What one publish moved."""
 
     seconds: float
+    """From before the engines stopped until they went on."""
     n_bytes: int
-    """Over all senders and workers."""
+    """Sent by this rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """One bucket on its way to one worker."""
+
+    receiver: int
+    bucket: Bucket
 
 
 class WeightBridge:
@@ -51,144 +69,215 @@ class WeightBridge:
         *,
         shards: Mapping[str, torch.Tensor],
         model: ModelShape,
-        position: ParallelPosition,
+        grid: PolicyGrid,
+        rank: int,
         run_id: str,
         config: BridgeConfig,
         wire_dtype: torch.dtype,
-        call_workers: CallWorkers | None,
-        n_engines: int,
+        engines: Engines | None,
     ) -> None:
         """Collective over the policy ranks.
 
         Args:
             shards: global Megatron name -> local parameter; read at every publish.
             wire_dtype: of the elements on their way; the engines' parameter type.
-            call_workers: on rank 0, how to reach the engine workers; None elsewhere.
-        """
-        assert (call_workers is not None) == (position.rank == 0)
-        self._shards = shards
-        self._rank = position.rank
-        self._dtype = wire_dtype
-        self._call_workers = call_workers
-        self._n_engines = n_engines
-        self._group = dist.new_group(timeout=timedelta(seconds=config.timeout_s), backend="gloo")
-        sources = self._gather_sources(shards, model, position)
-        destinations = on_rank0(lambda: self._record(_hf_shapes(sources)), self._group)
-        flat = [worker for engine in destinations for worker in engine]
-        item = torch.empty((), dtype=wire_dtype).element_size()
-        limit = config.bucket_mb * 2**20 // item
-        self._plan = make_plan(sources, flat, bucket_elements=limit)
-        self._attach(run_id, [len(engine) for engine in destinations], item)
+            engines: on rank 0, the control plane; None elsewhere.
 
-    def publish(self) -> PublishResult:
+        Raises:
+            ValueError: policy, table and engine disagree about a parameter, which is named.
+        """
+        assert (engines is not None) == (rank == 0)
+        self._shards = shards
+        self._rank = rank
+        self._config = config
+        self._dtype = wire_dtype
+        self._engines = engines
+        self._verified = False
+        self._publishes = 0
+        self._group = dist.new_group(timeout=timedelta(seconds=config.timeout_s), backend="gloo")
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"bridge/{run_id}", store)
+        check_shards({n: tuple(t.shape) for n, t in shards.items()}, model, grid, rank)
+        destinations, n_engines = on_rank0(lambda: self._ask_layouts(model), self._group)
+        limit = config.bucket_mb * 2**20 // wire_dtype.itemsize
+        routes = make_routes(held_by_policy(model, grid), destinations)
+        self._check_same(fingerprint(routes))
+        n_workers = len(destinations)
+        pairs = outgoing(routes, rank, n_engines, limit)
+        self._messages = _interleaved(
+            [
+                [_Message(engine * n_workers + worker, bucket) for bucket in buckets]
+                for (engine, worker), buckets in pairs.items()
+            ],
+            first=rank,
+        )
+        self._connect(run_id, routes, n_workers, limit)
+
+    def publish(self, version: int) -> PublishResult:
         """Write the current shards into every engine worker. Collective.
 
         Raises:
-            RuntimeError: on every rank, when a worker failed; the engines then hold a mixture
-                of versions and must not be used.
+            TransferError, or an engine's own error: on rank 0, when any part of it failed. The
+                engines refuse to generate until a later publish has succeeded.
+            Rank0Failed: on the other ranks.
         """
-        start = time.perf_counter()
-        own = self._plan.buckets.get(self._rank, ())
-        received = 0
-        for round_index in range(self._plan.n_rounds):
-            if round_index < len(own):
-                self._pack(own[round_index])
-            dist.barrier(self._group)
-            received += on_rank0(partial(self._receive, round_index), self._group)
-        assert received == self._plan.n_elements, (received, self._plan.n_elements)
-        n_bytes = received * torch.empty((), dtype=self._dtype).element_size()
-        return PublishResult(seconds=time.perf_counter() - start, n_bytes=n_bytes)
-
-    def _gather_sources(
-        self, shards: Mapping[str, torch.Tensor], model: ModelShape, position: ParallelPosition
-    ) -> list[Source]:
-        own: list[tuple[str, Piece]] = [
-            (name, piece)
-            for name, tensor in shards.items()
-            for piece in pieces_of(
-                name, Shard(tuple(tensor.shape), position.tp_rank, position.tp_size), model
-            )
-        ]
-        everyone: list[list[tuple[str, Piece]]] = [[] for _ in range(position.world_size)]
-        dist.all_gather_object(everyone, own, group=self._group)
-        return [
-            Source(rank, name, piece)
-            for rank, pieces in enumerate(everyone)
-            for name, piece in pieces
-        ]
-
-    def _record(self, shapes: Mapping[str, tuple[int, ...]]) -> list[list[list[Destination]]]:
-        return self._rpc("bridge_layout", [(shapes,)] * self._n_engines)
-
-    def _attach(self, run_id: str, workers_per_engine: Sequence[int], item: int) -> None:
-        """Make this rank's segment and have every worker map all of them."""
-        sizes = {
-            rank: max(_end(bucket) for bucket in buckets) * item
-            for rank, buckets in self._plan.buckets.items()
-        }
-        self._segment: Segment | None = None
-        if self._rank in sizes:
-            self._segment = Segment(_name(run_id, self._rank), sizes[self._rank], create=True)
+        begin = time.perf_counter()
+        self._publishes += 1
+        verify = self._config.verify == "always" or (
+            self._config.verify == "first" and not self._verified
+        )
+        if self._outbox is not None:
+            self._outbox.reset()
+        # Receivers look into the outboxes only after all of them are reset.
+        dist.barrier(self._group)
+        pending: Pending | None = None
+        problem = None
         try:
-            dist.barrier(self._group)
-            names = {rank: (_name(run_id, rank), size) for rank, size in sizes.items()}
-            on_rank0(lambda: self._send_inboxes(names, workers_per_engine), self._group)
+            if self._engines is not None:
+                self._engines.begin_update()
+                pending = self._engines.receive(pickle.dumps(Update(verify=verify)))
+            self._send(pending, verify=verify)
+        except TransferError as error:
+            problem = f"policy rank {self._rank}: {error}"
+        except (RuntimeError, TimeoutError) as error:  # of an engine
+            # The other ranks must not wait for it.
+            problem = str(error)
+            self._give_up(problem)
+        problems = self._gather(problem)
+        on_rank0(lambda: self._commit(pending, problems, version), self._group)
+        self._verified = True
+        n_elements = sum(bucket_elements(m.bucket) for m in self._messages)
+        return PublishResult(
+            seconds=time.perf_counter() - begin, n_bytes=n_elements * self._dtype.itemsize
+        )
+
+    def close(self) -> None:
+        """Release the outbox."""
+        if self._outbox is not None:
+            self._outbox.close()
+
+    # ---- set-up -------------------------------------------------------------------------
+
+    def _ask_layouts(self, model: ModelShape) -> tuple[list[Sequence[Destination]], int]:
+        """The destinations of one engine's workers; all engines must be alike."""
+        assert self._engines is not None
+        n_engines = self._engines.num_engines
+        request = (pickle.dumps((hf_shapes(model),)),)
+        answers = self._engines.call_workers(
+            "bridge_layout", [request] * n_engines, timeout_s=self._config.timeout_s
+        )
+        layouts: list[list[WorkerLayout]] = [[pickle.loads(r) for r in e] for e in answers]
+        wanted = [[layout.destinations for layout in engine] for engine in layouts]
+        for engine, other in enumerate(wanted):
+            if other != wanted[0]:
+                raise ValueError(f"engine {engine} lays out its parameters unlike engine 0")
+        return wanted[0], n_engines
+
+    def _check_same(self, digest: str) -> None:
+        digests = self._gather(digest)
+        if len(set(digests)) > 1:
+            raise ValueError(f"the policy ranks made different transfer plans: {digests}")
+
+    def _connect(self, run_id: str, routes: Sequence[Route], n_workers: int, limit: int) -> None:
+        """Open this rank's outbox and have every worker attach to those that it hears from."""
+        largest = max((bucket_elements(m.bucket) for m in self._messages), default=0)
+        self._outbox: Outbox | None = None
+        if largest:
+            size = largest * self._dtype.itemsize + CHECKSUM_BYTES
+            size += -size % 64  # slots begin where every element type may begin
+            name = f"gpg_{run_id}_{self._rank}"
+            self._outbox = open_outbox(
+                self._config.transport,
+                name,
+                size,
+                [m.receiver for m in self._messages],
+                self._config.timeout_s,
+            )
+        try:
+            address = self._outbox.address() if self._outbox else None
+            addresses = {r: a for r, a in enumerate(self._gather(address)) if a is not None}
+            connection = Connection(
+                engine=0,
+                n_workers=n_workers,
+                routes=[[r for r in routes if r.worker == w] for w in range(n_workers)],
+                addresses=addresses,
+                transport=self._config.transport,
+                dtype=str(self._dtype).removeprefix("torch."),
+                bucket_elements=limit,
+                timeout_s=self._config.timeout_s,
+            )
+            on_rank0(lambda: self._connect_engines(connection), self._group)
         finally:
-            if self._segment is not None:
-                self._segment.unlink()
+            if self._outbox is not None:
+                self._outbox.settle()
 
-    def _send_inboxes(
-        self, names: Mapping[int, tuple[str, int]], workers_per_engine: Sequence[int]
-    ) -> None:
-        """One call for each engine; a worker picks its own inbox by its rank in the engine."""
-        arguments, first = [], 0
-        for count in workers_per_engine:
-            inboxes = [_inbox(self._plan, first + i) for i in range(count)]
-            arguments.append((names, inboxes, str(self._dtype).removeprefix("torch.")))
-            first += count
-        self._rpc("bridge_attach", arguments)
+    def _connect_engines(self, connection: Connection) -> None:
+        assert self._engines is not None
+        payloads = [
+            pickle.dumps(replace(connection, engine=engine))
+            for engine in range(self._engines.num_engines)
+        ]
+        self._engines.connect(payloads, timeout_s=self._config.timeout_s)
 
-    def _receive(self, round_index: int) -> int:
-        counts = self._rpc("bridge_receive", [(round_index,)] * self._n_engines)
-        return sum(sum(engine) for engine in counts)
+    # ---- one publish --------------------------------------------------------------------
 
     @torch.no_grad()
-    def _pack(self, bucket: Sequence[Move]) -> None:
-        assert self._segment is not None
-        flat = self._segment.data.view(self._dtype)
+    def _send(self, pending: Pending | None, *, verify: bool) -> None:
+        if self._outbox is None:
+            return
+        patience = Patience(self._config.timeout_s, lambda: self._abort_reason(pending))
+        for message in self._messages:
+            slot = patience.until(
+                self._outbox.slot, f"engine worker {message.receiver} to read a bucket"
+            )
+            n_bytes = self._pack(message.bucket, slot, verify=verify)
+            self._outbox.post(message.receiver, n_bytes)
+        patience.until(self._outbox.idle, "the engine workers to read the last buckets")
+
+    def _pack(self, bucket: Bucket, slot: torch.Tensor, *, verify: bool) -> int:
+        """Fill a slot; returns the bytes to send, checksum included."""
+        n_bytes = bucket_elements(bucket) * self._dtype.itemsize
+        flat = slot[:n_bytes].view(self._dtype)
         for move in bucket:
-            n = move.source_box.numel
-            outgoing = flat[move.offset : move.offset + n].view(move.source_box.shape)
-            outgoing.copy_(self._shards[move.source][move.source_box.slices])
+            part = flat[move.offset : move.offset + move.numel].view(move.source_box.shape)
+            part.copy_(self._shards[move.parameter][move.source_box.slices])
+        if verify:
+            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy())
+            slot[n_bytes : n_bytes + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
+        return n_bytes + CHECKSUM_BYTES
 
-    def _rpc(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-        assert self._call_workers is not None
-        packed = [(pickle.dumps(a),) for a in arguments]
-        return [[pickle.loads(r) for r in e] for e in self._call_workers(method, packed)]
+    def _commit(
+        self, pending: Pending | None, problems: Sequence[str | None], version: int
+    ) -> None:
+        """Rank 0: the engines' answers, then the new version; or the first thing that failed."""
+        assert self._engines is not None
+        found = [problem for problem in problems if problem]
+        if found:
+            raise TransferError(f"publishing version {version} failed: {found[0]}")
+        assert pending is not None
+        pending.wait(self._config.timeout_s)
+        self._engines.commit(version)
+
+    def _abort_reason(self, pending: Pending | None) -> str | None:
+        """Why this publish cannot succeed any more; rank 0 tells the others what it hears."""
+        if pending is not None and (reason := pending.failure()):
+            self._give_up(reason)
+            return reason
+        key = str(self._publishes)
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _give_up(self, reason: str) -> None:
+        self._store.set(str(self._publishes), reason)
+
+    def _gather(self, value: object) -> list:
+        values: list[object] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
-def _hf_shapes(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
-    """The full shape of every Hugging Face tensor: the hull of the pieces that ranks hold."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for source in sources:
-        stops = tuple(stop for _, stop in source.piece.hf.ranges)
-        known = shapes.get(source.piece.hf_name, stops)
-        shapes[source.piece.hf_name] = tuple(map(max, known, stops))
-    return shapes
-
-
-def _inbox(plan: Plan, worker: int) -> dict[int, list[list[Move]]]:
-    """For each sender, the moves of each of its buckets that go to one worker."""
-    return {
-        rank: [[move for move in bucket if move.worker == worker] for bucket in buckets]
-        for rank, buckets in plan.buckets.items()
-    }
-
-
-def _end(bucket: Sequence[Move]) -> int:
-    """Elements in a bucket."""
-    return bucket[-1].offset + bucket[-1].source_box.numel
-
-
-def _name(run_id: str, rank: int) -> str:
-    return f"gpg_{run_id}_{rank}"
+def _interleaved(queues: Sequence[Sequence[_Message]], first: int) -> list[_Message]:
+    """One message of each queue in turn. Ranks begin at different queues, so that they do not
+    all send to the same worker."""
+    start = first % len(queues) if queues else 0
+    turns = zip_longest(*queues[start:], *queues[:start])
+    return [message for message in chain.from_iterable(turns) if message is not None]

@@ -1,28 +1,24 @@
 """Who sends which rectangle to whom: a pure function of both sides' layouts.
 
-    sources (Megatron pieces of every rank)  x  destinations (what each engine worker recorded)
-        -> moves (intersections in Hugging Face coordinates)
-        -> buckets per sender, of bounded size
+    held (topology.py)  x  destinations (what the workers of one engine recorded)
+        -> routes: the intersections in Hugging Face coordinates, each with its possible senders
+        -> outgoing buckets of a rank, incoming buckets of a worker
 
-Every rank computes the same plan from the same input; nothing here communicates.
+All engines are alike, so the routes are made for one engine and hold for all: engine e takes
+the e-th next of the possible senders. The result is the same on every rank; nothing here
+communicates.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpg_megatron.bridge.layout import Box, Piece
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A piece of a parameter shard on a policy rank."""
-
-    rank: int
-    parameter: str
-    piece: Piece
+from gpg_megatron.bridge.layout import Box
+from gpg_megatron.bridge.topology import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,110 +48,169 @@ class Destination:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """One rectangle on its way: a box of a sender's parameter into a view of a worker's."""
+class Route:
+    """One rectangle that one worker of every engine needs."""
 
     worker: int
-    """Index of the engine worker over all engines."""
-    source: str
-    source_box: Box
+    """Rank within the engine."""
+    box: Box
+    """In the coordinates of the Hugging Face tensor."""
     target: View
-    offset: int
-    """First element within the sender's bucket."""
+    sources: tuple[Held, ...]
+    """Who holds it; several only where a tensor lies on two pipeline stages."""
+    pick: int
+    """Which of the possible senders, counted over all sources, serves engine 0."""
+
+    def source(self, engine: int) -> tuple[Held, int]:
+        """What engine `engine` receives it from: the source and the sending rank."""
+        index = (self.pick + engine) % sum(len(held.ranks) for held in self.sources)
+        for held in self.sources:
+            if index < len(held.ranks):
+                return held, held.ranks[index]
+            index -= len(held.ranks)
+        raise AssertionError("the index is within the sources")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The moves of every sender, in buckets."""
+class Move:
+    """A rectangle on its way: a box of a sender's parameter into a view of a worker's."""
 
-    buckets: Mapping[int, tuple[tuple[Move, ...], ...]]
-    """sender rank -> its buckets, in order; ranks that send nothing are absent."""
-
-    @property
-    def n_rounds(self) -> int:
-        """Buckets of the sender that has most."""
-        return max((len(b) for b in self.buckets.values()), default=0)
+    parameter: str
+    source_box: Box
+    target: View
+    offset: int
+    """First element within the bucket."""
 
     @property
-    def n_elements(self) -> int:
-        """Elements that cross, over all senders and workers."""
-        return sum(
-            move.source_box.numel
-            for buckets in self.buckets.values()
-            for bucket in buckets
-            for move in bucket
-        )
+    def numel(self) -> int:
+        """Elements."""
+        return self.source_box.numel
 
 
-def make_plan(
-    sources: Sequence[Source],
-    destinations: Sequence[Sequence[Destination]],
-    *,
-    bucket_elements: int,
-) -> Plan:
+Bucket = tuple[Move, ...]
+
+
+def bucket_elements(bucket: Bucket) -> int:
+    """Elements in a bucket."""
+    return bucket[-1].offset + bucket[-1].numel
+
+
+def make_routes(
+    held: Mapping[str, Sequence[Held]], destinations: Sequence[Sequence[Destination]]
+) -> list[Route]:
     """Cover every element of every destination exactly once.
 
-    Where several ranks hold the same box (tensor- or data-parallel copies, tied embeddings),
-    the one that has been given least to send so far takes it.
+    Of the ranks that hold a rectangle, the one that has been given least so far sends it.
 
     Args:
-        sources: all pieces of all ranks.
-        destinations: for each worker, what its loaders recorded.
-        bucket_elements: largest bucket; at least 1.
+        held: from held_by_policy.
+        destinations: for each worker of one engine, what its loaders recorded.
 
     Raises:
-        ValueError: a destination element that no source holds, naming the tensor.
+        ValueError: a destination element that no rank holds; the tensor is named.
     """
-    owners: dict[str, dict[Box, list[Source]]] = defaultdict(lambda: defaultdict(list))
-    for source in sources:
-        owners[source.piece.hf_name][source.piece.hf].append(source)
     load: dict[int, int] = defaultdict(int)
-    moves: dict[int, list[Move]] = defaultdict(list)
+    routes = []
+    groups = {name: _by_box(rectangles) for name, rectangles in held.items()}
     for worker, wanted in enumerate(destinations):
         for destination in wanted:
             covered = 0
-            for candidates in owners.get(destination.hf_name, {}).values():
-                common = candidates[0].piece.hf.intersect(destination.hf)
+            for box, sources in groups.get(destination.hf_name, ()):
+                common = box.intersect(destination.hf)
                 if common is None:
                     continue
-                source = min(candidates, key=lambda s: (load[s.rank], s.rank))
-                load[source.rank] += common.numel
                 covered += common.numel
-                moves[source.rank] += _moves(source, destination, common, worker, bucket_elements)
+                ranks = list(itertools.chain.from_iterable(source.ranks for source in sources))
+                pick = min(range(len(ranks)), key=lambda i: load[ranks[i]])
+                load[ranks[pick]] += common.numel
+                target = destination.view.narrowed(common.relative_to(destination.hf))
+                routes.append(Route(worker, common, target, sources, pick))
             if covered != destination.hf.numel:
                 raise ValueError(
-                    f"{destination.hf_name}: {covered} of {destination.hf.numel} elements of box "
-                    f"{destination.hf.ranges} are held by the policy's ranks"
+                    f"{destination.hf_name}: the policy holds {covered} of the "
+                    f"{destination.hf.numel} elements of box {destination.hf.ranges}"
                 )
-    return Plan({rank: _buckets(moves[rank], bucket_elements) for rank in sorted(moves)})
+    return routes
 
 
-def _moves(
-    source: Source, destination: Destination, common: Box, worker: int, limit: int
-) -> list[Move]:
-    """The move of one common box, cut along its first dimension where it exceeds a bucket."""
-    rows = common.shape[0]
-    rows_per_move = max(1, limit // max(1, common.numel // rows))
-    (first, _), *rest = common.ranges
-    result = []
-    for start in range(0, rows, rows_per_move):
-        stop = min(start + rows_per_move, rows)
-        box = Box(((first + start, first + stop), *rest))
-        assert box.numel <= limit, f"a single row of {destination.hf_name} exceeds a bucket"
-        local = box.relative_to(source.piece.hf).shifted(source.piece.local)
-        target = destination.view.narrowed(box.relative_to(destination.hf))
-        result.append(Move(worker, source.parameter, local, target, 0))
-    return result
+def outgoing(
+    routes: Sequence[Route], rank: int, n_engines: int, limit: int
+) -> dict[tuple[int, int], list[Bucket]]:
+    """(engine, worker) -> the buckets that a policy rank sends there, in order.
+
+    Args:
+        limit: largest bucket, in elements.
+    """
+    result: dict[tuple[int, int], _Packer] = defaultdict(lambda: _Packer(limit))
+    for route in routes:
+        ranks = [r for held in route.sources for r in held.ranks]
+        # Usually the rank stands once among the possible senders, or not at all.
+        for place in (i for i, r in enumerate(ranks) if r == rank):
+            for engine in range((place - route.pick) % len(ranks), n_engines, len(ranks)):
+                held, sender = route.source(engine)
+                assert sender == rank
+                result[engine, route.worker].add(route, held)
+    return {pair: packer.buckets() for pair, packer in sorted(result.items())}
 
 
-def _buckets(moves: Sequence[Move], limit: int) -> tuple[tuple[Move, ...], ...]:
-    """Lay moves end to end in buckets of at most limit elements, keeping their order."""
-    buckets: list[list[Move]] = []
-    used = limit
-    for move in moves:
-        if used + move.source_box.numel > limit:
-            buckets.append([])
-            used = 0
-        buckets[-1].append(Move(move.worker, move.source, move.source_box, move.target, used))
-        used += move.source_box.numel
-    return tuple(tuple(bucket) for bucket in buckets)
+def incoming(routes: Iterable[Route], engine: int, limit: int) -> dict[int, list[Bucket]]:
+    """Sending rank -> the buckets that arrive from it, in order.
+
+    Args:
+        routes: those of one worker.
+    """
+    result: dict[int, _Packer] = defaultdict(lambda: _Packer(limit))
+    for route in routes:
+        held, sender = route.source(engine)
+        result[sender].add(route, held)
+    return {sender: packer.buckets() for sender, packer in sorted(result.items())}
+
+
+def fingerprint(routes: Iterable[Route]) -> str:
+    """A digest that is equal exactly when two sides have the same routes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for route in routes:
+        digest.update(repr((route.worker, route.box, route.target, route.pick)).encode())
+        digest.update(repr([(s.parameter, s.local, s.ranks) for s in route.sources]).encode())
+    return digest.hexdigest()
+
+
+def _by_box(rectangles: Sequence[Held]) -> list[tuple[Box, tuple[Held, ...]]]:
+    """Equal rectangles together."""
+    groups: dict[Box, list[Held]] = defaultdict(list)
+    for held in rectangles:
+        groups[held.hf].append(held)
+    return [(box, tuple(group)) for box, group in groups.items()]
+
+
+class _Packer:
+    """Lays rectangles end to end in buckets of at most `limit` elements, in order."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._moves: list[list[Move]] = []
+        self._used = limit
+
+    def add(self, route: Route, held: Held) -> None:
+        """Append a route's rectangle, cut along its rows where a bucket is full."""
+        for box in _row_runs(route.box, self._limit):
+            if self._used + box.numel > self._limit:
+                self._moves.append([])
+                self._used = 0
+            local = box.relative_to(held.hf).shifted(held.local)
+            target = route.target.narrowed(box.relative_to(route.box))
+            self._moves[-1].append(Move(held.parameter, local, target, self._used))
+            self._used += box.numel
+
+    def buckets(self) -> list[Bucket]:
+        return [tuple(moves) for moves in self._moves]
+
+
+def _row_runs(box: Box, limit: int) -> Iterator[Box]:
+    """A box cut along its first dimension into parts of at most `limit` elements."""
+    (first, stop), *rest = box.ranges
+    row = box.numel // (stop - first)
+    assert row <= limit, f"a row of {row} elements exceeds a bucket of {limit}"
+    step = limit // row
+    for start in range(first, stop, step):
+        yield Box(((start, min(start + step, stop)), *rest))

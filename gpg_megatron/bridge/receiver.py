@@ -1,34 +1,172 @@
-"""The bridge's end inside a vLLM worker: methods that collective_rpc reaches.
+"""The bridge's end inside a vLLM worker.
 
-vLLM mixes BridgeReceiver into its worker class (worker_extension_cls). The engine's weights
-are written in place: each move lands in a strided view of a parameter.
+    start_weight_update --> update_weights: buckets from all senders, in any order of senders
+        --> each rectangle into its strided view (install.py) --> finish_weight_update
+
+vLLM mixes BridgeReceiver into its worker class (worker_extension_cls), and importing this
+module registers the weight-transfer engine that vLLM's own control plane drives.
 """
 
 from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 
-from gpg_megatron.bridge.plan import Destination, Move, View
-from gpg_megatron.bridge.record import record_loaders
-from gpg_megatron.bridge.shm import Segment
+from gpg_megatron.bridge.install import Installer
+from gpg_megatron.bridge.plan import Bucket, bucket_elements, incoming
+from gpg_megatron.bridge.protocol import (
+    BACKEND,
+    CHECKSUM_BYTES,
+    Connection,
+    Update,
+    WorkerLayout,
+)
+from gpg_megatron.bridge.transport import Inbox, Patience, TransferError, open_inbox
 
 
 @dataclass(slots=True)
-class _Inbox:
-    """What arrives from one sender: its segment and this worker's moves of each bucket."""
+class Source:
+    """One sender, as a worker sees it."""
 
-    segment: Segment
-    buckets: Sequence[Sequence[Move]]
+    rank: int
+    inbox: Inbox
+    buckets: list[Bucket]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """A pickled Connection and the worker's rank in its engine."""
+
+    payload: bytes
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A pickled Update."""
+
+    payload: bytes
+
+
+class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Receives whole updates over the planned routes."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    installer: Installer
+    """Set by BridgeReceiver.bridge_layout, as is the next."""
+    worker: int
+    """Rank within the engine."""
+    _sources: tuple[Source, ...] = ()
+    _dtype: torch.dtype
+    _timeout_s: float
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        connection: Connection = pickle.loads(init_info.payload)
+        self.shutdown()
+        receiver = connection.engine * connection.n_workers + self.worker
+        buckets = incoming(
+            connection.routes[self.worker], connection.engine, connection.bucket_elements
+        )
+        self._dtype = getattr(torch, connection.dtype)
+        self._timeout_s = connection.timeout_s
+        self._sources = tuple(
+            Source(
+                rank, open_inbox(connection.transport, connection.addresses[rank], receiver), parts
+            )
+            for rank, parts in buckets.items()
+        )
+
+    def start_weight_update(self) -> None:
+        self.installer.begin()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class would wait for an accelerator, which need not be there.
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        update: Update = pickle.loads(update_info.payload)
+        waiting = {source.rank: (source, deque(source.buckets)) for source in self._sources}
+        patience = Patience(self._timeout_s)
+        while waiting:
+            ranks = ", ".join(map(str, waiting))
+            source, data = patience.until(
+                lambda: self._next_message(waiting),
+                f"weights from policy ranks {ranks} (engine worker {self.worker})",
+            )
+            _, buckets = waiting[source.rank]
+            bucket = buckets.popleft()
+            self._install(bucket, data, source.rank, verify=update.verify)
+            source.inbox.done()
+            if not buckets:
+                del waiting[source.rank]
+
+    def finish_weight_update(self) -> None:
+        self.installer.finish()
+
+    def shutdown(self) -> None:
+        for source in self._sources:
+            source.inbox.close()
+        self._sources = ()
+
+    def _next_message(
+        self, waiting: Mapping[int, tuple[Source, deque[Bucket]]]
+    ) -> tuple[Source, torch.Tensor] | None:
+        for source, buckets in waiting.values():
+            data = source.inbox.poll(self._n_bytes(buckets[0]) + CHECKSUM_BYTES)
+            if data is not None:
+                return source, data
+        return None
+
+    def _n_bytes(self, bucket: Bucket) -> int:
+        return bucket_elements(bucket) * self._dtype.itemsize
+
+    def _install(self, bucket: Bucket, data: torch.Tensor, sender: int, *, verify: bool) -> None:
+        """Copy the rectangles of a bucket; with verify, from what then stands in the parameters
+        the sender's checksum must come out."""
+        n_bytes = self._n_bytes(bucket)
+        flat = data[:n_bytes].view(self._dtype)
+        checksum = 0
+        for move in bucket:
+            to = move.target
+            view = self.installer.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
+            view.copy_(flat[move.offset : move.offset + move.numel].view(to.shape))
+            if verify:
+                checksum = zlib.crc32(_bytes_of(view), checksum)
+            self.installer.wrote(to.parameter, move.numel)
+        if verify and checksum != int(data[n_bytes:].view(torch.int64)):
+            raise TransferError(
+                f"a bucket of policy rank {sender} arrived damaged: its first parameter is "
+                f"{bucket[0].target.parameter}"
+            )
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    contiguous = tensor.contiguous().cpu()
+    return memoryview(contiguous.reshape(-1).view(torch.uint8).numpy())
 
 
 def _remote(method: Callable[..., Any]) -> Callable[[Any, bytes], bytes]:
-    """Arguments and result as pickled bytes: vLLM's own encoding knows no dataclasses."""
+    """Arguments and result as pickled bytes."""
 
     @functools.wraps(method)
     def call(self: Any, arguments: bytes) -> bytes:
@@ -40,84 +178,20 @@ def _remote(method: Callable[..., Any]) -> Callable[[Any, bytes], bytes]:
 class BridgeReceiver:
     """Worker extension; every name starts with bridge_ so that none collides with vLLM's."""
 
-    bridge_inboxes: dict[int, _Inbox]
-    bridge_parameters: dict[str, torch.Tensor]
-    bridge_dtype: torch.dtype
-
     @_remote
-    def bridge_layout(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> list[Destination]:
-        """Make the parameters writable in place and say where each Hugging Face element lives.
+    def bridge_layout(self: Any, hf_shapes: Mapping[str, tuple[int, ...]]) -> WorkerLayout:
+        """Probe the model and say where each Hugging Face element lives in this worker."""
+        engine: TransferEngine = self.weight_transfer_engine
+        engine.worker = self.rank
+        engine.installer = Installer(self.model_runner.get_model())
+        destinations = engine.installer.record(hf_shapes)
+        item = self.model_config.dtype.itemsize
+        return WorkerLayout(
+            destinations=destinations,
+            policies=engine.installer.policies,
+            parameter_bytes=sum(d.hf.numel for d in destinations) * item,
+        )
 
-        From here on the engine's weights are undefined until a full update has arrived.
-        """
-        model = self.model_runner.get_model()
-        _unpack_cpu_linears(model)
-        destinations = record_loaders(model, hf_shapes)
-        self.bridge_parameters = {name: p.data for name, p in model.named_parameters()}
-        return destinations
-
-    @_remote
-    def bridge_attach(
-        self,
-        segments: Mapping[int, tuple[str, int]],
-        inboxes: Sequence[Mapping[int, Sequence[Sequence[Move]]]],
-        dtype: str,
-    ) -> None:
-        """Map every sender's segment and keep this worker's moves.
-
-        Args:
-            segments: sender rank -> (name, bytes).
-            inboxes: for each worker of this engine: sender rank -> for each of its buckets
-                the moves to that worker.
-            dtype: of the elements in the buckets, as torch spells it.
-        """
-        self.bridge_dtype = getattr(torch, dtype)
-        buckets = inboxes[self.rank]
-        self.bridge_inboxes = {
-            rank: _Inbox(Segment(name, n_bytes, create=False), buckets[rank])
-            for rank, (name, n_bytes) in segments.items()
-        }
-
-    @_remote
-    @torch.no_grad()
-    def bridge_receive(self, bucket: int) -> int:
-        """Copy one bucket of every sender into the parameters; returns the elements written."""
-        count = 0
-        for inbox in self.bridge_inboxes.values():
-            if bucket >= len(inbox.buckets):
-                continue
-            flat = inbox.segment.data.view(self.bridge_dtype)
-            for move in inbox.buckets[bucket]:
-                n = move.source_box.numel
-                incoming = flat[move.offset : move.offset + n].view(move.target.shape)
-                _view(self.bridge_parameters, move.target).copy_(incoming)
-                count += n
-        return count
-
-
-def _view(parameters: Mapping[str, torch.Tensor], view: View) -> torch.Tensor:
-    return parameters[view.parameter].as_strided(view.shape, view.stride, view.offset)
-
-
-def _unpack_cpu_linears(model: torch.nn.Module) -> None:
-    """Undo vLLM's packing of CPU linear weights, so that writing the weight has an effect.
-
-    After loading, vLLM hands each weight to a oneDNN handler and leaves an empty parameter.
-    The parameter is made again from the metadata that vLLM keeps for reloading, and the layer
-    computes with torch's linear. On a GPU no layer is packed and nothing happens.
-    """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
-    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-
-    for layer in model.modules():
-        if not hasattr(layer, "cpu_linear"):
-            continue
-        if layer.weight.numel() == 0:
-            meta = get_layerwise_info(layer).restore_metadata[0]["weight"]
-            layer.weight = materialize_meta_tensor(restore_layer_refs(meta, layer))
-        bias = getattr(layer, "bias", None)
-        if bias is not None:
-            # One of the packed kernels wants an fp32 bias; torch's linear wants one dtype.
-            bias.data = bias.data.to(layer.weight.dtype)
-        layer.cpu_linear = torch.nn.functional.linear
+    def bridge_forget_update(self: Any) -> None:
+        """An interrupted update leaves vLLM's session open; a new one must be able to start."""
+        self._weight_update_active = False

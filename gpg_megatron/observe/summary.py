@@ -17,7 +17,8 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     lines = []
     for key in sorted({key for row in rows for key in row if key.startswith("eval/")}):
         values = [row[key] for row in rows if row.get(key) is not None]
-        lines.append(f"{key}: {values[0]:.3f} -> {values[-1]:.3f}")
+        ends = [values[0], values[-1]] if len(values) > 1 else values
+        lines.append(f"{key}: {' -> '.join(f'{value:.3f}' for value in ends)}")
     phases = [f"{name} {_total(rows, f'timing/{name}_s'):.0f} s" for name in _PHASES]
     peak = max((row.get("memory/rss_gb") or 0.0 for row in rows), default=0.0)
     lines.append(f"{', '.join(phases)}; peak memory {peak:.1f} GB")

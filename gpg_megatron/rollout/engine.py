@@ -20,6 +20,9 @@ from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
 
 T = TypeVar("T")
+PauseMode = Literal["wait", "keep"]
+"""What an update does with running requests: wait for their end, or hold them and go on with
+them on the new weights."""
 GIB = 1 << 30
 MIN_BATCHED_TOKENS = 8192
 """Prompt and decode tokens in one engine step on CPU."""
@@ -45,6 +48,8 @@ class EngineSpec:
     enforce_eager: bool
     worker_extension: str
     """Dotted path of the class whose methods call_workers reaches."""
+    weight_transfer: str | None
+    """vLLM's name of the weight-transfer engine that the extension's module registers."""
     cpu_threads: int
     """Of each worker, on CPU."""
     scratch: str
@@ -101,13 +106,18 @@ class Engine:
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_args(self._spec)))
         self._serial = 0
-        await self.set_version(0)
+        self._whole = True
+        await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
 
     async def generate(
         self, requests: Sequence[SamplingRequest], version: int
     ) -> list[list[Sampled]]:
         """[request][sample]; all requests at once, batched by vLLM."""
+        if not self._whole:
+            raise RuntimeError(
+                "the weights are incomplete since an update failed; it must be published again"
+            )
         return await self._alive(
             asyncio.gather(*(self._generate_one(request, version) for request in requests))
         )
@@ -144,17 +154,32 @@ class Engine:
         """[worker rank]; the method of the worker extension, on every worker at once."""
         return await self._alive(self._llm.collective_rpc(method, args=args))
 
-    async def set_version(self, version: int) -> None:
-        """Label what is sampled from now on."""
-        await self._alive(self._llm.update_weight_version(str(version)))
-        await self._alive(self._llm.reset_prefix_cache())
+    async def connect(self, payload: bytes) -> None:
+        """Hand the bridge's pickled connection to the workers."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-    async def pause(self) -> None:
-        """Returns when no request is running; later ones wait for resume."""
-        await self._alive(self._llm.pause_generation(mode="wait", clear_cache=False))
+        request = WeightTransferInitRequest(init_info={"payload": payload})
+        await self._alive(self._llm.init_weight_transfer_engine(request))
 
-    async def resume(self) -> None:
+    async def begin_update(self, mode: PauseMode) -> None:
+        """Stop generating, and refuse to until commit: the weights are about to be a mixture."""
+        self._whole = False
+        await self._alive(self._llm.pause_generation(mode=mode, clear_cache=mode != "keep"))
+        await self._alive(self._llm.collective_rpc("bridge_forget_update"))
+        await self._alive(self._llm.start_weight_update())
+
+    async def receive(self, payload: bytes) -> None:
+        """Returns when every worker has received everything."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        request = WeightTransferUpdateRequest(update_info={"payload": payload})
+        await self._alive(self._llm.update_weights(request))
+
+    async def commit(self, version: int) -> None:
+        """Label what is sampled from now on, and go on generating."""
+        await self._alive(self._llm.finish_weight_update(weight_version=str(version)))
         await self._alive(self._llm.resume_generation())
+        self._whole = True
 
     async def pids(self) -> list[int]:
         """This process and all below it."""
@@ -201,6 +226,8 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         "worker_extension_cls": spec.worker_extension,
         "seed": 0,
     }
+    if spec.weight_transfer:
+        args["weight_transfer_config"] = {"backend": spec.weight_transfer}
     if spec.device == "cpu":
         args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
         # A prompt cut in two makes vLLM rewind the request's random generator, and torch's CPU

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpg_megatron.config import RolloutConfig
-from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec
+from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec, PauseMode
 from gpg_megatron.rollout.failures import EngineDied, EngineError, with_log
 from gpg_megatron.rollout.ray_session import open_ray
 from gpg_megatron.rollout.sampling import SamplingRequest, spread, to_completion
@@ -52,6 +52,7 @@ class Fleet:
         max_model_len: int,
         run_id: str,
         worker_extension: str,
+        weight_transfer: str | None,
         scratch_dir: Path,
         log_dir: Path,
         cpu_threads: int | None = None,
@@ -66,6 +67,8 @@ class Fleet:
             max_model_len: longest prompt plus response, in tokens.
             run_id: names the Ray namespace.
             worker_extension: dotted path of a class whose methods call_workers can call.
+            weight_transfer: name of the weight-transfer engine that its module registers; None:
+                the weights stay as they are.
             scratch_dir: for sockets and temporary files of Ray and vLLM; at most 40 characters,
                 since Unix sockets lie 62 characters below it. The caller removes it.
             log_dir: where engine_<i>.log are written.
@@ -87,6 +90,7 @@ class Fleet:
             kv_cache_bytes=int(config.kv_cache_gb * GIB),
             enforce_eager=config.enforce_eager,
             worker_extension=worker_extension,
+            weight_transfer=weight_transfer,
             cpu_threads=cpu_threads or max(1, len(os.sched_getaffinity(0)) // (tp * count)),
             scratch=str(scratch_dir),
         )
@@ -187,18 +191,28 @@ class Fleet:
         """The weight version that generate stamps now."""
         return self._version
 
-    def set_version(self, version: int) -> None:
-        """Stamp later samples with this version and forget cached prefixes of older weights."""
-        self._all(lambda a: a.set_version.remote(version), CONTROL_TIMEOUT_S, "setting the version")
-        self._version = version
+    def connect(self, payloads: Sequence[bytes], *, timeout_s: float) -> None:
+        """Give every engine its end of the bridge."""
+        refs = {
+            actor.connect.remote(payload): i
+            for i, (actor, payload) in enumerate(zip(self._actors, payloads, strict=True))
+        }
+        self._gather(refs, timeout_s, "connecting to the policy ranks")
 
-    def pause(self) -> None:
-        """Returns when no engine is running a request; later ones wait for resume."""
+    def begin_update(self, mode: PauseMode = "wait") -> None:
+        """Stop generation on every engine; it is refused until commit."""
         limit = self._config.generate_timeout_s
-        self._all(lambda actor: actor.pause.remote(), limit, "pausing generation")
+        self._all(lambda actor: actor.begin_update.remote(mode), limit, "pausing generation")
 
-    def resume(self) -> None:
-        self._all(lambda actor: actor.resume.remote(), CONTROL_TIMEOUT_S, "resuming generation")
+    def receive(self, payload: bytes) -> PendingCall:
+        """Let every engine receive weights; returns at once."""
+        refs = {actor.receive.remote(payload): i for i, actor in enumerate(self._actors)}
+        return PendingCall(self, refs, "receiving weights")
+
+    def commit(self, version: int) -> None:
+        """Stamp later samples with this version and go on generating."""
+        self._all(lambda a: a.commit.remote(version), CONTROL_TIMEOUT_S, "committing the weights")
+        self._version = version
 
     def pids(self) -> list[int]:
         """Living processes of the engines on this host: actors, cores, workers."""
@@ -263,6 +277,34 @@ class Fleet:
         except RayTaskError as error:
             message = f"engine {engine} failed while {what}: {error.cause}"
             raise EngineError(with_log(message, log)) from error
+
+
+class PendingCall:
+    """A call to all engines that has been sent and not answered."""
+
+    def __init__(self, fleet: Fleet, refs: dict[Any, int], what: str) -> None:
+        self._fleet = fleet
+        self._refs = refs
+        self._what = what
+
+    def failure(self) -> str | None:
+        """Why an engine failed so far; None while none has."""
+        import ray
+
+        for ref in ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)[0]:
+            try:
+                self._fleet._get(ref, self._refs[ref], self._what)
+            except EngineError as error:
+                return str(error)
+        return None
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when all engines have answered.
+
+        Raises:
+            EngineDied, EngineError, TimeoutError
+        """
+        self._fleet._gather(self._refs, timeout_s, self._what)
 
 
 def _end(processes: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def open_ray(
                 f"rollout.ray_address {config.ray_address}: no Ray cluster answers ({reason}); "
                 "expected the address of a running one, or none for a private Ray"
             ) from None
+    # Ray would answer SIGTERM, by which the launcher ends a rank, with a traceback.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     check_resources(
         [node["Resources"] for node in ray.nodes() if node["Alive"]],
         num_engines=config.num_engines,

@@ -1,4 +1,4 @@
-"""One rank: solve every problem in every layout of this world size and compare.
+"""One rank: solve the problems in every layout of this world size and compare.
 
     torchrun ... -m tests.dist.layout_worker FOLDER
 
@@ -11,70 +11,60 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
-from gpg_megatron import platform
+from gpg_megatron.batching import make_batches, pack
+from gpg_megatron.bridge.families import pieces_of
+from gpg_megatron.bridge.hf_io import load_hf
+from gpg_megatron.bridge.layout import Shard
+from gpg_megatron.hf_config import load_model_shape
+from gpg_megatron.platform import init_process_group
+from gpg_megatron.policy.policy import Policy
+from gpg_megatron.types import ModelShape, StepResult, TrainSample
+from tests.dist.problem import LAYOUTS, Layout, Problem, config_of, make_samples, problems_of
+from tests.dist.reference import Update, load_reference
 
-platform.quiet_megatron()
-
-from megatron.core import parallel_state  # noqa: E402
-
-from gpg_megatron.batching import make_batches, pack  # noqa: E402
-from gpg_megatron.bridge.families import pieces_of  # noqa: E402
-from gpg_megatron.bridge.hf_io import load_hf  # noqa: E402
-from gpg_megatron.bridge.layout import Shard  # noqa: E402
-from gpg_megatron.hf_config import load_model_shape  # noqa: E402
-from gpg_megatron.policy.policy import Policy  # noqa: E402
-from gpg_megatron.types import ModelShape, TrainSample  # noqa: E402
-from tests.dist.problem import (  # noqa: E402
-    LAYOUTS,
-    PROBLEMS,
-    Layout,
-    Problem,
-    config_of,
-    make_samples,
-)
-from tests.dist.reference import load_reference  # noqa: E402
-
-COLLECTIVE_LIMIT_S = 60
+COLLECTIVE_LIMIT_S = 120
+SAMPLES_PER_PACK = 10
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Verdict:
     """What one rank saw of one problem in one layout."""
 
+    layers: int
+    """Layers that this rank holds."""
     errors: dict[str, float]
     """Largest relative error of each quantity, against the reference."""
-    versions: list[int]
+    versions: list[int] = field(default_factory=list)
     """After each update."""
-    updated: list[bool]
+    updated: list[bool] = field(default_factory=list)
     """What each update says it did."""
-    skipped_changed: list[str]
-    """Shards that differ after an update without a live sample."""
-    padding: float
+    changed_by_skipping: list[str] = field(default_factory=list)
+    """Shards that differ after an update that says it did nothing."""
+    padding: float = 0.0
     """Largest |gradient| or |weight| in a row that belongs to no token."""
-    uncovered: list[str]
+    uncovered: list[str] = field(default_factory=list)
     """Tensors of the model of which all ranks together miss a part."""
 
 
 def main() -> None:
     """Join the world and write the verdicts."""
     folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
-    for layout in LAYOUTS:
-        if layout.world_size == dist.get_world_size():
-            for problem in PROBLEMS:
-                verdict = _solve(layout, problem, folder / problem.name)
-                path = folder / layout.name / problem.name / f"rank{dist.get_rank()}.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(asdict(verdict)))
-                parallel_state.destroy_model_parallel()
+    init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    for layout in (x for x in LAYOUTS if x.world_size == dist.get_world_size()):
+        for problem in problems_of(layout):
+            verdict = _solve(layout, problem, folder / problem.name)
+            parallel_state.destroy_model_parallel()
+            path = folder / layout.name / problem.name / f"rank{dist.get_rank()}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(verdict)))
     dist.destroy_process_group()
 
 
@@ -83,45 +73,38 @@ def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
     config, shape = config_of(problem, layout, directory), load_model_shape(directory)
     policy = Policy(config, shape, device="cpu")
     at = policy.position
+    assert (at.tp_size, at.pp_size, at.dp_size) == (layout.tp, layout.pp, layout.dp)
     load_hf(directory, policy.named_shards(), shape, at)
     policy.weights_loaded()
+
     reference = load_reference(directory / "reference.pt")
-    samples = make_samples(problem)
-    compare = Comparison(policy, shape, reference.updates[0].weights)
-    errors = {"logprobs": _relative_error(_logprobs(policy, samples), reference.logprobs)}
+    compare = Comparison(policy, shape, like=reference.updates[0].weights)
     expected = iter(reference.updates)
-    versions, updated, changed = [], [], []
+    samples = make_samples(problem)
+    logprobs = _logprobs(policy, samples)
+    verdict = Verdict(
+        layers=sum(name.endswith("linear_qkv.weight") for name in policy.named_shards()),
+        errors={"logprobs": _relative_error(logprobs, reference.logprobs)},
+    )
     batches = make_batches(samples, config, dp_rank=at.dp_rank, dp_size=at.dp_size)
     for step, batch in enumerate(batches):
         before = {name: shard.clone() for name, shard in policy.named_shards().items()}
         result = policy.train(batch)
-        versions.append(result.version)
-        updated.append(result.updated)
-        if not result.updated:
-            shards = policy.named_shards()
-            changed += [name for name in shards if not torch.equal(shards[name], before[name])]
-            continue
-        right = next(expected)
-        errors[f"loss of update {step}"] = abs(result.loss / right.loss - 1)
-        errors[f"grad_norm of update {step}"] = abs(result.grad_norm / right.grad_norm - 1)
-        for name, error in compare.errors(compare.gradients(), right.grads).items():
-            errors[f"gradient of {name} in update {step}"] = error
-        for name, error in compare.errors(policy.named_shards(), right.weights).items():
-            errors[f"{name} after update {step}"] = error
-    assert next(expected, None) is None
-    return Verdict(
-        errors=errors,
-        versions=versions,
-        updated=updated,
-        skipped_changed=changed,
-        padding=compare.padding,
-        uncovered=compare.uncovered(),
-    )
+        verdict.versions.append(result.version)
+        verdict.updated.append(result.updated)
+        if result.updated:
+            verdict.errors |= compare.update(step, result, next(expected))
+        else:
+            now = policy.named_shards()
+            verdict.changed_by_skipping += [n for n in now if not torch.equal(now[n], before[n])]
+    verdict.padding = compare.padding
+    verdict.uncovered = compare.uncovered()
+    return verdict
 
 
-def _logprobs(policy: Policy, samples: list[TrainSample]) -> torch.Tensor:
-    """float64 [response tokens of all samples], in their order; three to a micro-batch."""
-    chunks = [samples[i : i + 3] for i in range(0, len(samples), 3)]
+def _logprobs(policy: Policy, samples: Sequence[TrainSample]) -> torch.Tensor:
+    """float64 [response tokens of all samples], in their order."""
+    chunks = [samples[i : i + SAMPLES_PER_PACK] for i in range(0, len(samples), SAMPLES_PER_PACK)]
     packed = [pack(chunk, [0.0] * len(chunk)) for chunk in chunks]
     return torch.cat(policy.logprobs(packed)).double()
 
@@ -130,30 +113,48 @@ class Comparison:
     """Holds a rank's shards against whole tensors in Hugging Face coordinates."""
 
     def __init__(self, policy: Policy, shape: ModelShape, like: Mapping[str, torch.Tensor]) -> None:
-        self.policy = policy
-        self.shape = shape
         self.padding = 0.0
+        self._policy = policy
+        self._shape = shape
         self._seen = {name: torch.zeros(whole.shape) for name, whole in like.items()}
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def update(self, step: int, result: StepResult, right: Update) -> dict[str, float]:
+        """What is compared -> relative error, for one optimizer step."""
+        grads = self._errors(self._gradients(), right.grads)
+        weights = self._errors(self._policy.named_shards(), right.weights)
+        errors = {
+            "loss": abs(result.loss / right.loss - 1.0),
+            "grad_norm": abs(result.grad_norm / right.grad_norm - 1.0),
+            **{f"gradient of {name}": error for name, error in grads.items()},
+            **{f"updated {name}": error for name, error in weights.items()},
+        }
+        return {f"update {step}, {what}": error for what, error in errors.items()}
+
+    def uncovered(self) -> list[str]:
+        """Collective. Tensors of which all ranks together have not shown every element."""
+        for seen in self._seen.values():
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return [name for name, seen in self._seen.items() if not seen.all()]
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
         """Global Megatron name -> the gradient that the last update used.
 
-        Megatron clips in place, and clears the gradients only when the next update begins.
+        Megatron clips in place, and clears gradients only when the next update begins.
         """
-        parameters = self.policy._ddp.module.parameters()
-        names = self.policy.named_shards()
-        return {n: p.main_grad for n, p in zip(names, parameters, strict=True)}
+        parameters = self._policy._ddp.module.parameters()
+        names = self._policy.named_shards()
+        return {name: p.main_grad for name, p in zip(names, parameters, strict=True)}
 
-    def errors(
+    def _errors(
         self, shards: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]
     ) -> dict[str, float]:
-        """Hugging Face name -> relative error of the part that this rank holds."""
+        """Hugging Face name -> error of the part that this rank holds."""
         worst: dict[str, float] = {}
-        at = self.policy.position
+        at = self._policy.position
         for name, tensor in shards.items():
             padding = tensor.clone()
             shard = Shard(tuple(tensor.shape), at.tp_rank, at.tp_size)
-            for piece in pieces_of(name, shard, self.shape):
+            for piece in pieces_of(name, shard, self._shape):
                 whole = right[piece.hf_name]
                 gap = tensor[piece.local.slices].double() - whole[piece.hf.slices]
                 error = _no_nan(gap.abs().max() / whole.abs().max())
@@ -163,12 +164,6 @@ class Comparison:
             self.padding = max(self.padding, _no_nan(padding.abs().max()))
         return worst
 
-    def uncovered(self) -> list[str]:
-        """Collective. Tensors of which all ranks together have not shown every element."""
-        for seen in self._seen.values():
-            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return [name for name, seen in self._seen.items() if not seen.all()]
-
 
 def _relative_error(value: torch.Tensor, right: torch.Tensor) -> float:
     """Largest |difference| over the largest |right value|."""
@@ -176,7 +171,7 @@ def _relative_error(value: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _no_nan(value: torch.Tensor) -> float:
-    """nan would lose every comparison, and so pass for a small error."""
+    """nan loses every comparison, and so would pass for a small error."""
     return math.inf if value.isnan() else value.item()
 
 

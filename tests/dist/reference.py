@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.config import Config, PolicyConfig
@@ -43,6 +45,10 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            # The norms of transformers work in float32, whatever they are given.
+            module.forward = partial(_rms_norm, module)
     optimizer = _optimizer(model, config.policy)
     with torch.no_grad():
         samples = [sample for update in updates for sample in update]
@@ -52,6 +58,10 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
         logprobs=logprobs,
         updates=tuple(_update(model, optimizer, config, samples) for samples in live),
     )
+
+
+def _rms_norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _optimizer(model: torch.nn.Module, config: PolicyConfig) -> torch.optim.AdamW:

@@ -12,27 +12,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpg_megatron.batching import make_batches, split_updates
 from tests.dist.problem import (
     LAYOUTS,
+    N_LAYERS,
+    N_UPDATES,
     PROBLEMS,
     TOKENS_PER_MICRO_BATCH,
-    UPDATES,
     Layout,
     Problem,
     config_of,
     make_model,
     make_samples,
+    problems_of,
 )
 from tests.dist.reference import load_reference, make_reference, save_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 300
+LIMIT_S = 400
 TOLERANCE = 1e-5
 
-each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+CASES = [(layout, problem) for layout in LAYOUTS for problem in problems_of(layout)]
+each_case = pytest.mark.parametrize(
+    ("layout", "problem"), CASES, ids=[f"{layout.name}-{problem.name}" for layout, problem in CASES]
+)
+each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=[p.name for p in PROBLEMS])
 
 Verdicts = Callable[[Layout, Problem], list[dict]]
 
@@ -41,27 +47,28 @@ Verdicts = Callable[[Layout, Problem], list[dict]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """<problem>/ with the model and reference.pt, for each problem."""
     root = tmp_path_factory.mktemp("layouts")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is large enough to share
     for problem in PROBLEMS:
         directory = root / problem.name
         make_model(problem, directory)
         config = config_of(problem, Layout(), directory)
-        updates = split_updates(make_samples(problem), UPDATES)
+        updates = split_updates(make_samples(problem), N_UPDATES)
         save_reference(make_reference(config, updates), directory / "reference.pt")
+    torch.set_num_threads(threads)
     return root
 
 
 @pytest.fixture(scope="module")
 def verdicts(folder: Path) -> Verdicts:
-    """(layout, problem) -> what each rank found. All layouts of a world size share its ranks,
-    which start when the first of them is asked for."""
-    start = functools.cache(functools.partial(_run_world, folder))
+    """(layout, problem) -> what each rank saw. The layouts of a world size share its ranks,
+    which run when the first of them is asked for."""
+    run_world = functools.cache(functools.partial(_run_world, folder))
 
     def read(layout: Layout, problem: Problem) -> list[dict]:
-        output = start(layout.world_size)
-        paths = [
-            folder / layout.name / problem.name / f"rank{rank}.json"
-            for rank in range(layout.world_size)
-        ]
+        output = run_world(layout.world_size)
+        place = folder / layout.name / problem.name
+        paths = [place / f"rank{rank}.json" for rank in range(layout.world_size)]
         assert all(path.exists() for path in paths), output
         return [json.loads(path.read_text()) for path in paths]
 
@@ -73,43 +80,80 @@ def _run_world(folder: Path, world_size: int) -> str:
     log = folder / f"world{world_size}.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", "-m", "tests.dist.layout_worker", str(folder)]
+    # Without a visible GPU the CPU path is what runs, on every machine.
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT
         )
-    try:
-        process.wait(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        # Each rank has a session of its own; only the launcher can end them all.
-        process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            print(f"no end after {LIMIT_S} s", file=file)
+        finally:
+            # Each rank has a session of its own: only the launcher can end them all.
+            process.terminate()
+            process.wait(timeout=60)
     return f"exit code {process.returncode}\n{log.read_text()}"
 
 
-@each_layout
-@each_problem
+@each_case
 def test_a_layout_computes_what_one_process_computes(
     verdicts: Verdicts, layout: Layout, problem: Problem
 ) -> None:
-    """Loss, log-probs, gradient norm, every gradient, every weight after each of two updates."""
+    """Log-probs, loss, gradient norm, every gradient and every weight, over two updates."""
     for rank, verdict in enumerate(verdicts(layout, problem)):
-        wrong = {name: e for name, e in verdict["errors"].items() if not e <= TOLERANCE}
+        wrong = {what: error for what, error in verdict["errors"].items() if not error <= TOLERANCE}
         assert not wrong, f"rank {rank}: {wrong}"
         assert verdict["uncovered"] == []
         assert verdict["padding"] == 0.0
 
 
-@each_layout
-@each_problem
+@each_case
 def test_an_update_without_a_live_sample_changes_nothing(
     verdicts: Verdicts, layout: Layout, problem: Problem
 ) -> None:
-    """Weights and version stay on every rank, and the next update is not disturbed."""
+    """Weights and version stay on every rank; the update after it is compared above."""
     for verdict in verdicts(layout, problem):
         assert verdict["updated"] == [True, False, True]
         assert verdict["versions"] == [1, 1, 2]
-        assert verdict["skipped_changed"] == []
+        assert verdict["changed_by_skipping"] == []
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.first], ids=lambda x: x.name)
+def test_an_uneven_first_stage_holds_its_layers(verdicts: Verdicts, layout: Layout) -> None:
+    counts = [verdict["layers"] for verdict in verdicts(layout, PROBLEMS[0])]
+    assert counts == [layout.first] * layout.tp + [N_LAYERS - layout.first] * layout.tp
+
+
+@each_problem
+def test_the_reference_would_tell(folder: Path, problem: Problem) -> None:
+    """What the tests above rule out is larger than their tolerance."""
+    reference = load_reference(folder / problem.name / "reference.pt")
+    assert reference.logprobs.std() > 0.5
+    first, last = reference.updates
+    for name, right in first.weights.items():
+        step = (last.weights[name] - right).abs().max() / right.abs().max()
+        assert step > 50 * TOLERANCE, f"the last update hardly moves {name}"
+    for update in (first, last):
+        assert all(grad.any() for grad in update.grads.values())
+        clipped = math.hypot(*(grad.norm().item() for grad in update.grads.values()))
+        embedding = update.grads["model.embed_tokens.weight"].norm().item()
+        assert math.hypot(clipped, embedding) > 1.01 * clipped, "counted twice, it would show"
+    limit = problem.clip_grad or math.inf
+    assert (first.grad_norm > limit) == (limit < 1.0), "some problems clip, some do not"
+
+
+def test_the_samples_make_every_kind_of_micro_batch() -> None:
+    """Over-long, several to a rank, and fillers for ranks without samples."""
+    samples = make_samples(PROBLEMS[0])
+    for n_ranks in {layout.dp for layout in LAYOUTS}:
+        config = config_of(PROBLEMS[0], Layout(dp=n_ranks), Path("unused"))
+        ranks = [make_batches(samples, config, dp_rank=r, dp_size=n_ranks) for r in range(n_ranks)]
+        first, skipped, last = ([batches[i].micro_batches for batches in ranks] for i in range(3))
+        assert not any(skipped)
+        assert n_ranks == 4 or all(len(row) >= 2 for row in first)
+        sizes = [len(batch.input_ids_T) for row in first for batch in row]
+        assert max(sizes) > TOKENS_PER_MICRO_BATCH
+        has_filler = any(not batch.loss_mask_T.any() for row in last for batch in row)
+        assert has_filler == (n_ranks > 1)

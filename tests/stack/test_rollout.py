@@ -21,10 +21,8 @@ import pytest
 from gpg_megatron.config import RolloutConfig
 from gpg_megatron.reaper import (
     RUN_ID_VARIABLE,
-    SHARED_MEMORY,
     cleanup_run,
     new_run_id,
-    open_segments,
     scratch_directory,
     start_reaper,
 )
@@ -32,6 +30,7 @@ from gpg_megatron.rollout.failures import EngineDied, EngineError
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt, VersionSpan
+from tests.shared_memory import abandoned_segments, all_segments
 from tests.tiny import make_tiny_model
 
 HERE = Path(__file__).resolve().parent
@@ -70,6 +69,7 @@ def start_fleet(model: Path, run_id: str, tp: int) -> Fleet:
         max_model_len=MAX_MODEL_LEN,
         run_id=run_id,
         worker_extension="worker_ext.Extension",
+        weight_transfer="none",
         scratch_dir=scratch_directory(run_id),
         log_dir=scratch_directory(run_id),
         cpu_threads=1,
@@ -93,6 +93,13 @@ def request(i: int = 0, **changes) -> SamplingRequest:
         "seed": 5,
     }
     return SamplingRequest(**{**values, **changes})
+
+
+def update(fleet: Fleet, version: int) -> None:
+    """An update that changes nothing but the version."""
+    fleet.begin_update()
+    fleet.receive(b"").wait(30)
+    fleet.commit(version)
 
 
 def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
@@ -171,26 +178,57 @@ class TestOneEngine:
         assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
         assert len(stopped.token_ids) == len(stopped.logprobs) < 100
 
-    def test_versions_are_stamped(self, fleet: Fleet) -> None:
+    def test_an_update_stamps_later_samples(self, fleet: Fleet) -> None:
         before = fleet.version
         first = fleet.generate([request()])[0]
-        fleet.set_version(before + 3)
+        update(fleet, before + 3)
         second = fleet.generate([request()])[0]
         n = len(first.token_ids)
         assert first.versions == (VersionSpan(version=before, start=0, end=n),)
         assert second.versions == (VersionSpan(version=before + 3, start=0, end=n),)
         assert second.token_ids == first.token_ids
 
-    def test_a_pause_holds_requests_back(self, fleet: Fleet) -> None:
-        fleet.pause()
+    def test_nothing_is_generated_from_incomplete_weights(self, fleet: Fleet) -> None:
+        version = fleet.version
+        fleet.begin_update()
+        with pytest.raises(EngineError, match="the weights are incomplete"):
+            fleet.generate([request()])
+        with pytest.raises(EngineError, match=r"failed while receiving weights.*the update failed"):
+            fleet.receive(b"fail").wait(30)
+        with pytest.raises(EngineError, match="the weights are incomplete"):
+            fleet.generate([request()])
+        update(fleet, version + 1)  # a whole one mends it
+        assert fleet.generate([request()])[0].versions[0].version == version + 1
+
+    def test_a_failed_update_is_seen_before_it_is_waited_for(self, fleet: Fleet) -> None:
+        fleet.begin_update()
+        pending = fleet.receive(b"fail")
+        deadline = time.monotonic() + 30
+        while pending.failure() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "the update failed" in str(pending.failure())
+        update(fleet, fleet.version + 1)
+
+    def test_running_requests_go_on_after_an_update(self, fleet: Fleet) -> None:
+        """Pause mode keep: one completion, tokens of two versions, each token stamped."""
+        old = fleet.version
         done: list[Completion] = []
-        caller = threading.Thread(target=lambda: done.extend(fleet.generate([request()])))
+        long = request(3, n=8, max_tokens=MAX_MODEL_LEN - 8, temperature=1.0, seed=11)
+        caller = threading.Thread(target=lambda: done.extend(fleet.generate([long])))
         caller.start()
-        time.sleep(2)
-        assert not done
-        fleet.resume()
-        caller.join(timeout=60)
-        assert len(done) == 4
+        time.sleep(0.4)
+        fleet.begin_update("keep")
+        fleet.receive(b"").wait(30)
+        fleet.commit(old + 1)
+        caller.join(timeout=120)
+        assert len(done) == 8
+        crossed = [c for c in done if len(c.versions) == 2]
+        assert crossed, [c.versions for c in done]
+        for c in crossed:
+            first, second = c.versions
+            assert (first.version, second.version) == (old, old + 1)
+            assert 0 == first.start < first.end == second.start < second.end == len(c.token_ids)
 
     def test_calls_reach_the_workers(self, fleet: Fleet) -> None:
         assert fleet.call_workers("hello", [(1, "a")], timeout_s=30) == [[[0, [1, "a"]]]]
@@ -221,7 +259,7 @@ class TestOneEngine:
 
 def test_tensor_parallel_engine_and_its_sudden_end(model: Path) -> None:
     """TP = 2 gives the same log-probs; a killed core ends a running call and leaves nothing."""
-    segments = set(os.listdir(SHARED_MEMORY))
+    segments = all_segments()
     with run_of(model, tp=2) as fleet:
         run_id = os.environ[RUN_ID_VARIABLE]
         assert fleet.call_workers("hello", [()], timeout_s=30) == [[[0, []], [1, []]]]
@@ -239,14 +277,14 @@ def test_tensor_parallel_engine_and_its_sudden_end(model: Path) -> None:
         fleet.close()
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not scratch_directory(run_id).exists()
-    assert not new_segments(segments)
+    assert not abandoned_segments(segments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["owner", "actor"])
 def test_a_kill_leaves_nothing(model: Path, victim: str) -> None:
     """SIGKILL of the owner, or of the actor: the run's processes and segments are gone."""
-    segments = set(os.listdir(SHARED_MEMORY))
+    segments = all_segments()
     script = (
         "import sys\nfrom pathlib import Path\nfrom gpg_megatron import reaper\n"
         "from tests.stack.test_rollout import request, start_fleet\n"
@@ -277,7 +315,7 @@ def test_a_kill_leaves_nothing(model: Path, victim: str) -> None:
     while scratch_directory(run_id).exists():
         assert time.monotonic() - began < 20
         time.sleep(0.1)
-    assert not new_segments(segments)
+    assert not abandoned_segments(segments)
 
 
 @pytest.mark.slow
@@ -287,8 +325,3 @@ def test_an_engine_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"loading .* into vLLM") as caught, run_of(broken):
         pass
     assert "last lines of" in str(caught.value) and "afetensor" in str(caught.value)
-
-
-def new_segments(before: set[str]) -> set[str]:
-    """Segments that appeared since, apart from those that other programs use."""
-    return set(os.listdir(SHARED_MEMORY)) - before - open_segments(psutil.pids())

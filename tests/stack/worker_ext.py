@@ -2,6 +2,42 @@
 
 from __future__ import annotations
 
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+
+class NoTransfer(WeightTransferEngine):
+    """Updates that change nothing, or fail when they are told to."""
+
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = WeightTransferUpdateInfo
+
+    def init_transfer_engine(self, init_info):
+        raise NotImplementedError
+
+    def start_weight_update(self):
+        pass
+
+    def update_weights(self, update_info):
+        if update_info["payload"] == b"fail":
+            raise ValueError("the update failed")
+
+    def receive_weights(self, update_info):
+        raise NotImplementedError
+
+    def finish_weight_update(self):
+        pass
+
+    def shutdown(self):
+        pass
+
+
+WeightTransferEngineFactory.register_engine("none", NoTransfer)
+
 
 class Extension:
     """Mixed into vLLM's worker: self.rank and self.model_runner are the worker's."""
@@ -17,3 +53,6 @@ class Extension:
 
         time.sleep(seconds)
         return seconds
+
+    def bridge_forget_update(self):
+        self._weight_update_active = False

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 KNOWN_BY: dict[str, frozenset[str]] = {
     "omegaconf": frozenset({"config"}),
     "megatron": frozenset({"platform", "policy"}),
-    "vllm": frozenset({"rollout", "bridge.receiver"}),
+    "vllm": frozenset({"rollout", "bridge.receiver", "bridge.install", "benchmarks"}),
     "ray": frozenset({"rollout"}),
     "datasets": frozenset({"data"}),
     "wandb": frozenset({"observe"}),

@@ -23,3 +23,7 @@ def test_every_held_out_set_has_its_line() -> None:
         "eval/a/mean@4",
         "eval/b/mean@4",
     ]
+
+
+def test_a_single_evaluation_has_no_arrow() -> None:
+    assert summary_lines([{"step": 2, "eval/a/mean@1": 0.5}])[0] == "eval/a/mean@1: 0.500"

@@ -1,0 +1,93 @@
+"""What policy ranks and engine workers say to each other besides the weights themselves.
+
+These objects cross a process boundary as pickled bytes: vLLM's own encoding knows no
+dataclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpg_megatron.bridge.plan import Destination, Route
+from gpg_megatron.bridge.transport import TransportName
+
+BACKEND = "gpg"
+"""Name of the weight-transfer engine that is registered in vLLM."""
+RECEIVER = "gpg_megatron.bridge.receiver.BridgeReceiver"
+"""Dotted path of the worker extension that the engines must be started with."""
+CHECKSUM_BYTES = 8
+"""At the end of every message: CRC-32 of the bytes before it, as an 8-byte integer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLayout:
+    """What one engine worker says of itself."""
+
+    destinations: Sequence[Destination]
+    policies: Mapping[str, str]
+    """Module -> how new weights take effect there (install.py)."""
+    parameter_bytes: int
+    """Of all parameters that are written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """What the workers of one engine need to receive; each picks its own routes."""
+
+    engine: int
+    n_workers: int
+    """Of one engine; worker w of engine e is receiver e * n_workers + w."""
+    routes: Sequence[Sequence[Route]]
+    """For each worker."""
+    addresses: Mapping[int, Any]
+    """Sending rank -> transport address."""
+    transport: TransportName
+    dtype: str
+    """Of the elements on their way, as torch spells it."""
+    bucket_elements: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One publish, as the workers hear of it."""
+
+    verify: bool
+    """Read every bucket back from the parameters and compare its checksum."""
+
+
+class Pending(Protocol):
+    """A call to all engines that has been sent and not answered."""
+
+    def failure(self) -> str | None:
+        """Why an engine failed so far; None while none has."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when all engines have answered. Raises what they raised."""
+
+
+class Engines(Protocol):
+    """The control plane: what the bridge asks of the engines. Given by the trainer, so that
+    the bridge knows no engine."""
+
+    @property
+    def num_engines(self) -> int: ...
+
+    def call_workers(
+        self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
+    ) -> list[list[Any]]:
+        """Call a method of the worker extension; [engine][worker]."""
+
+    def connect(self, payloads: Sequence[bytes], *, timeout_s: float) -> None:
+        """Give every engine its pickled Connection."""
+
+    def begin_update(self) -> None:
+        """Stop generation and refuse it until commit: the weights are about to be a mixture."""
+
+    def receive(self, payload: bytes) -> Pending:
+        """Let all workers receive; the pickled Update."""
+
+    def commit(self, version: int) -> None:
+        """The weights are whole and have this version; generation goes on."""

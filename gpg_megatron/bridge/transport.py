@@ -1,0 +1,130 @@
+"""How buckets get from policy ranks to engine workers: one small interface, several ways.
+
+    Outbox (a policy rank):  slot() -> fill it -> post(receiver) -> ... -> idle()
+    Inbox (a worker, for one sender):  poll() -> read it -> done()
+
+A sender has two slots, so that it fills one while the other is being read. Neither side blocks
+inside a transport: `Patience` waits, with a limit and a name for what is waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+TransportName = Literal["shm", "gloo", "nccl", "cuda_ipc"]
+SLOTS = 2
+
+
+class TransferError(RuntimeError):
+    """A transfer did not come to its end; the engines must not generate before a full one has."""
+
+
+class Outbox(Protocol):
+    """The sending end of one policy rank."""
+
+    def address(self) -> object:
+        """What an Inbox needs to attach; pickles."""
+
+    def reset(self) -> None:
+        """Forget what an interrupted transfer left. No receiver may be polling."""
+
+    def slot(self) -> torch.Tensor | None:
+        """uint8 [bucket bytes] to fill next; None while its last content is being read."""
+
+    def post(self, receiver: int, n_bytes: int) -> None:
+        """Hand the first n_bytes of the slot to a receiver; messages to one keep their order."""
+
+    def idle(self) -> bool:
+        """Whether everything posted has been read."""
+
+    def settle(self) -> None:
+        """All receivers have attached, or will not any more."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
+class Inbox(Protocol):
+    """The receiving end of one worker for one sender."""
+
+    def poll(self, n_bytes: int) -> torch.Tensor | None:
+        """The next message, uint8 [n_bytes]; None while it has not arrived."""
+
+    def done(self) -> None:
+        """The message that poll returned has been read."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
+def open_outbox(
+    transport: TransportName,
+    name: str,
+    bucket_bytes: int,
+    receivers: Sequence[int],
+    timeout_s: float,
+) -> Outbox:
+    """The sending end of one rank; the name is unique on the host."""
+    if transport == "shm":
+        from gpg_megatron.bridge.shm import ShmOutbox
+
+        return ShmOutbox(name, bucket_bytes)
+    if transport == "cuda_ipc":
+        from gpg_megatron.bridge.cuda_ipc import CudaOutbox
+
+        return CudaOutbox(name, bucket_bytes)
+    from gpg_megatron.bridge.p2p import P2POutbox
+
+    return P2POutbox(bucket_bytes, receivers, backend=transport, timeout_s=timeout_s)
+
+
+def open_inbox(transport: TransportName, address: Any, receiver: int) -> Inbox:
+    """The receiving end for one sender, by the sender's address."""
+    if transport == "shm":
+        from gpg_megatron.bridge.shm import ShmInbox
+
+        return ShmInbox(address, receiver)
+    if transport == "cuda_ipc":
+        from gpg_megatron.bridge.cuda_ipc import CudaInbox
+
+        return CudaInbox(address, receiver)
+    from gpg_megatron.bridge.p2p import P2PInbox
+
+    return P2PInbox(address, receiver)
+
+
+@dataclass(slots=True)
+class Patience:
+    """Waits by polling: eagerly at first, then every millisecond."""
+
+    limit_s: float
+    """Longest wait without progress."""
+    aborted: Callable[[], str | None] = lambda: None
+    """Why the other side has given up; None while it has not. Asked about once a second."""
+
+    def until(self, poll: Callable[[], T | None], what: str) -> T:
+        """The first result of poll that is not None and not False.
+
+        Raises:
+            TransferError: the limit has passed, or the other side has given up.
+        """
+        begin = now = time.monotonic()
+        asked = begin
+        while True:
+            result = poll()
+            if result is not None and result is not False:
+                return result
+            now = time.monotonic()
+            if now - begin > self.limit_s:
+                raise TransferError(f"waited {self.limit_s:g} s for {what}")
+            if now - asked > 1.0:
+                asked = now
+                if reason := self.aborted():
+                    raise TransferError(f"while waiting for {what}: {reason}")
+            time.sleep(0.0 if now - begin < 0.002 else 0.001)
