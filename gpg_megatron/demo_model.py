@@ -39,6 +39,7 @@ def build_tokenizer(texts: Iterable[str], max_vocab_size: int) -> PreTrainedToke
     plain = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
+    tokenizer.decoder = plain.decoder
     trainer = BpeTrainer(
         vocab_size=max_vocab_size,
         special_tokens=[PAD, BOS, EOS, *ROLES],

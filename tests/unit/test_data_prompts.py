@@ -56,7 +56,7 @@ def test_without_template_the_contents_are_joined_without_special_tokens(tmp_pat
 
 
 def test_ids_are_source_file_and_row_also_after_filtering(tmp_path, tokenizer):
-    # Digits are single tokens: the template's 3 + "Say " as 1 + the digits.
+    # Digits are single tokens: the template's 3 + "Say" + " " + the digits.
     first = write(tmp_path / "a.jsonl", ["Say 1", "Say 12345", "Say 3"])
     second = write(tmp_path / "b.jsonl", ["Say 4"], data_source="other")
     data = DataConfig(max_prompt_length=6, overlong_prompts="filter")
@@ -67,9 +67,9 @@ def test_ids_are_source_file_and_row_also_after_filtering(tmp_path, tokenizer):
 
 def test_an_overlong_prompt_is_an_error_with_row_and_lengths(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", ["Say 1", "Say 12345"])
-    with pytest.raises(UserError, match=r"a.jsonl:2: the prompt has 9 tokens, .*_length=8"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: the prompt has 10 tokens, .*_length=8"):
         load_prompts([file], DataConfig(max_prompt_length=8), tokenizer)
-    assert len(load_prompts([file], DataConfig(max_prompt_length=9), tokenizer).prompts) == 2
+    assert len(load_prompts([file], DataConfig(max_prompt_length=10), tokenizer).prompts) == 2
 
 
 def test_nothing_left_after_filtering(tmp_path, tokenizer):

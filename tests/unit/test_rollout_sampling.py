@@ -167,6 +167,7 @@ def _spec(tmp_path, tp: int = 1) -> EngineSpec:
         kv_cache_bytes=1,
         enforce_eager=True,
         worker_extension="a.B",
+        weight_transfer=None,
         cpu_threads=3,
         scratch=str(tmp_path),
     )
