@@ -61,6 +61,8 @@ class PolicyConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     data_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    """Data-parallel ranks that share the experts of each layer; 1 for models without experts."""
     num_layers_in_first_pipeline_stage: Optional[int] = None
     num_layers_in_last_pipeline_stage: Optional[int] = None
     max_tokens_per_micro_batch: int = 16384
@@ -319,7 +321,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "at least 1",
         lambda v: v >= 1,
         "policy.tensor_model_parallel_size policy.pipeline_model_parallel_size "
-        "policy.data_parallel_size policy.max_tokens_per_micro_batch policy.timeout_s "
+        "policy.data_parallel_size policy.expert_model_parallel_size "
+        "policy.max_tokens_per_micro_batch policy.timeout_s "
         "policy.num_layers_in_first_pipeline_stage policy.num_layers_in_last_pipeline_stage "
         "policy.num_threads data.max_prompt_length data.val_max_rows rollout.top_k "
         "rollout.num_engines rollout.tensor_model_parallel_size rollout.max_response_length "
@@ -371,6 +374,13 @@ def validate(config: Config) -> None:
         "a divisor of it",
     )
     p = config.policy
+    _require(
+        p.data_parallel_size % p.expert_model_parallel_size == 0,
+        "policy.expert_model_parallel_size",
+        f"({p.expert_model_parallel_size}) does not divide policy.data_parallel_size "
+        f"({p.data_parallel_size})",
+        "a divisor of it",
+    )
     _require(
         p.min_lr <= p.lr, "policy.min_lr", f"({p.min_lr}) exceeds policy.lr ({p.lr})", "at most lr"
     )

@@ -6,18 +6,34 @@ Every policy rank needs the shape, and importing transformers costs each of them
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpg_megatron.config import Config, PolicyConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import ModelShape, MoEShape
 
-# architecture -> (qkv_bias, qk_norm). A further family also needs its rows in bridge/families.py.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What an architecture has that its config.json does not spell out."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: bool = False
+    """In every layer."""
+    shared_expert: bool = False
+
+
+# A further family also needs its rows in bridge/families.py.
 FAMILIES = {
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-    "LlamaForCausalLM": (False, False),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(),
+    "Qwen2MoeForCausalLM": Family(qkv_bias=True, experts=True, shared_expert=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
 }
 
 
@@ -50,38 +66,70 @@ def _shape(raw: dict[str, Any], where: Path) -> ModelShape:
         raise UserError(
             f"{where}: architecture {architecture} is not supported; known: {', '.join(FAMILIES)}"
         )
-    qkv_bias, qk_norm = FAMILIES[architecture]
+    family = FAMILIES[architecture]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for option, unsupported in (
-        (f"rope type {rope_type}", rope_type != "default"),
-        ("attention_bias", architecture != "Qwen2ForCausalLM" and raw.get("attention_bias")),
-        ("mlp_bias", raw.get("mlp_bias")),
-        ("use_sliding_window", raw.get("use_sliding_window")),
-        ("hidden_act other than silu", raw.get("hidden_act", "silu") != "silu"),
-    ):
+    for option, unsupported in _options(raw, architecture, rope):
         if unsupported:
             raise UserError(f"{where}: {option} is not supported")
     try:
         heads = raw["num_attention_heads"]
+        moe = _experts(raw, family) if family.experts else None
+        # Models with experts need not have one; no layer of theirs uses it.
+        unused = {"intermediate_size": moe.ffn_size} if moe else {}
         return ModelShape(
             architecture=architecture,
             num_layers=raw["num_hidden_layers"],
             hidden_size=raw["hidden_size"],
-            ffn_size=raw["intermediate_size"],
+            ffn_size=(unused | raw)["intermediate_size"],
             num_heads=heads,
             num_kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             vocab_size=raw["vocab_size"],
             tied=raw.get("tie_word_embeddings", False),
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
             rms_norm_eps=raw["rms_norm_eps"],
             max_position_embeddings=raw["max_position_embeddings"],
+            moe=moe,
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing") from None
+
+
+def _options(
+    raw: dict[str, Any], architecture: str, rope: dict[str, Any]
+) -> tuple[tuple[str, Any], ...]:
+    """(what a model may ask for, whether this one does) for all that is not supported."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    # Without the key transformers and the engine take 4096.
+    window = raw.get("sliding_window", 4096) if architecture == "MistralForCausalLM" else None
+    topk_one = raw.get("num_experts_per_tok") == 1 and bool(raw.get("norm_topk_prob"))
+    return (
+        (f"rope type {rope_type}", rope_type != "default"),
+        ("attention_bias", not FAMILIES[architecture].qkv_bias and raw.get("attention_bias")),
+        ("mlp_bias", raw.get("mlp_bias")),
+        ("use_sliding_window", raw.get("use_sliding_window")),
+        (f"sliding_window {window} (other than null)", window is not None),
+        ("hidden_act other than silu", raw.get("hidden_act", "silu") != "silu"),
+        ("qkv_bias other than true", not raw.get("qkv_bias", True)),
+        ("decoder_sparse_step other than 1", raw.get("decoder_sparse_step", 1) != 1),
+        ("mlp_only_layers", bool(raw.get("mlp_only_layers"))),
+        # The only expert would have the constant weight 1, and its router no gradient.
+        ("norm_topk_prob with one expert per token", topk_one),
+    )
+
+
+def _experts(raw: dict[str, Any], family: Family) -> MoEShape:
+    """Raises KeyError."""
+    return MoEShape(
+        # transformers 5 writes a key of its own, and reads both.
+        num_experts=raw.get("num_local_experts") or raw["num_experts"],
+        experts_per_token=raw["num_experts_per_tok"],
+        ffn_size=raw["moe_intermediate_size"],
+        shared_ffn_size=raw["shared_expert_intermediate_size"] if family.shared_expert else 0,
+        renormalised=raw.get("norm_topk_prob", False),
+    )
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
@@ -100,6 +148,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             raise UserError(
                 f"{section}.tensor_model_parallel_size={size} {problem}; legal: {legal}"
             )
+    _check_expert_parallel(config.policy, shape)
     pipeline_stages(config.policy, shape.num_layers)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > shape.max_position_embeddings:
@@ -122,9 +171,38 @@ def _tensor_parallel_problem(shape: ModelShape, size: int, *, engine: bool) -> s
     # The engine copies key-value heads; Megatron cuts the rows of the fused projection.
     if not engine and (heads + 2 * kv_heads) * shape.head_dim % size:
         return f"does not divide the {(heads + 2 * kv_heads) * shape.head_dim} rows of q, k and v"
-    if shape.ffn_size % size:
-        return f"does not divide the model's intermediate_size {shape.ffn_size}"
+    if engine and shape.moe and size > shape.num_experts:
+        return f"is more than the model's {shape.num_experts} experts"
+    for key, width in _ffn_sizes(shape).items():
+        if width % size:
+            return f"does not divide the model's {key} {width}"
     return None
+
+
+def _ffn_sizes(shape: ModelShape) -> dict[str, int]:
+    """The sizes that tensor parallelism cuts, under their keys in config.json."""
+    if shape.moe is None:
+        return {"intermediate_size": shape.ffn_size}
+    return {
+        "moe_intermediate_size": shape.moe.ffn_size,
+        "shared_expert_intermediate_size": shape.moe.shared_ffn_size,
+    }
+
+
+def _check_expert_parallel(policy: PolicyConfig, shape: ModelShape) -> None:
+    """Raises UserError."""
+    size, replicas = policy.expert_model_parallel_size, policy.data_parallel_size
+    if shape.moe is None and size > 1:
+        raise UserError(
+            f"policy.expert_model_parallel_size={size}, but {shape.architecture} has no experts; "
+            f"expected 1"
+        )
+    if shape.moe and shape.num_experts % size:
+        legal = [n for n in range(1, replicas + 1) if not (shape.num_experts % n or replicas % n)]
+        raise UserError(
+            f"policy.expert_model_parallel_size={size} does not divide the model's "
+            f"{shape.num_experts} experts; legal: {legal}"
+        )
 
 
 def pipeline_stages(policy: PolicyConfig, num_layers: int) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 Megatron-Core 0.16 names CUDA in a few dozen lines that have nothing to do with CUDA kernels:
 factories with device="cuda", tensor-type comparisons, the random-number tracker. On a machine
-with a GPU this module changes nothing. Without one, `redirect_megatron_to_cpu` points those
-lines at the CPU, once per process, before any Megatron object is made. No other file of the
-project patches anything.
+with a GPU this module changes nothing but for a name that Megatron lacks where Transformer Engine
+is missing. Without a GPU, `redirect_megatron_to_cpu` points those lines at the CPU, once per
+process, before any Megatron object is made. No other file of the project patches anything.
 """
 
 from __future__ import annotations
@@ -61,11 +61,24 @@ def has_transformer_engine() -> bool:
 
 
 def quiet_megatron() -> None:
-    """Silence what Megatron says on import about missing Transformer Engine and Apex.
+    """Silence what Megatron says on import about missing Transformer Engine and Apex, and what
+    torch says to Megatron about collectives that have a new name.
 
     To be called before Megatron is imported; gpg-doctor tells what is installed.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+@functools.cache
+def define_missing_names() -> None:
+    """What Megatron-Core 0.16 only defines with Transformer Engine, but always reads. Idempotent.
+
+    The router asks whether Transformer Engine's matrix product is None.
+    """
+    if not has_transformer_engine():
+        moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+        moe_utils.te_general_gemm = None
 
 
 # ---- Megatron-Core on CPU -----------------------------------------------------------------
@@ -117,6 +130,47 @@ def redirect_megatron_to_cpu() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     for name in _MODULES_NAMING_CUDA:
         _retarget_module(importlib.import_module(name))
+    _redirect_experts()
+
+
+def _redirect_experts() -> None:
+    """The dispatcher of tokens to experts, with gloo and without CUDA streams."""
+    moe = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher: Any = moe.MoEAlltoAllTokenDispatcher
+    # It copies its token counts to the CPU on a stream of its own; they are there already.
+    dispatcher.cuda_dtoh_stream = "none on CPU"
+    dispatcher._maybe_dtoh_and_synchronize = _counts_to_numpy
+    # Under tensor parallelism it gathers as many tokens from each rank as were sent there.
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings._gather_along_first_dim = _gather_with_gloo(mappings._gather_along_first_dim)
+
+
+def _counts_to_numpy(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """Of MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize what is left without a GPU: the
+    collectives want split sizes as numbers, not as tensors."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            counts = getattr(dispatcher, name)
+            setattr(dispatcher, name, None if counts is None else counts.numpy())
+    return tokens_per_expert
+
+
+def _gather_with_gloo(equal_sizes: Any) -> Any:
+    """Megatron's _gather_along_first_dim; gloo's all_gather refuses tensors of unequal sizes, and
+    its all_to_all does not."""
+
+    def gather(
+        tensor: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return equal_sizes(tensor, group, None, use_global_buffer)
+        copies = tensor.repeat(group.size(), *[1] * (tensor.dim() - 1))
+        gathered = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        own = [tensor.shape[0]] * group.size()
+        dist.all_to_all_single(gathered, copies, list(sizes), own, group=group)
+        return gathered
+
+    return gather
 
 
 def _retarget_module(module: types.ModuleType) -> None:

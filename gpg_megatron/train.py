@@ -114,9 +114,11 @@ def run_rank(config: Config) -> int:
         # Rank 0 has something to say; the launcher ends this rank when it has.
         time.sleep(RANK0_GRACE_S)
         return 1
-    except MismatchError as error:  # on every rank
+    except MismatchError as error:  # on every rank; rank 0 says it
         if dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(RANK0_GRACE_S)
         return 1
     except (EngineError, TimeoutError, TransferError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -76,7 +76,7 @@ class Trainer:
             self.bridge = WeightBridge(
                 shards=self.policy.named_shards(),
                 model=shape,
-                grid=_grid(config, shape),
+                grid=policy_grid(config, shape),
                 rank=self.parallel.rank,
                 run_id=run_id,
                 config=config.bridge,
@@ -171,7 +171,7 @@ class Trainer:
         """Refuse to train when the engines do not compute what the policy computes."""
         pairs = self._on_rank0(lambda: self._conductor.canary())
         # A data-parallel rank would pack its own share; here every rank computes all of it.
-        batch = pack([_canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
+        batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
         (logprobs,) = self.policy.logprobs([batch])
         gap = (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item()
         tolerance = self.config.mismatch_tolerance
@@ -243,7 +243,7 @@ def _rank0_limit_s(config: Config) -> int:
     return r.startup_timeout_s + 2 * draws * r.generate_timeout_s
 
 
-def _grid(config: Config, shape: ModelShape) -> PolicyGrid:
+def policy_grid(config: Config, shape: ModelShape) -> PolicyGrid:
     """The arrangement of all policy ranks, as the bridge needs it."""
     p = config.policy
     return PolicyGrid(
@@ -251,11 +251,12 @@ def _grid(config: Config, shape: ModelShape) -> PolicyGrid:
         dp_size=p.data_parallel_size,
         pp_size=p.pipeline_model_parallel_size,
         stage_of_layer=pipeline_stages(p, shape.num_layers),
+        ep_size=p.expert_model_parallel_size,
         transformer_engine=has_transformer_engine(),
     )
 
 
-def _canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
+def canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
     return TrainSample(
         prompt_id=prompt.id,
         group=0,

@@ -1,11 +1,13 @@
-"""A tiny Qwen2 with random weights and a byte-level tokenizer, as a Hugging Face directory."""
+"""A tiny model with random weights and a byte-level tokenizer, as a Hugging Face directory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+Family = Literal["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "qwen2_moe"]
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 
@@ -20,20 +22,23 @@ def make_tiny_model(
     vocab_size: int = 320,
     seed: int = 0,
     sharpness: float = 1.0,
+    family: Family = "qwen2",
+    tied: bool = True,
 ) -> Path:
-    """Write config, fp32 safetensors and tokenizer files; tied embeddings, head size 32.
+    """Write config, fp32 safetensors and tokenizer files; head size 32.
 
     sharpness scales the final norm, and so the logits: random weights alone sample nearly
-    uniformly.
+    uniformly. The families with experts have four, two for each token.
     """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = _byte_tokenizer()
     assert hidden_size == 32 * num_heads, "vLLM on CPU knows head size 32, not smaller ones"
     assert len(tokenizer) <= vocab_size
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -41,16 +46,33 @@ def make_tiny_model(
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.05,
+        **_family_options(family, hidden_size),
     )
-    model = Qwen2ForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     model.model.norm.weight.data *= sharpness
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
+    """What a family's configuration needs besides the common keys."""
+    options: dict[str, Any] = {}
+    if family.startswith("qwen3"):
+        options["head_dim"] = 32
+    if family == "mistral":
+        options["sliding_window"] = None
+    if family.endswith("_moe"):
+        options |= {"num_experts": 4, "num_experts_per_tok": 2}
+        options |= {"moe_intermediate_size": hidden_size // 2}
+        options["norm_topk_prob"] = family == "qwen3_moe"
+    if family == "qwen2_moe":
+        options["shared_expert_intermediate_size"] = hidden_size
+    return options
 
 
 def _byte_tokenizer():

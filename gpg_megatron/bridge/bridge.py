@@ -37,7 +37,7 @@ from gpg_megatron.bridge.protocol import (
     WorkerLayout,
 )
 from gpg_megatron.bridge.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
-from gpg_megatron.bridge.transport import Outbox, Patience, TransferError, open_outbox
+from gpg_megatron.bridge.transport import SLOTS, Outbox, Patience, TransferError, open_outbox
 from gpg_megatron.collectives import on_rank0
 from gpg_megatron.config import BridgeConfig
 from gpg_megatron.types import ModelShape
@@ -103,6 +103,12 @@ class WeightBridge:
         routes = make_routes(held_by_policy(model, grid), destinations)
         self._check_same(fingerprint(routes))
         n_workers = len(destinations)
+        self.needed_bytes = (
+            sum(d.hf.numel for worker in destinations for d in worker)
+            * n_engines
+            * wire_dtype.itemsize
+        )
+        """What all workers of all engines must receive: the lower bound of a publish."""
         pairs = outgoing(routes, rank, n_engines, limit)
         self._messages = _interleaved(
             [
@@ -151,6 +157,11 @@ class WeightBridge:
             seconds=time.perf_counter() - begin, n_bytes=n_elements * self._dtype.itemsize
         )
 
+    @property
+    def slot_bytes(self) -> int:
+        """Memory that this rank's outbox holds."""
+        return SLOTS * self._bucket_bytes
+
     def close(self) -> None:
         """Release the outbox."""
         if self._outbox is not None:
@@ -182,9 +193,11 @@ class WeightBridge:
         """Open this rank's outbox and have every worker attach to those that it hears from."""
         largest = max((bucket_elements(m.bucket) for m in self._messages), default=0)
         self._outbox: Outbox | None = None
+        self._bucket_bytes = 0
         if largest:
             size = largest * self._dtype.itemsize + CHECKSUM_BYTES
             size += -size % 64  # slots begin where every element type may begin
+            self._bucket_bytes = size
             name = f"gpg_{run_id}_{self._rank}"
             self._outbox = open_outbox(
                 self._config.transport,

@@ -75,6 +75,7 @@ class Installer:
                 self._waiting[name].append(part)
         self._expected: Mapping[str, int] = {}
         self._arrived: Counter[str] = Counter()
+        self.peak_staged_bytes = 0
 
     @property
     def policies(self) -> dict[str, Policy]:
@@ -85,6 +86,11 @@ class Installer:
     def staged_bytes(self) -> int:
         """Bytes that staging tensors hold right now."""
         return sum(tensor.nbytes for part in self._parts for tensor in part.staging.values())
+
+    @property
+    def expected_elements(self) -> int:
+        """Elements of one update."""
+        return sum(self._expected.values())
 
     def record(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> list[Destination]:
         """Where every Hugging Face element goes, in the loadable shapes; see record_loaders."""
@@ -109,6 +115,7 @@ class Installer:
         part, local = self._staged[name]
         if local not in part.staging:
             part.staging[local] = _materialize(part.loadable[local], part.module)
+            self.peak_staged_bytes = max(self.peak_staged_bytes, self.staged_bytes)
         return part.staging[local].data
 
     @torch.no_grad()

@@ -34,8 +34,8 @@ class Box:
     def numel(self) -> int:
         """Number of elements."""
         count = 1
-        for n in self.shape:
-            count *= n
+        for start, stop in self.ranges:
+            count *= stop - start
         return count
 
     @property
@@ -46,10 +46,13 @@ class Box:
     def intersect(self, other: Box) -> Box | None:
         """The common rectangle; None when it is empty."""
         assert len(self.ranges) == len(other.ranges), (self, other)
-        ranges = tuple(
-            (max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.ranges, other.ranges, strict=True)
-        )
-        return Box(ranges) if all(a < b for a, b in ranges) else None
+        ranges = []
+        for (a, b), (c, d) in zip(self.ranges, other.ranges, strict=True):
+            start, stop = max(a, c), min(b, d)
+            if start >= stop:
+                return None
+            ranges.append((start, stop))
+        return Box(tuple(ranges))
 
     def relative_to(self, origin: Box) -> Box:
         """The same rectangle in coordinates that start at origin's first corner."""

@@ -11,8 +11,9 @@ communicates.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
+import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,11 @@ class View:
 
     def narrowed(self, box: Box) -> View:
         """The part of the view that a box in the view's own coordinates covers."""
-        offset = self.offset + sum(
-            start * stride for (start, _), stride in zip(box.ranges, self.stride, strict=True)
-        )
+        if box.shape == self.shape:
+            return self
+        offset = self.offset
+        for (start, _), stride in zip(box.ranges, self.stride, strict=True):
+            offset += start * stride
         return View(self.parameter, offset, box.shape, self.stride)
 
 
@@ -111,19 +114,20 @@ def make_routes(
     """
     load: dict[int, int] = defaultdict(int)
     routes = []
-    groups = {name: _by_box(rectangles) for name, rectangles in held.items()}
+    tensors = {name: _by_box(rectangles) for name, rectangles in held.items()}
+    # Layers and experts are alike: the same few pairs of boxes meet again and again.
+    overlaps = functools.cache(_overlaps)
     for worker, wanted in enumerate(destinations):
         for destination in wanted:
             covered = 0
-            for box, sources in groups.get(destination.hf_name, ()):
-                common = box.intersect(destination.hf)
-                if common is None:
-                    continue
-                covered += common.numel
-                ranks = list(itertools.chain.from_iterable(source.ranks for source in sources))
-                pick = min(range(len(ranks)), key=lambda i: load[ranks[i]])
+            boxes, groups = tensors.get(destination.hf_name, ((), ()))
+            for i, common, relative in overlaps(boxes, destination.hf):
+                sources, ranks = groups[i]
+                loads = [load[rank] for rank in ranks]
+                pick = loads.index(min(loads))
                 load[ranks[pick]] += common.numel
-                target = destination.view.narrowed(common.relative_to(destination.hf))
+                covered += common.numel
+                target = destination.view.narrowed(relative)
                 routes.append(Route(worker, common, target, sources, pick))
             if covered != destination.hf.numel:
                 raise ValueError(
@@ -170,17 +174,37 @@ def fingerprint(routes: Iterable[Route]) -> str:
     """A digest that is equal exactly when two sides have the same routes."""
     digest = hashlib.blake2b(digest_size=16)
     for route in routes:
-        digest.update(repr((route.worker, route.box, route.target, route.pick)).encode())
-        digest.update(repr([(s.parameter, s.local, s.ranks) for s in route.sources]).encode())
+        view = route.target
+        target = (view.parameter, view.offset, view.shape, view.stride)
+        sources = [(s.parameter, s.hf.ranges, s.local.ranges, s.ranks) for s in route.sources]
+        line = (route.worker, route.box.ranges, target, sources, route.pick)
+        # Version 2 spells equal values alike; later ones refer to objects that came before.
+        digest.update(marshal.dumps(line, 2))
     return digest.hexdigest()
 
 
-def _by_box(rectangles: Sequence[Held]) -> list[tuple[Box, tuple[Held, ...]]]:
-    """Equal rectangles together."""
+_Group = tuple[tuple[Held, ...], tuple[int, ...]]
+"""Equal rectangles, and all the ranks that hold them."""
+
+
+def _by_box(rectangles: Sequence[Held]) -> tuple[tuple[Box, ...], list[_Group]]:
+    """The different boxes of a tensor, and the group of each."""
     groups: dict[Box, list[Held]] = defaultdict(list)
     for held in rectangles:
         groups[held.hf].append(held)
-    return [(box, tuple(group)) for box, group in groups.items()]
+    return tuple(groups), [
+        (tuple(group), tuple(rank for held in group for rank in held.ranks))
+        for group in groups.values()
+    ]
+
+
+def _overlaps(boxes: Sequence[Box], wanted: Box) -> list[tuple[int, Box, Box]]:
+    """(index of a box, what it shares with the wanted one, the same within the wanted one)."""
+    return [
+        (i, common, common.relative_to(wanted))
+        for i, box in enumerate(boxes)
+        if (common := box.intersect(wanted))
+    ]
 
 
 class _Packer:

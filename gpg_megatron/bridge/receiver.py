@@ -148,7 +148,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             view = self.installer.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
             view.copy_(flat[move.offset : move.offset + move.numel].view(to.shape))
             if verify:
-                checksum = zlib.crc32(_bytes_of(view), checksum)
+                # Some CPU kernels keep biases in fp32.
+                checksum = zlib.crc32(_bytes_of(view.to(self._dtype)), checksum)
             self.installer.wrote(to.parameter, move.numel)
         if verify and checksum != int(data[n_bytes:].view(torch.int64)):
             raise TransferError(
@@ -158,6 +159,10 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
+if torch.cpu._is_amx_tile_supported():
+    # vLLM's bf16 attention uses the tiles before anything has asked the kernel for them when the
+    # first prompt is a single token: the process would die by an illegal instruction.
+    torch.cpu._init_amx()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpg_megatron.bridge.families import Rule, dimensions, numberings, rules_of
-from gpg_megatron.bridge.layout import Box, Shard, replicated, split_dimension
+from gpg_megatron.bridge.layout import Box, Piece, Shard, replicated, split_dimension
 from gpg_megatron.types import ModelShape
 
 
@@ -128,17 +128,24 @@ def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]
     rectangles with different ranks.
     """
     held: dict[str, list[Held]] = defaultdict(list)
+    # Layers and experts are alike: a rule's pieces are made once, with the rule's own names.
+    pieces: dict[tuple[str, int], list[Piece]] = {}
     for parameter in parameters(model, grid):
-        copies = parameter.rule.layout is replicated
+        rule = parameter.rule
+        copies = rule.layout is replicated
         ep = None
         if parameter.expert is not None:
             ep = parameter.expert // (model.num_experts // grid.ep_size)
-        shape = _shard_shape(parameter, grid.tp_size)
+        names = dict(zip(rule.hf, parameter.hf_names, strict=True))
         for tp in range(1 if copies else grid.tp_size):
+            key = (rule.pattern, tp)
+            if key not in pieces:
+                shard = Shard(_shard_shape(parameter, grid.tp_size), tp, grid.tp_size)
+                pieces[key] = rule.layout(rule.hf, shard, model)
             ranks = grid.holders(parameter.stage, None if copies else tp, ep)
-            shard = Shard(shape, tp, grid.tp_size)
-            for piece in parameter.rule.layout(parameter.hf_names, shard, model):
-                held[piece.hf_name].append(Held(piece.hf, parameter.name, piece.local, ranks))
+            for piece in pieces[key]:
+                name = names[piece.hf_name]
+                held[name].append(Held(piece.hf, parameter.name, piece.local, ranks))
     return dict(held)
 
 

@@ -18,6 +18,9 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -41,6 +44,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron then sums its gradient over the tensor-parallel ranks: each saw other tokens.
+        self.weight.sequence_parallel = config.sequence_parallel
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,13 +93,32 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """This stage's layers: Transformer Engine's modules where it is present, else ours."""
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    layer = _own_layer(RMSNorm if qk_norm else IdentityOp)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=qk_norm,
+        )
+    layer = _own_layer(
+        head_norm=RMSNorm if qk_norm else IdentityOp,
+        mlp=_EXPERTS if config.num_moe_experts else _MLP,
+    )
     count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def _own_layer(head_norm: type[torch.nn.Module]) -> ModuleSpec:
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_MLP = ModuleSpec(module=MLP, submodules=_LINEARS)
+# Router, experts, and the shared expert where the configuration has one.
+_EXPERTS = ModuleSpec(
+    module=MoELayer,
+    submodules=MoESubmodules(
+        experts=ModuleSpec(module=SequentialMLP, submodules=_LINEARS),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS),
+    ),
+)
+
+
+def _own_layer(*, head_norm: type[torch.nn.Module], mlp: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -112,12 +136,7 @@ def _own_layer(head_norm: type[torch.nn.Module]) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -7,6 +7,7 @@ TrainBatch -> forward/backward over the micro-batches (1F1B when pipelined)
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -20,7 +21,7 @@ from megatron.core.utils import get_model_config
 
 from gpg_megatron.algorithm.loss import gpg_loss, logprob_mismatch
 from gpg_megatron.config import Config
-from gpg_megatron.platform import Device, redirect_megatron_to_cpu
+from gpg_megatron.platform import Device, define_missing_names, redirect_megatron_to_cpu
 from gpg_megatron.policy.model import build_model, forward_arguments
 from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, canonical_lr
 from gpg_megatron.types import MicroBatch, ModelShape, ParallelPosition, StepResult, TrainBatch
@@ -36,11 +37,13 @@ class Policy:
 
         The default process group must exist (platform.init_process_group).
         """
+        define_missing_names()
         redirect_megatron_to_cpu()
         p = config.policy
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=p.tensor_model_parallel_size,
             pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+            expert_model_parallel_size=p.expert_model_parallel_size,
             distributed_timeout_minutes=max(1, p.timeout_s // 60),
             create_gloo_process_groups=device == "cuda",
         )
@@ -55,22 +58,23 @@ class Policy:
             device=device,
             temperature=config.rollout.temperature,
         )
+        megatron_config = get_model_config(self._ddp)
+        self._n_local_experts = shape.num_experts // p.expert_model_parallel_size
+        self._row_multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
         # The weights hold the global denominator, so nothing divides by a token count again.
-        get_model_config(self._ddp).finalize_model_grads_func = _sum_gradients
+        megatron_config.finalize_model_grads_func = _sum_gradients
         self._optimizer = build_optimizer(p, self._ddp, DTYPES[config.model.dtype], device)
         self._scheduler = build_scheduler(p, self._optimizer, config.total_updates)
 
     def named_shards(self) -> dict[str, torch.Tensor]:
-        """Every parameter shard of this rank under its global name (layer numbers of the whole
-        model). The tensors alias the parameters: writing to them changes the model, after which
-        `weights_loaded` must be called."""
+        """Every parameter shard of this rank under its global name (layer and expert numbers of
+        the whole model). The tensors alias the parameters: writing to them changes the model,
+        after which `weights_loaded` must be called."""
         model = self._ddp.module
-        numbers = {
-            f"decoder.layers.{local}.": f"decoder.layers.{layer.layer_number - 1}."
-            for local, layer in enumerate(model.decoder.layers)
-        }
+        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        first_expert = self._n_local_experts * parallel_state.get_expert_model_parallel_rank()
         return {
-            _global_name(name, numbers): parameter.data
+            _global_name(name, layers, first_expert): parameter.data
             for name, parameter in model.named_parameters()
         }
 
@@ -121,7 +125,8 @@ class Policy:
             batches: Iterator[MicroBatch], model: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable]:
             batch = next(batches)
-            return model(**forward_arguments(batch, self.device)), partial(output, batch)
+            arguments = forward_arguments(batch, self.device, multiple=self._row_multiple)
+            return model(**arguments), partial(output, batch)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -207,9 +212,17 @@ def _position() -> ParallelPosition:
     )
 
 
-def _global_name(name: str, numbers: Mapping[str, str]) -> str:
-    """A parameter's name with the layer number of the whole model instead of this stage's."""
-    for local, whole in numbers.items():
-        if name.startswith(local):
-            return whole + name.removeprefix(local)
-    return name
+_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
+# Its place in the name: with the local layer spec, with Transformer Engine.
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+
+
+def _global_name(name: str, layers: Sequence[int], first_expert: int) -> str:
+    """A parameter's name with numbers of the whole model instead of this rank's.
+
+    Args:
+        layers: for each of this rank's layers its number.
+        first_expert: the number of this rank's first expert.
+    """
+    name = _LAYER.sub(lambda found: str(layers[int(found[0])]), name)
+    return _EXPERT.sub(lambda found: str(first_expert + int(found[0])), name)

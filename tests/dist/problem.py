@@ -24,6 +24,8 @@ from gpg_megatron.types import TrainSample
 TOKENS_PER_MICRO_BATCH = 32
 MAX_RESPONSE = 34
 N_LAYERS = 4
+N_EXPERTS = 6
+EXPERTS_PER_TOKEN = 2
 
 # update -> group -> advantage of each sample; a zero is a sample that carries no gradient.
 ADVANTAGES = (
@@ -42,14 +44,16 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1
+    """Of the data-parallel ranks, those that share the experts."""
     first: int | None = None
     """Layers of the first pipeline stage; None: as many as in the others."""
 
     @property
     def name(self) -> str:
         """For example tp2-pp2-first3."""
-        sizes = (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("first", self.first))
-        parts = [f"{key}{n}" for key, n in sizes if n and (n > 1 or key == "first")]
+        sizes = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ep": self.ep, "first": self.first}
+        parts = [f"{key}{n}" for key, n in sizes.items() if n and (n > 1 or key == "first")]
         return "-".join(parts) or "single"
 
     @property
@@ -64,11 +68,14 @@ LAYOUTS = (
     Layout(pp=2),
     Layout(pp=2, first=1),
     Layout(dp=2),
+    Layout(dp=2, ep=2),
     Layout(tp=2, pp=2),
     Layout(tp=4),
     Layout(pp=4),
     Layout(dp=4),
+    Layout(dp=4, ep=2),
     Layout(tp=2, dp=2),
+    Layout(tp=2, dp=2, ep=2),
     Layout(pp=2, dp=2),
     Layout(tp=2, pp=2, first=3),
 )
@@ -88,6 +95,8 @@ class Problem:
     aggregation: str
     temperature: float
     clip_grad: float
+    experts: bool = False
+    """In every layer, two for each token; Qwen2Moe also has a shared one."""
 
 
 PROBLEMS = (
@@ -131,13 +140,63 @@ PROBLEMS = (
         temperature=1.0,
         clip_grad=0.5,
     ),
+    Problem(
+        name="mistral-tied",
+        family="Mistral",
+        tied=True,
+        vocab_size=131,
+        head_dim=8,
+        aggregation="token-mean",
+        temperature=1.0,
+        clip_grad=1000.0,
+    ),
+    Problem(
+        name="qwen3moe-tied",
+        family="Qwen3Moe",
+        tied=True,
+        vocab_size=257,
+        head_dim=16,
+        aggregation="group-token-mean",
+        temperature=1.3,
+        clip_grad=1000.0,
+        experts=True,
+    ),
+    Problem(
+        name="qwen2moe-untied",
+        family="Qwen2Moe",
+        tied=False,
+        vocab_size=131,
+        head_dim=8,
+        aggregation="token-mean",
+        temperature=1.0,
+        clip_grad=0.5,
+        experts=True,
+    ),
 )
+_LAYOUTS_WITH_EXPERTS = {
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(dp=2, ep=2),
+    Layout(tp=2, pp=2),
+    Layout(tp=2, dp=2, ep=2),
+    Layout(dp=4, ep=2),
+}
 
 
 def problems_of(layout: Layout) -> list[Problem]:
-    """All of them, or the tied ones, where more can go wrong: four ranks are slow on few cores."""
-    whole = layout.world_size < 4 or layout == Layout(tp=2, pp=2)
-    return [problem for problem in PROBLEMS if whole or problem.tied]
+    """Those that can go wrong there in a way of their own: ranks are slow on few cores."""
+    return [problem for problem in PROBLEMS if _is_solved(problem, layout)]
+
+
+def _is_solved(problem: Problem, layout: Layout) -> bool:
+    if problem.family == "Mistral":
+        return layout == Layout()  # it has Llama's parts
+    if problem.experts:
+        every = layout.world_size < 4 or (layout.tp > 1 and layout.ep > 1)
+        return layout in _LAYOUTS_WITH_EXPERTS and (every or problem.tied)
+    every = layout.world_size < 4 or layout == Layout(tp=2, pp=2)
+    return layout.ep == 1 and (every or problem.tied)
 
 
 def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
@@ -148,6 +207,7 @@ def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             data_parallel_size=layout.dp,
+            expert_model_parallel_size=layout.ep,
             num_layers_in_first_pipeline_stage=layout.first,
             max_tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
             lr=1e-2,
@@ -204,6 +264,13 @@ def make_model(problem: Problem, directory: Path) -> None:
     import torch
     import transformers
 
+    experts = {
+        "num_experts": N_EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "norm_topk_prob": problem.family == "Qwen3Moe",
+    }
     config = getattr(transformers, f"{problem.family}Config")(
         vocab_size=problem.vocab_size,
         hidden_size=64,
@@ -214,10 +281,14 @@ def make_model(problem: Problem, directory: Path) -> None:
         head_dim=problem.head_dim,
         max_position_embeddings=64,
         tie_word_embeddings=problem.tied,
+        sliding_window=None,
+        **(experts if problem.experts else {}),
     )
-    torch.manual_seed(11)
+    torch.manual_seed(14)
     model = getattr(transformers, f"{problem.family}ForCausalLM")(config).float()
     for name, parameter in model.named_parameters():
         # Norms of one and biases of zero, as transformers makes them, would hide a mix-up.
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+        if name.endswith("mlp.gate.weight"):
+            parameter.data *= 2.0  # experts that are nearly equal teach their router nothing
     model.save_pretrained(directory)

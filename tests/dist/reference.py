@@ -4,7 +4,8 @@ time: no packing, no parallel layout, no sample left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,9 @@ class Reference:
 
     logprobs: torch.Tensor
     """float64 [response tokens of all samples], in their order, before the first update."""
+    margin: float
+    """Of all choices of experts, how much the logit of the last one chosen exceeded the next, in
+    units of the largest; infinite without experts."""
     updates: tuple[Update, ...]
     """Those that have a live sample."""
 
@@ -44,24 +48,40 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
     """Run the updates one after the other on the model of config.model.path."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float64, experts_implementation="eager"
+    )
+    margins: list[float] = []
     for module in model.modules():
+        # The norms and routers of transformers work in float32, whatever they are given.
         if hasattr(module, "variance_epsilon"):
-            # The norms of transformers work in float32, whatever they are given.
             module.forward = partial(_rms_norm, module)
+        if hasattr(module, "norm_topk_prob"):
+            module.forward = partial(_route, module, margins)
     optimizer = _optimizer(model, config.policy)
     with torch.no_grad():
         samples = [sample for update in updates for sample in update]
         logprobs = torch.cat([_logprobs(model, s, config.rollout.temperature) for s in samples])
     live = [update for update in updates if any(sample.advantage for sample in update)]
-    return Reference(
-        logprobs=logprobs,
-        updates=tuple(_update(model, optimizer, config, samples) for samples in live),
-    )
+    steps = tuple(_update(model, optimizer, config, samples) for samples in live)
+    return Reference(logprobs=logprobs, updates=steps, margin=min(margins, default=math.inf))
 
 
 def _rms_norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _route(
+    module: torch.nn.Module, margins: list[float], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [T, H] -> logits [T, experts], weights and numbers [T, experts per token]."""
+    logits = F.linear(x, module.weight)
+    weights, chosen = logits.softmax(-1).topk(module.top_k)
+    if module.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    best = logits.detach().topk(module.top_k + 1).values
+    margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
+    return logits, weights, chosen
 
 
 def _optimizer(model: torch.nn.Module, config: PolicyConfig) -> torch.optim.AdamW:
@@ -95,9 +115,25 @@ def _update(
     return Update(
         loss=loss.item(),
         grad_norm=norm.item(),
-        grads={name: p.grad.clone() for name, p in parameters.items()},
-        weights={name: p.detach().clone() for name, p in parameters.items()},
+        grads=_as_saved({name: p.grad.clone() for name, p in parameters.items()}),
+        weights=_as_saved({name: p.detach().clone() for name, p in parameters.items()}),
     )
+
+
+def _as_saved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As a checkpoint names them: transformers holds the experts of a layer in one tensor,
+    [experts, ...], and their gate_proj and up_proj too."""
+    saved = {}
+    for name, tensor in tensors.items():
+        layer, is_expert, kind = name.partition(".experts.")
+        if not is_expert:
+            saved[name] = tensor
+            continue
+        kinds = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+        for number, expert in enumerate(tensor):
+            for key, part in zip(kinds, expert.chunk(len(kinds)), strict=True):
+                saved[f"{layer}.experts.{number}.{key}.weight"] = part.clone()
+    return saved
 
 
 def _loss(model: torch.nn.Module, config: Config, samples: Sequence[TrainSample]) -> torch.Tensor:

@@ -166,7 +166,7 @@ def test_a_mistake_in_an_override(minimal: Path, item: str, part: str) -> None:
 
 AT_LEAST_ONE = """
 policy: tensor_model_parallel_size pipeline_model_parallel_size data_parallel_size
-policy: max_tokens_per_micro_batch timeout_s num_threads
+policy: expert_model_parallel_size max_tokens_per_micro_batch timeout_s num_threads
 policy: num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
 data: max_prompt_length val_max_rows
 rollout: n num_engines tensor_model_parallel_size max_response_length max_num_seqs top_k
@@ -221,6 +221,7 @@ def test_a_value_outside_of_its_range(section: str, key: str, value: float) -> N
         ("rollout", {"top_p": 1.0, "top_k": -1}),
         ("rollout", {"top_p": 0.5, "top_k": 1}),
         ("policy", {"clip_grad": 0.0, "min_lr": 0.0, "lr": 1e-9}),
+        ("policy", {"data_parallel_size": 4, "expert_model_parallel_size": 4}),
         ("trainer", {"train_batch_size": 6, "mini_batch_size": 3, "val_temperature": 0.0}),
     ],
 )
@@ -253,6 +254,11 @@ def test_every_number_has_a_range() -> None:
         (
             {"trainer": {"train_batch_size": 8, "mini_batch_size": 3}},
             "trainer.mini_batch_size (3) does not divide trainer.train_batch_size (8); "
+            "expected a divisor of it",
+        ),
+        (
+            {"policy": {"data_parallel_size": 4, "expert_model_parallel_size": 3}},
+            "policy.expert_model_parallel_size (3) does not divide policy.data_parallel_size (4); "
             "expected a divisor of it",
         ),
         (

@@ -15,7 +15,7 @@ import pytest
 from gpg_megatron.config import Config, DataConfig, PolicyConfig, RolloutConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.hf_config import check_layout, load_model_shape, padded_vocab_size
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import ModelShape, MoEShape
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -47,11 +47,36 @@ SHAPE = ModelShape(
     rms_norm_eps=1e-6,
     max_position_embeddings=4096,
 )
+EXPERT_KEYS = {
+    "num_experts": 12,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+EXPERTS = MoEShape(
+    num_experts=12, experts_per_token=2, ffn_size=24, shared_ffn_size=0, renormalised=True
+)
 FLAGS = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
     "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "MistralForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "Qwen2MoeForCausalLM": {
+        "qkv_bias": True,
+        "qk_norm": False,
+        "moe": dataclasses.replace(EXPERTS, shared_ffn_size=72),
+    },
+    "Qwen3MoeForCausalLM": {"qkv_bias": False, "qk_norm": True, "moe": EXPERTS},
 }
+# What a family's configuration has besides the common keys.
+OWN_KEYS = {
+    "MistralForCausalLM": {"sliding_window": None},
+    "Qwen2MoeForCausalLM": EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
+    "Qwen3MoeForCausalLM": EXPERT_KEYS,
+}
+MISTRAL = QWEN3 | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+QWEN2_MOE = QWEN3 | OWN_KEYS["Qwen2MoeForCausalLM"] | {"architectures": ["Qwen2MoeForCausalLM"]}
+QWEN3_MOE = QWEN3 | EXPERT_KEYS | {"architectures": ["Qwen3MoeForCausalLM"]}
 
 
 def write(directory: Path, content: Any) -> Path:
@@ -92,6 +117,7 @@ def test_what_transformers_writes(tmp_path, architecture, tied) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         rms_norm_eps=1e-6,
         max_position_embeddings=4096,
+        **OWN_KEYS.get(architecture, {}),
     )
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
@@ -136,6 +162,46 @@ def test_defaults_of_absent_keys(tmp_path, absent, field, value) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"num_experts": None, "num_local_experts": 6}, "num_experts", 6),
+        ({"num_experts_per_tok": 4}, "experts_per_token", 4),
+        ({"norm_topk_prob": False}, "renormalised", False),
+        ({"decoder_sparse_step": 1, "mlp_only_layers": []}, "num_experts", 12),
+        ({"shared_expert_intermediate_size": 40}, "shared_ffn_size", 0),
+        ({"qkv_bias": True, "router_aux_loss_coef": 0.1}, "num_experts", 12),
+    ],
+)
+def test_variants_of_experts(tmp_path, change, field, value) -> None:
+    """Qwen3-MoE has no shared expert, whatever its file says."""
+    shape = load_model_shape(write(tmp_path, QWEN3_MOE | change))
+    assert shape.moe == dataclasses.replace(EXPERTS, **{field: value})
+
+
+def test_defaults_of_absent_keys_of_experts(tmp_path) -> None:
+    """transformers does not scale the weights unless it is told to."""
+    raw = {k: v for k, v in QWEN3_MOE.items() if k not in ("norm_topk_prob", "intermediate_size")}
+    shape = load_model_shape(write(tmp_path, raw))
+    assert shape.moe == dataclasses.replace(EXPERTS, renormalised=False)
+    assert shape.ffn_size == EXPERTS.ffn_size
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "num_attention_heads",
+    ],
+)
+def test_a_missing_key_of_experts_is_named(tmp_path, key) -> None:
+    raw = {name: value for name, value in QWEN2_MOE.items() if name != key}
+    assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: key '{key}' is missing"
+
+
+@pytest.mark.parametrize(
     "key",
     [
         "num_hidden_layers",
@@ -172,10 +238,41 @@ def test_an_unsupported_option_is_named(tmp_path, change, words) -> None:
 
 
 @pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096 (other than null)"),
+        (MISTRAL | {"attention_bias": True}, "attention_bias"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step other than 1"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        (QWEN3_MOE | {"attention_bias": True}, "attention_bias"),
+        (QWEN3_MOE | {"num_experts_per_tok": 1}, "norm_topk_prob with one expert per token"),
+        (QWEN2_MOE | {"mlp_only_layers": [1, 2]}, "mlp_only_layers"),
+        (QWEN2_MOE | {"qkv_bias": False}, "qkv_bias other than true"),
+        (QWEN2_MOE | {"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_an_unsupported_option_of_a_family(tmp_path, raw, words) -> None:
+    message = refusal(write(tmp_path, raw))
+    assert message == f"{tmp_path / 'config.json'}: {words} is not supported"
+
+
+def test_mistral_slides_unless_told_not_to(tmp_path) -> None:
+    """Without the key transformers' own default is a window of 4096."""
+    raw = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
+    assert "sliding_window 4096" in refusal(write(tmp_path, raw))
+
+
+def test_one_expert_per_token_without_scaling(tmp_path) -> None:
+    raw = QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": False}
+    shape = load_model_shape(write(tmp_path, raw))
+    assert shape.moe is not None and shape.moe.experts_per_token == 1
+
+
+@pytest.mark.parametrize(
     ("architectures", "name"),
     [
         (["GPT2LMHeadModel"], "GPT2LMHeadModel"),
-        (["MistralForCausalLM"], "MistralForCausalLM"),
+        (["MixtralForCausalLM"], "MixtralForCausalLM"),
         ([], "(none)"),
         (None, "(none)"),
     ],
@@ -208,6 +305,8 @@ def layout(
     *,
     tp: int = 1,
     pp: int = 1,
+    dp: int = 1,
+    ep: int = 1,
     first: int | None = None,
     last: int | None = None,
     engine_tp: int = 1,
@@ -219,6 +318,8 @@ def layout(
         policy=PolicyConfig(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            data_parallel_size=dp,
+            expert_model_parallel_size=ep,
             num_layers_in_first_pipeline_stage=first,
             num_layers_in_last_pipeline_stage=last,
         ),
@@ -301,6 +402,49 @@ def test_a_policy_size_that_does_not_divide_the_fused_projection() -> None:
     message = problem(layout(tp=3), shape)
     assert message is not None and message.startswith("policy.tensor_model_parallel_size=3 ")
     assert problem(layout(engine_tp=3), shape) is None
+
+
+@SECTIONS
+@pytest.mark.parametrize(
+    ("experts", "size", "words"),
+    [
+        ({"ffn_size": 10}, 4, "moe_intermediate_size 10"),
+        ({"shared_ffn_size": 10}, 4, "shared_expert_intermediate_size 10"),
+    ],
+)
+def test_tensor_parallel_refusals_of_experts(section, experts, size, words) -> None:
+    moe = dataclasses.replace(EXPERTS, **experts)
+    message = problem(tp_config(section, size), model(num_kv_heads=4, moe=moe))
+    assert message == (
+        f"{section}.tensor_model_parallel_size={size} does not divide the model's {words}; "
+        f"legal: [1, 2]"
+    )
+
+
+@SECTIONS
+def test_the_dense_size_of_a_model_with_experts_is_not_used(section) -> None:
+    shape = model(num_kv_heads=4, ffn_size=3, moe=EXPERTS)
+    assert problem(tp_config(section, 4), shape) is None
+
+
+def test_an_engine_with_more_ranks_than_experts() -> None:
+    """vLLM refuses; Megatron cuts each expert."""
+    shape = model(num_kv_heads=4, moe=dataclasses.replace(EXPERTS, num_experts=2))
+    assert problem(layout(tp=4), shape) is None
+    assert problem(layout(engine_tp=4), shape) == (
+        "rollout.tensor_model_parallel_size=4 is more than the model's 2 experts; legal: [1, 2]"
+    )
+
+
+def test_expert_parallel_sizes() -> None:
+    assert problem(layout(dp=8, ep=4), model(moe=EXPERTS)) is None
+    assert problem(layout(dp=8, ep=8), model(moe=EXPERTS)) == (
+        "policy.expert_model_parallel_size=8 does not divide the model's 12 experts; "
+        "legal: [1, 2, 4]"
+    )
+    assert problem(layout(dp=2, ep=2), model()) == (
+        "policy.expert_model_parallel_size=2, but Qwen3ForCausalLM has no experts; expected 1"
+    )
 
 
 def stages_exist(layers: int, pp: int, first: int | None, last: int | None) -> bool:

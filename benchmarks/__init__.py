@@ -1,0 +1,1 @@
+"""What the performance claims stand on; every module prints JSON on its last line."""

@@ -1,0 +1,388 @@
+"""Seconds, bytes and memory of one publish, against a plain copy and against gather + reload.
+
+    python -m benchmarks.bridge [--tp 2 --pp 1 --engine-tp 1] [--rounds 7] [--model DIR]
+
+Real Megatron ranks and a real vLLM engine on this machine. Without --model, a random Llama of
+about 120 million parameters is made. All ways are timed in the same run, in turns, on the same
+weights; the medians are reported. The last line is JSON:
+
+    bytes_over_bound          bytes moved / bytes that the engine's workers must receive
+    seconds_over_copy         publish / copying the same bytes from one process to another
+    peak_extra_bytes          slots of all senders plus staging of the engine, at its largest
+    pause_to_resume_s         median seconds during which the engine does not generate
+    canary_logprob_max        largest |engine - policy| log-prob after the last publish
+    speedup_over_gather_reload  seconds of gathering full tensors on rank 0 and
+                              Worker.reload_weights / seconds of a publish
+    gather_extra_bytes        full tensors in shared memory, as the second way needs them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gpg_megatron.config import Config, load_config
+
+EXTENSION = "benchmarks.bridge_worker.BenchReceiver"
+PROMPTS = 4
+ANSWER = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="Hugging Face directory")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bucket-mb", type=int, default=16)
+    parser.add_argument("--transport", default="shm")
+    args = parser.parse_args(argv)
+    if "RANK" in os.environ:
+        return run_rank(args)
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+
+    run_id = os.environ[RUN_ID_VARIABLE] = new_run_id()
+    start_reaper(run_id)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = args.model or make_model(Path(folder) / "model")
+            world = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=args.tp * args.pp,
+                run_id=run_id,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                max_restarts=0,
+            )
+            given = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k != "model"]
+            elastic_launch(world, sys.executable)(
+                "-m", "benchmarks.bridge", f"--model={model}", *given
+            )
+    finally:
+        cleanup_run(run_id)
+    return 0
+
+
+def make_model(folder: Path) -> Path:
+    """A random untied Llama: reload_weights is right on a CPU only where nothing is tied."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gpg_megatron.demo_model import build_tokenizer
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    build_tokenizer(["the quick brown fox"], 300).save_pretrained(folder)
+    return folder
+
+
+def configuration(args: argparse.Namespace, folder: Path) -> Config:
+    text = {
+        "data": {"train_files": ["unused"], "max_prompt_length": 64},
+        "model": {"path": str(args.model), "dtype": "fp32"},
+        "policy": {
+            "tensor_model_parallel_size": args.tp,
+            "pipeline_model_parallel_size": args.pp,
+        },
+        "rollout": {
+            "dtype": "fp32",
+            "tensor_model_parallel_size": args.engine_tp,
+            "kv_cache_gb": 0.25,
+            "enforce_eager": True,
+            "max_response_length": 64,
+        },
+        "bridge": {"bucket_mb": args.bucket_mb, "transport": args.transport, "verify": "never"},
+        "trainer": {"device": "cpu"},
+    }
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(text))
+    return load_config(path)
+
+
+def run_rank(args: argparse.Namespace) -> int:
+    """One policy rank; rank 0 reports."""
+    from gpg_megatron import platform
+
+    platform.quiet_megatron()
+    from gpg_megatron.bridge.bridge import WeightBridge
+    from gpg_megatron.bridge.hf_io import load_hf
+    from gpg_megatron.bridge.protocol import BACKEND
+    from gpg_megatron.collectives import on_rank0
+    from gpg_megatron.hf_config import load_model_shape
+    from gpg_megatron.policy.policy import Policy
+    from gpg_megatron.reaper import RUN_ID_VARIABLE, scratch_directory
+    from gpg_megatron.rollout.fleet import Fleet
+    from gpg_megatron.trainer import policy_grid
+
+    platform.set_threads(None)
+    platform.init_process_group("cpu", 600)
+    run_id = os.environ[RUN_ID_VARIABLE]
+    scratch = scratch_directory(run_id)
+    rank = dist.get_rank()
+    config = on_rank0(lambda: configuration(args, scratch))
+    shape = load_model_shape(config.model.path)
+    fleet: list[Fleet] = []
+
+    def start() -> None:
+        fleet.append(
+            Fleet.start(
+                model_path=str(Path(config.model.path).absolute()),
+                config=config.rollout,
+                device="cpu",
+                max_model_len=128,
+                run_id=run_id,
+                worker_extension=EXTENSION,
+                weight_transfer=BACKEND,
+                scratch_dir=scratch,
+                log_dir=scratch,
+            )
+        )
+
+    on_rank0(start)
+    try:
+        policy = Policy(config, shape, "cpu")
+        shards = policy.named_shards()
+        load_hf(config.model.path, shards, shape, policy.position)
+        on_rank0(lambda: fleet[0].wait_ready())
+        bridge = WeightBridge(
+            shards=shards,
+            model=shape,
+            grid=policy_grid(config, shape),
+            rank=rank,
+            run_id=run_id,
+            config=config.bridge,
+            wire_dtype=torch.float32,
+            engines=fleet[0] if fleet else None,
+        )
+        report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)
+    finally:
+        for engine in fleet:
+            engine.close()
+    if rank == 0:
+        print(json.dumps(report))
+    dist.destroy_process_group()
+    return 0
+
+
+def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any) -> dict:
+    """The three ways in turns; every rank calls, rank 0's numbers count."""
+    from gpg_megatron.bridge.topology import hf_shapes
+
+    bound = sum(_on0(lambda: _calls(fleet, "bench_parameter_bytes")))
+    full = sum(torch.Size(s).numel() for s in hf_shapes(shape).values()) * 4
+    gather = GatherReload(policy, shape, fleet, full)
+    copy = PlainCopy(bound)
+    seconds: dict[str, list[float]] = {"publish": [], "copy": [], "gather": []}
+    paused, sent = [], 0
+    for number in range(args.rounds + 1):
+        _disturb(policy.named_shards(), number)
+        result = [None]
+
+        def publish(number: int = number, result: list = result) -> None:
+            result[0] = bridge.publish(number)
+
+        rows = (("gather", gather.run), ("copy", copy.run), ("publish", publish))
+        for name, action in rows:
+            elapsed = _timed(action)
+            if number:  # the first round warms up
+                seconds[name].append(elapsed)
+        paused.append(result[0].seconds)
+        sent = result[0].n_bytes
+    total = torch.tensor([sent], dtype=torch.int64)
+    dist.all_reduce(total)
+    slots = torch.tensor([bridge.slot_bytes], dtype=torch.int64)
+    dist.all_reduce(slots)
+    staged = max(_on0(lambda: _calls(fleet, "bench_staged_bytes")))
+    canary = _canary(policy, fleet, shape)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    copy.close()
+    gather.close()
+    return {
+        "machine": f"{os.cpu_count()} cores",
+        "parameters": full // 4,
+        "policy": f"TP{args.tp} x PP{args.pp}",
+        "engine": f"TP{args.engine_tp}",
+        "transport": args.transport,
+        "publish_s": median["publish"],
+        "copy_s": median["copy"],
+        "gather_reload_s": median["gather"],
+        "bytes_over_bound": int(total) / bound,
+        "seconds_over_copy": median["publish"] / median["copy"],
+        "peak_extra_bytes": int(slots) + staged,
+        "pause_to_resume_s": statistics.median(paused[1:]),
+        "canary_logprob_max": canary,
+        "speedup_over_gather_reload": median["gather"] / median["publish"],
+        "gather_extra_bytes": full,
+    }
+
+
+class PlainCopy:
+    """The same bytes from rank 0's memory through shared memory into rank 1's (or back into
+    rank 0's, when it is alone): the two copies that no transport on one host can avoid."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._path = Path("/dev/shm") / f"gpg_{os.environ['GPG_RUN_ID']}_copy"
+        self._reader = min(1, dist.get_world_size() - 1)
+        rank = dist.get_rank()
+        if rank == 0:
+            self._path.touch(exist_ok=False)
+            os.truncate(self._path, n_bytes)
+        dist.barrier()
+        self._shared = None
+        if rank in (0, self._reader):
+            self._shared = torch.from_file(
+                str(self._path), shared=True, size=n_bytes, dtype=torch.uint8
+            )
+            self._own = torch.zeros(n_bytes, dtype=torch.uint8)
+
+    def run(self) -> None:
+        if dist.get_rank() == 0:
+            self._shared.copy_(self._own)
+        dist.barrier()
+        if dist.get_rank() == self._reader:
+            self._own.copy_(self._shared)
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+class GatherReload:
+    """The usual way: full Hugging Face tensors on rank 0, then the engine's own loader."""
+
+    def __init__(self, policy: Any, shape: Any, fleet: Any, n_bytes: int) -> None:
+        from gpg_megatron.bridge.families import pieces_of
+        from gpg_megatron.bridge.layout import Shard
+        from gpg_megatron.bridge.topology import hf_shapes
+
+        position = policy.position
+        self._fleet = fleet
+        self._pieces = [
+            (tensor, piece)
+            for name, tensor in policy.named_shards().items()
+            for piece in pieces_of(
+                name, Shard(tuple(tensor.shape), position.tp_rank, position.tp_size), shape
+            )
+        ]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [piece for _, piece in self._pieces])
+        self._others = everyone
+        self._path = Path("/dev/shm") / f"gpg_{os.environ['GPG_RUN_ID']}_full"
+        self._manifest, offset = [], 0
+        for name, size in hf_shapes(shape).items():
+            self._manifest.append((name, list(size), offset))
+            offset += torch.Size(size).numel() * 4
+        if dist.get_rank() == 0:
+            self._path.touch(exist_ok=False)
+            os.truncate(self._path, n_bytes)
+            memory = torch.from_file(str(self._path), shared=True, size=n_bytes, dtype=torch.uint8)
+            self._full = {
+                name: memory[o : o + torch.Size(s).numel() * 4].view(torch.float32).view(s)
+                for name, s, o in self._manifest
+            }
+
+    def run(self) -> None:
+        rank = dist.get_rank()
+        if rank:
+            for tensor, piece in self._pieces:
+                dist.send(tensor[piece.local.slices].contiguous(), dst=0)
+        else:
+            for tensor, piece in self._pieces:
+                self._full[piece.hf_name][piece.hf.slices].copy_(tensor[piece.local.slices])
+            for source in range(1, dist.get_world_size()):
+                for piece in self._others[source]:
+                    part = torch.empty(piece.hf.shape)
+                    dist.recv(part, src=source)
+                    self._full[piece.hf_name][piece.hf.slices].copy_(part)
+            arguments = (str(self._path), self._manifest)
+            self._fleet.call_workers("bench_reload", [arguments], timeout_s=300)
+        dist.barrier()
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _timed(action: Callable[[], None]) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    action()
+    dist.barrier()
+    return time.perf_counter() - begin
+
+
+def _disturb(shards: Mapping[str, torch.Tensor], seed: int) -> None:
+    """Other weights for every round, the same on ranks that hold copies."""
+    for name, tensor in shards.items():
+        scale = 1 + 0.01 * ((hash_of(name) + seed) % 7 - 3) / 3
+        tensor.mul_(scale)
+
+
+def hash_of(name: str) -> int:
+    """The same in every process, unlike hash()."""
+    return sum(map(ord, name))
+
+
+def _canary(policy: Any, fleet: Any, shape: Any) -> float:
+    from gpg_megatron.batching import pack
+    from gpg_megatron.rollout.sampling import SamplingRequest
+    from gpg_megatron.trainer import canary_sample
+    from gpg_megatron.types import Prompt
+
+    prompts = [
+        Prompt(
+            id=f"canary/{i}",
+            token_ids=tuple((17 * i + 5 * j) % 250 for j in range(8 + i)),
+            messages=(),
+            ground_truth="",
+            data_source="canary",
+        )
+        for i in range(PROMPTS)
+    ]
+    requests = [
+        SamplingRequest(
+            prompt=p, n=1, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=ANSWER, stop=(), seed=i
+        )
+        for i, p in enumerate(prompts)
+    ]
+    completions = _on0(lambda: fleet.generate(requests))
+    samples = [canary_sample(p, c) for p, c in zip(prompts, completions, strict=True)]
+    batch = pack(samples, [1.0] * len(samples))
+    (logprobs,) = policy.logprobs([batch])
+    return (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item()
+
+
+def _on0(action: Callable[[], Any]) -> Any:
+    from gpg_megatron.collectives import on_rank0
+
+    return on_rank0(action)
+
+
+def _calls(fleet: Any, method: str) -> list[int]:
+    return [n for engine in fleet.call_workers(method, [()], timeout_s=60) for n in engine]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

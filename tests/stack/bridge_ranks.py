@@ -1,0 +1,197 @@
+"""One policy rank of the bridge's test matrix.
+
+    torchrun ... -m tests.stack.bridge_ranks JOB.json
+
+Starts the engines once, then, for every layout of the job: builds the policy, opens a bridge,
+loads each checkpoint in turn, publishes it and compares log-probs. Rank 0 writes the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gpg_megatron import platform
+
+platform.quiet_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from gpg_megatron.batching import pack  # noqa: E402
+from gpg_megatron.bridge.bridge import WeightBridge  # noqa: E402
+from gpg_megatron.bridge.hf_io import load_hf  # noqa: E402
+from gpg_megatron.bridge.protocol import BACKEND, RECEIVER  # noqa: E402
+from gpg_megatron.collectives import on_rank0  # noqa: E402
+from gpg_megatron.config import Config, load_config  # noqa: E402
+from gpg_megatron.hf_config import load_model_shape  # noqa: E402
+from gpg_megatron.policy.policy import Policy  # noqa: E402
+from gpg_megatron.reaper import scratch_directory  # noqa: E402
+from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
+from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
+from gpg_megatron.trainer import canary_sample, policy_grid  # noqa: E402
+from gpg_megatron.types import Completion, ModelShape, Prompt  # noqa: E402
+
+COLLECTIVE_LIMIT_S = 300
+PROMPTS = ((10, 20, 30), (40, 50), (60, 70, 80, 90, 100), (7, 7, 7, 7))
+
+
+@dataclass(kw_only=True)
+class Result:
+    """One publish."""
+
+    layout: str
+    checkpoint: int
+    gap: float
+    """Largest |engine - policy| log-prob over the sampled tokens."""
+    versions: list[int]
+    """With which the samples were stamped."""
+    sent_bytes: int
+    """By all ranks."""
+    needed_bytes: int
+    """By all workers."""
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    platform.set_threads(1)
+    platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    fleet = Fleets(job)
+    results = []
+    try:
+        for name, policy_section in job["layouts"].items():
+            config = configuration(job, policy_section)
+            results += try_layout(name, config, job["checkpoints"], fleet, job["run_id"])
+            parallel_state.destroy_model_parallel()
+    finally:
+        fleet.close()
+    if dist.get_rank() == 0:
+        Path(job["out"]).write_text(json.dumps([asdict(r) for r in results]))
+    dist.destroy_process_group()
+
+
+class Fleets:
+    """The engines on rank 0; nothing on the others."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.fleet: Fleet | None = None
+
+        def start() -> None:
+            config = configuration(job, {})
+            self.fleet = Fleet.start(
+                model_path=job["checkpoints"][0],
+                config=config.rollout,
+                device="cpu",
+                max_model_len=128,
+                run_id=job["run_id"],
+                worker_extension=job.get("extension", RECEIVER),
+                weight_transfer=BACKEND,
+                scratch_dir=scratch_directory(job["run_id"]),
+                log_dir=scratch_directory(job["run_id"]),
+                cpu_threads=1,
+            )
+            self.fleet.wait_ready()
+
+        on_rank0(start)
+
+    def generate(self, version: int) -> list[tuple[Prompt, Completion]]:
+        """A few samples; collective."""
+        prompts = [
+            Prompt(id=f"p/{i}", token_ids=ids, messages=(), ground_truth="", data_source="p")
+            for i, ids in enumerate(PROMPTS)
+        ]
+        requests = [
+            SamplingRequest(
+                prompt=p,
+                n=1,
+                temperature=0.8,
+                top_p=1.0,
+                top_k=-1,
+                max_tokens=12,
+                stop=(),
+                seed=version,
+            )
+            for p in prompts
+        ]
+        completions = on_rank0(lambda: self.fleet.generate(requests))
+        return list(zip(prompts, completions, strict=True))
+
+    def close(self) -> None:
+        if self.fleet is not None:
+            self.fleet.close()
+
+
+def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
+    text = {
+        "data": {"train_files": ["unused"], "max_prompt_length": 64},
+        "model": {"path": job["checkpoints"][0], "dtype": job["dtype"]},
+        "policy": policy,
+        "rollout": {
+            "dtype": job["dtype"],
+            "temperature": 0.8,
+            "max_response_length": 64,
+            "kv_cache_gb": 0.125,
+            "enforce_eager": True,
+            "max_num_seqs": 16,
+            "tensor_model_parallel_size": job["engine_tp"],
+            "num_engines": job["num_engines"],
+            "startup_timeout_s": 240,
+        },
+        "bridge": {"transport": job["transport"], "verify": "always", "bucket_mb": 1},
+        "trainer": {"device": "cpu"},
+    }
+    path = Path(job["out"]).with_suffix(f".{dist.get_rank()}.yaml")
+    path.write_text(json.dumps(text))
+    return load_config(path)
+
+
+def try_layout(
+    name: str, config: Config, checkpoints: list[str], fleet: Fleets, run_id: str
+) -> list[Result]:
+    shape = load_model_shape(config.model.path)
+    policy = Policy(config, shape, "cpu")
+    bridge = WeightBridge(
+        shards=policy.named_shards(),
+        model=shape,
+        grid=policy_grid(config, shape),
+        rank=dist.get_rank(),
+        run_id=run_id,
+        config=config.bridge,
+        wire_dtype=torch.float32 if config.rollout.dtype == "fp32" else torch.bfloat16,
+        engines=fleet.fleet,
+    )
+    results = []
+    # The engine starts with the first checkpoint: only the others show that something arrived.
+    for number, checkpoint in enumerate((*checkpoints[1:], checkpoints[0]), start=1):
+        load_hf(checkpoint, policy.named_shards(), shape, policy.position)
+        sent = bridge.publish(number).n_bytes
+        results.append(compare(name, number, policy, shape, fleet, sent, bridge.needed_bytes))
+    bridge.close()
+    return results
+
+
+def compare(
+    name: str, number: int, policy: Policy, shape: ModelShape, fleet: Fleets, sent: int, needed: int
+) -> Result:
+    pairs = fleet.generate(number)
+    batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
+    (logprobs,) = policy.logprobs([batch])
+    total = torch.tensor([sent])
+    dist.all_reduce(total)
+    return Result(
+        layout=name,
+        checkpoint=number,
+        gap=(logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item(),
+        versions=sorted({span.version for _, c in pairs for span in c.versions}),
+        sent_bytes=int(total),
+        needed_bytes=needed,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The bridge between real Megatron ranks and real vLLM engines: after each publish of new
+weights the engines' log-probs are the policy's, whatever the layouts of the two sides.
+
+One torchrun and one start of the engines serve all policy layouts of a case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gpg_megatron.reaper import cleanup_run, new_run_id
+from tests.tiny import make_tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORLD = 4
+LIMIT_S = 500
+GAP = {"fp32": 1e-4, "bf16": 0.1}
+DENSE = {
+    "tp1": {"data_parallel_size": 4},
+    "tp2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
+    "tp4": {"tensor_model_parallel_size": 4},  # more ranks than the 2 key-value heads
+    "pp2": {"pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+    "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+}
+EXPERTS = {
+    "ep2": {"data_parallel_size": 4, "expert_model_parallel_size": 2},
+    "tp2-ep2": {
+        "tensor_model_parallel_size": 2,
+        "data_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    tied: bool
+    engine_tp: int
+    num_engines: int = 1
+    transport: str = "shm"
+    dtype: str = "fp32"
+
+    @property
+    def layouts(self) -> dict[str, dict[str, int]]:
+        return DENSE | (EXPERTS if self.family.endswith("moe") else {})
+
+    def __str__(self) -> str:
+        tied = "tied" if self.tied else "untied"
+        extra = "".join(
+            f"-{value}"
+            for value, usual in ((self.transport, "shm"), (self.dtype, "fp32"))
+            if value != usual
+        )
+        engines = f"-{self.num_engines}engines" if self.num_engines > 1 else ""
+        return f"{self.family}-{tied}-engine_tp{self.engine_tp}{engines}{extra}"
+
+
+CASES = (
+    Case("qwen2", True, 1),
+    Case("qwen2", True, 2),
+    Case("qwen3_moe", False, 2),
+)
+SLOW_CASES = (
+    Case("qwen2", False, 1),
+    Case("qwen2", False, 2),
+    Case("qwen3", True, 1),
+    Case("qwen3", True, 2),
+    Case("llama", False, 1),
+    Case("llama", False, 2),
+    Case("qwen3_moe", False, 1),
+    Case("qwen2_moe", False, 1),
+    Case("mistral", False, 1, num_engines=2),
+    Case("qwen2", True, 1, num_engines=2, transport="gloo"),
+    Case("qwen2", True, 1, dtype="bf16"),
+)
+
+
+def publish_everything(case: Case, folder: Path) -> list[dict]:
+    """Run a case; the result of every publish."""
+    checkpoints = [
+        str(
+            make_tiny_model(
+                folder / name, family=case.family, tied=case.tied, vocab_size=331, seed=seed
+            )
+        )
+        for seed, name in enumerate("AB")
+    ]
+    run_id = new_run_id()
+    job = {
+        "run_id": run_id,
+        "checkpoints": checkpoints,
+        "engine_tp": case.engine_tp,
+        "num_engines": case.num_engines,
+        "transport": case.transport,
+        "dtype": case.dtype,
+        "layouts": case.layouts,
+        "out": str(folder / "results.json"),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    launch(folder / "job.json", run_id)
+    return json.loads((folder / "results.json").read_text())
+
+
+def launch(job: Path, run_id: str) -> None:
+    """torchrun of the ranks; nothing of them is left afterwards."""
+    from gpg_megatron.reaper import RUN_ID_VARIABLE, scratch_directory
+
+    scratch_directory(run_id).mkdir()
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    try:
+        done = subprocess.run(
+            [sys.executable, *command, "-m", "tests.stack.bridge_ranks", str(job)],
+            cwd=REPOSITORY,
+            env=os.environ | {RUN_ID_VARIABLE: run_id, "SPT_NOENV": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LIMIT_S,
+        )
+    finally:
+        cleanup_run(run_id)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def check(case: Case, results: list[dict]) -> None:
+    assert {r["layout"] for r in results} == case.layouts.keys()
+    for result in results:
+        assert result["gap"] <= GAP[case.dtype], result
+        assert result["versions"] == [result["checkpoint"]], result
+        assert result["sent_bytes"] == result["needed_bytes"], result
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_published_weights_are_what_the_engine_computes_with(case: Case, tmp_path: Path) -> None:
+    check(case, publish_everything(case, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW_CASES, ids=str)
+def test_the_rest_of_the_matrix(case: Case, tmp_path: Path) -> None:
+    check(case, publish_everything(case, tmp_path))
