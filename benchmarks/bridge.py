@@ -10,6 +10,7 @@ weights; the medians are reported. The last line is JSON:
     seconds_over_copy         publish / copying the same bytes from one process to another
     peak_extra_bytes          slots of all senders plus staging of the engine, at its largest
     pause_to_resume_s         median seconds during which the engine does not generate
+    repack_s                  mean seconds of a publish in which the engine repacks what arrived
     canary_logprob_max        largest |engine - policy| log-prob after the last publish
     speedup_over_gather_reload  seconds of gathering full tensors on rank 0 and
                               Worker.reload_weights / seconds of a publish
@@ -177,6 +178,7 @@ def run_rank(args: argparse.Namespace) -> int:
             config=config.bridge,
             wire_dtype=torch.float32,
             engines=fleet[0] if fleet else None,
+            group=dist.group.WORLD,
         )
         report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)
     finally:
@@ -217,6 +219,7 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
     slots = torch.tensor([bridge.slot_bytes], dtype=torch.int64)
     dist.all_reduce(slots)
     staged = max(_on0(lambda: _calls(fleet, "bench_staged_bytes")))
+    effect = max(_on0(lambda: _calls(fleet, "bench_effect_seconds"))) / (args.rounds + 1)
     canary = _canary(policy, fleet, shape)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     copy.close()
@@ -229,6 +232,7 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
         "transport": args.transport,
         "publish_s": median["publish"],
         "copy_s": median["copy"],
+        "repack_s": effect,
         "gather_reload_s": median["gather"],
         "bytes_over_bound": int(total) / bound,
         "seconds_over_copy": median["publish"] / median["copy"],
@@ -380,7 +384,7 @@ def _on0(action: Callable[[], Any]) -> Any:
     return on_rank0(action)
 
 
-def _calls(fleet: Any, method: str) -> list[int]:
+def _calls(fleet: Any, method: str) -> list[float]:
     return [n for engine in fleet.call_workers(method, [()], timeout_s=60) for n in engine]
 
 

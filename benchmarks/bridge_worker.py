@@ -21,6 +21,10 @@ class BenchReceiver(BridgeReceiver):
         """The most that staging tensors held at once."""
         return int(self.weight_transfer_engine.installer.peak_staged_bytes)
 
+    def bench_effect_seconds(self: Any) -> float:
+        """Spent on repacking weights so far."""
+        return float(self.weight_transfer_engine.installer.effect_seconds)
+
     def bench_reload(self: Any, path: str, manifest: list) -> None:
         """Full tensors in shared memory through vLLM's own layerwise reload."""
         size = max(offset + 4 * torch.Size(shape).numel() for _, shape, offset in manifest)

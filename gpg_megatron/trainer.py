@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
@@ -82,6 +83,7 @@ class Trainer:
                 config=config.bridge,
                 wire_dtype=DTYPES[config.rollout.dtype],
                 engines=self.fleet,
+                group=self._waiting,
             )
             undo.pop_all()
 
@@ -173,12 +175,13 @@ class Trainer:
         # A data-parallel rank would pack its own share; here every rank computes all of it.
         batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
         (logprobs,) = self.policy.logprobs([batch])
-        gap = (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item()
-        tolerance = self.config.mismatch_tolerance
+        gaps = (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs()
+        gap, tolerance = gaps.max().item(), self.config.mismatch_tolerance
         if not gap <= tolerance:
             raise MismatchError(
                 f"after the first sync the engines' log-probs differ from the policy's by "
-                f"{gap:.2g} (limit {tolerance:g}, bridge.canary_tolerance); refusing to train"
+                f"{gap:.2g} (limit {tolerance:g}, bridge.canary_tolerance; {_worst(pairs, gaps)}); "
+                f"refusing to train"
             )
         self._say(f"first sync verified: log-probs agree within {gap:.1e} (limit {tolerance:g})")
 
@@ -241,6 +244,20 @@ def _rank0_limit_s(config: Config) -> int:
     r = config.rollout
     draws = 1 + config.algorithm.max_redraws
     return r.startup_timeout_s + 2 * draws * r.generate_timeout_s
+
+
+def _worst(pairs: Sequence[tuple[Prompt, Completion]], gaps: torch.Tensor) -> str:
+    """Where the largest gap is, and how many are nearly as large; gaps [all response tokens]."""
+    index = int(gaps.nan_to_num(nan=torch.inf).argmax())
+    similar = int((gaps > gaps[index] / 3).sum())
+    for prompt, completion in pairs:
+        if index < len(completion.token_ids):
+            return (
+                f"worst at prompt {prompt.id}, token {index}, where the engine says "
+                f"{completion.logprobs[index]:.6f}; {similar} of {len(gaps)} tokens are similar"
+            )
+        index -= len(completion.token_ids)
+    raise AssertionError("a gap for each response token")
 
 
 def policy_grid(config: Config, shape: ModelShape) -> PolicyGrid:

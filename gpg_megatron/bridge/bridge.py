@@ -12,8 +12,7 @@ import pickle
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 import torch
@@ -58,6 +57,8 @@ class _Message:
     """One bucket on its way to one worker."""
 
     receiver: int
+    number: int
+    """Among the messages of this rank to the receiver."""
     bucket: Bucket
 
 
@@ -75,6 +76,7 @@ class WeightBridge:
         config: BridgeConfig,
         wire_dtype: torch.dtype,
         engines: Engines | None,
+        group: dist.ProcessGroup,
     ) -> None:
         """Collective over the policy ranks.
 
@@ -82,6 +84,7 @@ class WeightBridge:
             shards: global Megatron name -> local parameter; read at every publish.
             wire_dtype: of the elements on their way; the engines' parameter type.
             engines: on rank 0, the control plane; None elsewhere.
+            group: of all policy ranks, on the host; its limit covers what engines may take.
 
         Raises:
             ValueError: policy, table and engine disagree about a parameter, which is named.
@@ -92,9 +95,10 @@ class WeightBridge:
         self._config = config
         self._dtype = wire_dtype
         self._engines = engines
+        self._pending: Pending | None = None
         self._verified = False
         self._publishes = 0
-        self._group = dist.new_group(timeout=timedelta(seconds=config.timeout_s), backend="gloo")
+        self._group = group
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"bridge/{run_id}", store)
         check_shards({n: tuple(t.shape) for n, t in shards.items()}, model, grid, rank)
@@ -112,7 +116,7 @@ class WeightBridge:
         pairs = outgoing(routes, rank, n_engines, limit)
         self._messages = _interleaved(
             [
-                [_Message(engine * n_workers + worker, bucket) for bucket in buckets]
+                [_Message(engine * n_workers + worker, i, b) for i, b in enumerate(buckets)]
                 for (engine, worker), buckets in pairs.items()
             ],
             first=rank,
@@ -125,7 +129,7 @@ class WeightBridge:
         Raises:
             TransferError, or an engine's own error: on rank 0, when any part of it failed. The
                 engines refuse to generate until a later publish has succeeded.
-            Rank0Failed: on the other ranks.
+            Rank0Failed: on the other ranks, with the same text.
         """
         begin = time.perf_counter()
         self._publishes += 1
@@ -134,23 +138,17 @@ class WeightBridge:
         )
         if self._outbox is not None:
             self._outbox.reset()
-        # Receivers look into the outboxes only after all of them are reset.
+        # Receivers look into the outboxes only after all of them are reset, and nothing is put
+        # there while a receiver may still be busy with an update that was given up.
         dist.barrier(self._group)
-        pending: Pending | None = None
+        on_rank0(lambda: self._begin(verify), self._group)
         problem = None
         try:
-            if self._engines is not None:
-                self._engines.begin_update()
-                pending = self._engines.receive(pickle.dumps(Update(verify=verify)))
-            self._send(pending, verify=verify)
+            self._send(verify=verify)
         except TransferError as error:
             problem = f"policy rank {self._rank}: {error}"
-        except (RuntimeError, TimeoutError) as error:  # of an engine
-            # The other ranks must not wait for it.
-            problem = str(error)
-            self._give_up(problem)
         problems = self._gather(problem)
-        on_rank0(lambda: self._commit(pending, problems, version), self._group)
+        on_rank0(lambda: self._commit(problems, version), self._group)
         self._verified = True
         n_elements = sum(bucket_elements(m.bucket) for m in self._messages)
         return PublishResult(
@@ -210,7 +208,6 @@ class WeightBridge:
             address = self._outbox.address() if self._outbox else None
             addresses = {r: a for r, a in enumerate(self._gather(address)) if a is not None}
             connection = Connection(
-                engine=0,
                 n_workers=n_workers,
                 routes=[[r for r in routes if r.worker == w] for w in range(n_workers)],
                 addresses=addresses,
@@ -219,68 +216,65 @@ class WeightBridge:
                 bucket_elements=limit,
                 timeout_s=self._config.timeout_s,
             )
-            on_rank0(lambda: self._connect_engines(connection), self._group)
+            on_rank0(lambda: self._connect_engines(pickle.dumps(connection)), self._group)
         finally:
             if self._outbox is not None:
                 self._outbox.settle()
 
-    def _connect_engines(self, connection: Connection) -> None:
+    def _connect_engines(self, payload: bytes) -> None:
         assert self._engines is not None
-        payloads = [
-            pickle.dumps(replace(connection, engine=engine))
-            for engine in range(self._engines.num_engines)
-        ]
-        self._engines.connect(payloads, timeout_s=self._config.timeout_s)
+        self._engines.connect(payload, timeout_s=self._config.timeout_s)
 
     # ---- one publish --------------------------------------------------------------------
 
+    def _begin(self, verify: bool) -> None:
+        """Rank 0: the engines stop, and begin to receive."""
+        assert self._engines is not None
+        self._engines.begin_update()
+        self._pending = self._engines.receive(pickle.dumps(Update(verify=verify)))
+
     @torch.no_grad()
-    def _send(self, pending: Pending | None, *, verify: bool) -> None:
+    def _send(self, *, verify: bool) -> None:
         if self._outbox is None:
             return
-        patience = Patience(self._config.timeout_s, lambda: self._abort_reason(pending))
+        patience = Patience(self._config.timeout_s, self._abort_reason)
         for message in self._messages:
             slot = patience.until(
                 self._outbox.slot, f"engine worker {message.receiver} to read a bucket"
             )
-            n_bytes = self._pack(message.bucket, slot, verify=verify)
+            n_bytes = self._pack(message, slot, verify=verify)
             self._outbox.post(message.receiver, n_bytes)
         patience.until(self._outbox.idle, "the engine workers to read the last buckets")
 
-    def _pack(self, bucket: Bucket, slot: torch.Tensor, *, verify: bool) -> int:
+    def _pack(self, message: _Message, slot: torch.Tensor, *, verify: bool) -> int:
         """Fill a slot; returns the bytes to send, checksum included."""
-        n_bytes = bucket_elements(bucket) * self._dtype.itemsize
+        n_bytes = bucket_elements(message.bucket) * self._dtype.itemsize
         flat = slot[:n_bytes].view(self._dtype)
-        for move in bucket:
+        for move in message.bucket:
             part = flat[move.offset : move.offset + move.numel].view(move.source_box.shape)
             part.copy_(self._shards[move.parameter][move.source_box.slices])
         if verify:
-            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy())
+            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy(), message.number)
             slot[n_bytes : n_bytes + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
         return n_bytes + CHECKSUM_BYTES
 
-    def _commit(
-        self, pending: Pending | None, problems: Sequence[str | None], version: int
-    ) -> None:
+    def _commit(self, problems: Sequence[str | None], version: int) -> None:
         """Rank 0: the engines' answers, then the new version; or the first thing that failed."""
-        assert self._engines is not None
-        found = [problem for problem in problems if problem]
-        if found:
-            raise TransferError(f"publishing version {version} failed: {found[0]}")
-        assert pending is not None
-        pending.wait(self._config.timeout_s)
+        assert self._engines is not None and self._pending is not None
+        if reason := self._pending.failure():
+            raise TransferError(f"publishing version {version} failed: {reason}")
+        for problem in filter(None, problems):
+            raise TransferError(f"publishing version {version} failed: {problem}")
+        self._pending.wait(self._config.timeout_s)
         self._engines.commit(version)
 
-    def _abort_reason(self, pending: Pending | None) -> str | None:
+    def _abort_reason(self) -> str | None:
         """Why this publish cannot succeed any more; rank 0 tells the others what it hears."""
-        if pending is not None and (reason := pending.failure()):
-            self._give_up(reason)
-            return reason
         key = str(self._publishes)
+        if self._pending is not None and (reason := self._pending.failure()):
+            self._store.set(key, reason)
+            return reason
         return self._store.get(key).decode() if self._store.check([key]) else None
-
-    def _give_up(self, reason: str) -> None:
-        self._store.set(str(self._publishes), reason)
 
     def _gather(self, value: object) -> list:
         values: list[object] = [None] * dist.get_world_size(self._group)

@@ -11,6 +11,7 @@ A staging tensor lives from the first element of its module to the last one.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ class Installer:
         self._expected: Mapping[str, int] = {}
         self._arrived: Counter[str] = Counter()
         self.peak_staged_bytes = 0
+        self.effect_seconds = 0.0
+        """Spent on the engine's own post-processing, over all updates."""
 
     @property
     def policies(self) -> dict[str, Policy]:
@@ -127,7 +130,9 @@ class Installer:
             return
         for part in self._waiting.get(name, ()):
             if all(map(self._is_complete, part.parameters)):
+                begin = time.perf_counter()
                 _take_effect(part)
+                self.effect_seconds += time.perf_counter() - begin
 
     def finish(self) -> None:
         """End an update.

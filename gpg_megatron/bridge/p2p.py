@@ -128,6 +128,9 @@ class P2PInbox:
         self._thread = threading.Thread(target=self._run, name="bridge-receive", daemon=True)
         self._thread.start()
 
+    def start(self) -> None:
+        """Nothing: a group in which a transfer was interrupted cannot be used again."""
+
     def poll(self, n_bytes: int) -> torch.Tensor | None:
         if self._failure is not None:
             raise TransferError(f"receiving from a policy rank failed: {self._failure}")

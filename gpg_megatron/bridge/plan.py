@@ -16,7 +16,7 @@ import hashlib
 import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpg_megatron.bridge.layout import Box
 from gpg_megatron.bridge.topology import Held
@@ -83,6 +83,8 @@ class Move:
     target: View
     offset: int
     """First element within the bucket."""
+    place: int = field(compare=False)
+    """Of its route among those that were given: what belongs together has neighbouring ones."""
 
     @property
     def numel(self) -> int:
@@ -146,14 +148,14 @@ def outgoing(
         limit: largest bucket, in elements.
     """
     result: dict[tuple[int, int], _Packer] = defaultdict(lambda: _Packer(limit))
-    for route in routes:
+    for index, route in enumerate(routes):
         ranks = [r for held in route.sources for r in held.ranks]
         # Usually the rank stands once among the possible senders, or not at all.
-        for place in (i for i, r in enumerate(ranks) if r == rank):
-            for engine in range((place - route.pick) % len(ranks), n_engines, len(ranks)):
+        for turn in (i for i, r in enumerate(ranks) if r == rank):
+            for engine in range((turn - route.pick) % len(ranks), n_engines, len(ranks)):
                 held, sender = route.source(engine)
                 assert sender == rank
-                result[engine, route.worker].add(route, held)
+                result[engine, route.worker].add(route, held, index)
     return {pair: packer.buckets() for pair, packer in sorted(result.items())}
 
 
@@ -164,9 +166,9 @@ def incoming(routes: Iterable[Route], engine: int, limit: int) -> dict[int, list
         routes: those of one worker.
     """
     result: dict[int, _Packer] = defaultdict(lambda: _Packer(limit))
-    for route in routes:
+    for index, route in enumerate(routes):
         held, sender = route.source(engine)
-        result[sender].add(route, held)
+        result[sender].add(route, held, index)
     return {sender: packer.buckets() for sender, packer in sorted(result.items())}
 
 
@@ -215,7 +217,7 @@ class _Packer:
         self._moves: list[list[Move]] = []
         self._used = limit
 
-    def add(self, route: Route, held: Held) -> None:
+    def add(self, route: Route, held: Held, place: int) -> None:
         """Append a route's rectangle, cut along its rows where a bucket is full."""
         for box in _row_runs(route.box, self._limit):
             if self._used + box.numel > self._limit:
@@ -223,7 +225,7 @@ class _Packer:
                 self._used = 0
             local = box.relative_to(held.hf).shifted(held.local)
             target = route.target.narrowed(box.relative_to(route.box))
-            self._moves[-1].append(Move(held.parameter, local, target, self._used))
+            self._moves[-1].append(Move(held.parameter, local, target, self._used, place))
             self._used += box.numel
 
     def buckets(self) -> list[Bucket]:

@@ -18,7 +18,8 @@ BACKEND = "gpg"
 RECEIVER = "gpg_megatron.bridge.receiver.BridgeReceiver"
 """Dotted path of the worker extension that the engines must be started with."""
 CHECKSUM_BYTES = 8
-"""At the end of every message: CRC-32 of the bytes before it, as an 8-byte integer."""
+"""At the end of every message: CRC-32 of the bytes before it, begun with the number of the
+message among those of its sender to its receiver; an 8-byte integer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +35,8 @@ class WorkerLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """What the workers of one engine need to receive; each picks its own routes."""
+    """What the workers of all engines need to receive; each picks its own routes."""
 
-    engine: int
     n_workers: int
     """Of one engine; worker w of engine e is receiver e * n_workers + w."""
     routes: Sequence[Sequence[Route]]
@@ -80,8 +80,8 @@ class Engines(Protocol):
     ) -> list[list[Any]]:
         """Call a method of the worker extension; [engine][worker]."""
 
-    def connect(self, payloads: Sequence[bytes], *, timeout_s: float) -> None:
-        """Give every engine its pickled Connection."""
+    def connect(self, payload: bytes, *, timeout_s: float) -> None:
+        """Give every engine the pickled Connection and its own number."""
 
     def begin_update(self) -> None:
         """Stop generation and refuse it until commit: the weights are about to be a mixture."""

@@ -48,9 +48,10 @@ class Source:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """A pickled Connection and the worker's rank in its engine."""
+    """A pickled Connection and the number of the engine."""
 
     payload: bytes
+    engine: int
 
 
 @dataclass
@@ -77,9 +78,9 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         connection: Connection = pickle.loads(init_info.payload)
         self.shutdown()
-        receiver = connection.engine * connection.n_workers + self.worker
+        receiver = init_info.engine * connection.n_workers + self.worker
         buckets = incoming(
-            connection.routes[self.worker], connection.engine, connection.bucket_elements
+            connection.routes[self.worker], init_info.engine, connection.bucket_elements
         )
         self._dtype = getattr(torch, connection.dtype)
         self._timeout_s = connection.timeout_s
@@ -103,6 +104,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         update: Update = pickle.loads(update_info.payload)
         waiting = {source.rank: (source, deque(source.buckets)) for source in self._sources}
+        for source in self._sources:
+            source.inbox.start()
         patience = Patience(self._timeout_s)
         while waiting:
             ranks = ", ".join(map(str, waiting))
@@ -111,8 +114,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"weights from policy ranks {ranks} (engine worker {self.worker})",
             )
             _, buckets = waiting[source.rank]
-            bucket = buckets.popleft()
-            self._install(bucket, data, source.rank, verify=update.verify)
+            number = len(source.buckets) - len(buckets)
+            self._install(buckets.popleft(), data, source.rank, number, verify=update.verify)
             source.inbox.done()
             if not buckets:
                 del waiting[source.rank]
@@ -128,7 +131,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _next_message(
         self, waiting: Mapping[int, tuple[Source, deque[Bucket]]]
     ) -> tuple[Source, torch.Tensor] | None:
-        for source, buckets in waiting.values():
+        # The one that is furthest behind first: modules become complete soon.
+        for source, buckets in sorted(waiting.values(), key=lambda w: w[1][0][0].place):
             data = source.inbox.poll(self._n_bytes(buckets[0]) + CHECKSUM_BYTES)
             if data is not None:
                 return source, data
@@ -137,12 +141,14 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _n_bytes(self, bucket: Bucket) -> int:
         return bucket_elements(bucket) * self._dtype.itemsize
 
-    def _install(self, bucket: Bucket, data: torch.Tensor, sender: int, *, verify: bool) -> None:
+    def _install(
+        self, bucket: Bucket, data: torch.Tensor, sender: int, number: int, *, verify: bool
+    ) -> None:
         """Copy the rectangles of a bucket; with verify, from what then stands in the parameters
         the sender's checksum must come out."""
         n_bytes = self._n_bytes(bucket)
         flat = data[:n_bytes].view(self._dtype)
-        checksum = 0
+        checksum = number
         for move in bucket:
             to = move.target
             view = self.installer.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
@@ -153,8 +159,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.installer.wrote(to.parameter, move.numel)
         if verify and checksum != int(data[n_bytes:].view(torch.int64)):
             raise TransferError(
-                f"a bucket of policy rank {sender} arrived damaged: its first parameter is "
-                f"{bucket[0].target.parameter}"
+                f"bucket {number} of policy rank {sender} arrived damaged: its first parameter "
+                f"is {bucket[0].target.parameter}"
             )
 
 

@@ -4,6 +4,7 @@ The file's name exists only until every reader has attached; after that the memo
 long as the processes that map it, so nothing is left behind whatever dies.
 
     header of slot i (64 bytes):  | message number | receiver |  (sender)  | number read | (reader)
+    byte 1024:                    | resets so far |              (sender)
     slots (from byte 4096):       | slot 0 ........ | slot 1 ........ |
 """
 
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from gpg_megatron.bridge.transport import SLOTS
+from gpg_megatron.bridge.transport import SLOTS, TransferError
 
 _ROOT = Path("/dev/shm")
 _DATA = 4096
 _HEADER = 64
+_RESETS = 1024
 _READ = 32
 """Within a header: where the reader's field starts."""
 
@@ -60,6 +62,12 @@ class _Segment:
     def set_read(self, slot: int, number: int) -> None:
         self._set(slot * _HEADER + _READ, number)
 
+    def resets(self) -> int:
+        return self._get(_RESETS)
+
+    def count_reset(self) -> None:
+        self._set(_RESETS, self.resets() + 1)
+
     def _get(self, position: int) -> int:
         return int.from_bytes(os.pread(self._file, 8, position), sys.byteorder)
 
@@ -94,6 +102,7 @@ class ShmOutbox:
         return self._address
 
     def reset(self) -> None:
+        self._segment.count_reset()
         for slot in range(SLOTS):
             self._segment.set_posted(slot, 0, 0)
             self._segment.set_read(slot, 0)
@@ -141,17 +150,30 @@ class ShmInbox:
         self._segment = _Segment(path, address.bucket_bytes)
         self._receiver = receiver
         self._reading = (0, 0)
+        self._resets = 0
+
+    def start(self) -> None:
+        self._resets = self._segment.resets()
 
     def poll(self, n_bytes: int) -> torch.Tensor | None:
-        waiting = []
-        for slot in range(SLOTS):
-            number, receiver = self._segment.posted(slot)
-            if receiver == self._receiver and number != self._segment.read(slot):
-                waiting.append((number, slot))
+        if self._segment.resets() != self._resets:
+            raise TransferError("the sender has given up this update")
+        # Looks twice: while the slots are looked at in turn two messages may come, and the
+        # later one be seen alone. Whatever was posted before it is there at the second look.
+        waiting = self._waiting() and self._waiting()
         if not waiting:
             return None
         self._reading = min(waiting)
         return self._segment.slots[self._reading[1], :n_bytes]
+
+    def _waiting(self) -> list[tuple[int, int]]:
+        """(message number, slot) of what this receiver has not read."""
+        waiting = []
+        for slot in range(SLOTS):
+            number, receiver = self._segment.posted(slot)
+            if receiver == self._receiver and number > self._segment.read(slot):
+                waiting.append((number, slot))
+        return waiting
 
     def done(self) -> None:
         number, slot = self._reading

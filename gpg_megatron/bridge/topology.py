@@ -8,6 +8,8 @@ together in one Held, so the result grows with the model and not with the number
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -150,13 +152,23 @@ def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]
 
 
 def hf_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
-    """The shape of every Hugging Face tensor: what one rank alone would hold."""
+    """The shape of every Hugging Face tensor: what one rank alone would hold.
+
+    Layer by layer, so that what belongs together in an engine also arrives together.
+    """
     alone = PolicyGrid(tp_size=1, dp_size=1, pp_size=1, stage_of_layer=(0,) * model.num_layers)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, rectangles in held_by_policy(model, alone).items():
         stops = (tuple(stop for _, stop in held.hf.ranges) for held in rectangles)
         shapes[name] = tuple(max(dimension) for dimension in zip(*stops, strict=True))
-    return shapes
+    return dict(sorted(shapes.items(), key=lambda item: _place(item[0])))
+
+
+def _place(hf_name: str) -> float:
+    """The layer of a tensor; before all of them for the embedding, after them for the rest."""
+    if found := re.match(r"model\.layers\.(\d+)\.", hf_name):
+        return int(found[1])
+    return -1 if hf_name == "model.embed_tokens.weight" else math.inf
 
 
 def check_shards(

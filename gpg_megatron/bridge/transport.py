@@ -53,6 +53,9 @@ class Outbox(Protocol):
 class Inbox(Protocol):
     """The receiving end of one worker for one sender."""
 
+    def start(self) -> None:
+        """A transfer begins; the sender has reset its end."""
+
     def poll(self, n_bytes: int) -> torch.Tensor | None:
         """The next message, uint8 [n_bytes]; None while it has not arrived."""
 

@@ -154,11 +154,11 @@ class Engine:
         """[worker rank]; the method of the worker extension, on every worker at once."""
         return await self._alive(self._llm.collective_rpc(method, args=args))
 
-    async def connect(self, payload: bytes) -> None:
+    async def connect(self, payload: bytes, engine: int) -> None:
         """Hand the bridge's pickled connection to the workers."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        request = WeightTransferInitRequest(init_info={"payload": payload})
+        request = WeightTransferInitRequest(init_info={"payload": payload, "engine": engine})
         await self._alive(self._llm.init_weight_transfer_engine(request))
 
     async def begin_update(self, mode: PauseMode) -> None:

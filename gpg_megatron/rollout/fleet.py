@@ -191,12 +191,12 @@ class Fleet:
         """The weight version that generate stamps now."""
         return self._version
 
-    def connect(self, payloads: Sequence[bytes], *, timeout_s: float) -> None:
-        """Give every engine its end of the bridge."""
-        refs = {
-            actor.connect.remote(payload): i
-            for i, (actor, payload) in enumerate(zip(self._actors, payloads, strict=True))
-        }
+    def connect(self, payload: bytes, *, timeout_s: float) -> None:
+        """Give every engine its end of the bridge, and its number."""
+        import ray
+
+        shared = ray.put(payload)
+        refs = {actor.connect.remote(shared, i): i for i, actor in enumerate(self._actors)}
         self._gather(refs, timeout_s, "connecting to the policy ranks")
 
     def begin_update(self, mode: PauseMode = "wait") -> None:

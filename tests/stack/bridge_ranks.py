@@ -31,7 +31,7 @@ from gpg_megatron.collectives import on_rank0  # noqa: E402
 from gpg_megatron.config import Config, load_config  # noqa: E402
 from gpg_megatron.hf_config import load_model_shape  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
-from gpg_megatron.reaper import scratch_directory  # noqa: E402
+from gpg_megatron.reaper import scratch_directory, start_reaper  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
 from gpg_megatron.trainer import canary_sample, policy_grid  # noqa: E402
@@ -61,6 +61,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     platform.set_threads(1)
     platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    if dist.get_rank() == 0:
+        start_reaper(job["run_id"])
     fleet = Fleets(job)
     results = []
     try:
@@ -142,7 +144,12 @@ def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
             "num_engines": job["num_engines"],
             "startup_timeout_s": 240,
         },
-        "bridge": {"transport": job["transport"], "verify": "always", "bucket_mb": 1},
+        "bridge": {
+            "transport": job["transport"],
+            "verify": "always",
+            "bucket_mb": 1,
+            "timeout_s": job.get("bridge_timeout_s", 120),
+        },
         "trainer": {"device": "cpu"},
     }
     path = Path(job["out"]).with_suffix(f".{dist.get_rank()}.yaml")
@@ -164,6 +171,7 @@ def try_layout(
         config=config.bridge,
         wire_dtype=torch.float32 if config.rollout.dtype == "fp32" else torch.bfloat16,
         engines=fleet.fleet,
+        group=dist.group.WORLD,
     )
     results = []
     # The engine starts with the first checkpoint: only the others show that something arrived.

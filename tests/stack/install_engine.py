@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpg_megatron.bridge.install import Installer
+from gpg_megatron.reaper import new_run_id, start_reaper
 
 
 class Extension:
@@ -64,6 +65,7 @@ def main(jobs: Path, results: Path) -> None:
         "OMP_WAIT_POLICY": "passive",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+    start_reaper(new_run_id())  # a tensor-parallel engine leaves shared memory behind
     results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
 
 

@@ -109,15 +109,17 @@ def publish_everything(case: Case, folder: Path) -> list[dict]:
     return json.loads((folder / "results.json").read_text())
 
 
-def launch(job: Path, run_id: str) -> None:
+def launch(
+    job: Path, run_id: str, module: str = "tests.stack.bridge_ranks", world: int = WORLD
+) -> None:
     """torchrun of the ranks; nothing of them is left afterwards."""
     from gpg_megatron.reaper import RUN_ID_VARIABLE, scratch_directory
 
     scratch_directory(run_id).mkdir()
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     try:
         done = subprocess.run(
-            [sys.executable, *command, "-m", "tests.stack.bridge_ranks", str(job)],
+            [sys.executable, *command, "-m", module, str(job)],
             cwd=REPOSITORY,
             env=os.environ | {RUN_ID_VARIABLE: run_id, "SPT_NOENV": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -1,0 +1,37 @@
+"""A receiver that fails on request: faults that cannot be made from outside at the right time."""
+
+from __future__ import annotations
+
+import time
+
+from gpg_megatron.bridge.receiver import BridgeReceiver
+
+AT_BUCKET = 2
+
+
+class FaultyReceiver(BridgeReceiver):
+    """Inside vLLM's worker."""
+
+    def fault(self, kind: str, seconds: float = 0.0) -> None:
+        """What goes wrong at the third bucket of the next update: raise, damage, or sleep."""
+        engine = self.weight_transfer_engine
+        install = type(engine)._install
+        seen = 0
+
+        def faulty(bucket, data, sender, number, *, verify):
+            nonlocal seen
+            if seen == AT_BUCKET:
+                if kind == "raise":
+                    raise OSError("the fault that was asked for")
+                if kind == "damage":
+                    data = data.clone()
+                    data[0] ^= 1
+                time.sleep(seconds)
+            seen += 1
+            install(engine, bucket, data, sender, number, verify=verify)
+
+        engine._install = faulty
+
+    def heal(self) -> None:
+        """Work as usual again."""
+        del self.weight_transfer_engine._install

@@ -1,0 +1,78 @@
+"""Publishes that fail: every rank hears of it in time, half-updated weights are never used, and
+the next publish mends it. One start of the engine serves all of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gpg_megatron.reaper import new_run_id
+from tests.stack.bridge_faults import BRIDGE_LIMIT_S
+from tests.stack.test_bridge import launch
+from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("faults")
+    checkpoints = [
+        str(make_tiny_model(folder / name, num_layers=8, hidden_size=256, num_heads=8, seed=seed))
+        for seed, name in enumerate("AB")
+    ]
+    run_id = new_run_id()
+    job = {
+        "run_id": run_id,
+        "checkpoints": checkpoints,
+        "engine_tp": 1,
+        "num_engines": 1,
+        "transport": "shm",
+        "dtype": "fp32",
+        "extension": "tests.stack.faulty_receiver.FaultyReceiver",
+        "bridge_timeout_s": BRIDGE_LIMIT_S,
+        "out": str(folder / "notes.json"),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    launch(folder / "job.json", run_id, module="tests.stack.bridge_faults", world=2)
+    return {note["what"]: note for note in json.loads((folder / "notes.json").read_text())}
+
+
+def failed(note: dict, within_s: float) -> str:
+    """It failed on every rank in time; the error of rank 0."""
+    assert all(has_failed and seconds < within_s for has_failed, seconds in note["ends"]), note
+    return note["error"]
+
+
+def worked(notes: dict[str, dict], publish: str, gap: str) -> None:
+    assert notes[publish]["error"] is None, notes[publish]
+    result = notes[gap]["result"]
+    assert result is not None, notes[gap]
+    assert result["gap"] < 1e-4
+    assert result["versions"] == [result["published"]]
+
+
+def test_the_first_publish_works(notes: dict[str, dict]) -> None:
+    worked(notes, "first", "first works")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("raise", "the fault that was asked for"), ("damage", "arrived damaged")],
+)
+def test_a_failing_receiver(notes: dict[str, dict], kind: str, words: str) -> None:
+    error = failed(notes[kind], BRIDGE_LIMIT_S)
+    assert "publishing version" in error and words in error
+    assert "the weights are incomplete" in failed(notes[f"{kind} refuses"], BRIDGE_LIMIT_S)
+    worked(notes, f"{kind} again", f"{kind} mended")
+
+
+def test_a_receiver_that_is_too_slow(notes: dict[str, dict]) -> None:
+    error = failed(notes["sleep"], BRIDGE_LIMIT_S + 5)
+    assert f"waited {BRIDGE_LIMIT_S} s for engine worker 0 to read" in error
+    worked(notes, "sleep again", "sleep mended")
+
+
+def test_an_engine_that_is_killed_in_the_middle(notes: dict[str, dict]) -> None:
+    """Found out long before the time limit of the wait."""
+    assert "engine 0 died while receiving weights" in failed(notes["kill"], BRIDGE_LIMIT_S - 1)
+    assert "engine 0 died" in failed(notes["kill refuses"], BRIDGE_LIMIT_S)

@@ -1,0 +1,71 @@
+"""Megatron's shards, stacked and cut with numpy from whole Hugging Face tensors.
+
+An independent reading of Megatron's layout: whole parameters are built first, then cut by rows
+or columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from gpg_megatron.bridge.topology import PolicyGrid, local_shapes
+from gpg_megatron.types import ModelShape
+
+PADDING = -1.0
+_HF_NAMES = (
+    (r"^embedding\.word_embeddings\.", "model.embed_tokens."),
+    (r"^output_layer\.", "lm_head."),
+    (r"^decoder\.final_layernorm\.", "model.norm."),
+    (r"^decoder\.layers\.", "model.layers."),
+    (r"\.pre_mlp_layernorm\.", ".post_attention_layernorm."),
+    (r"\.self_attention\.([qk])_layernorm\.", r".self_attn.\1_norm."),
+    (r"\.self_attention\.linear_proj\.", ".self_attn.o_proj."),
+    (r"\.self_attention\.linear_qkv\.", ".self_attn.{}_proj."),
+    (r"\.mlp\.router\.", ".mlp.gate."),
+    (r"\.shared_experts\.gate_weight$", ".shared_expert_gate.weight"),
+    (r"\.shared_experts\.", ".shared_expert."),
+    (r"\.local_experts\.", "."),
+    (r"\.linear_fc1\.", ".{}_proj."),
+    (r"\.linear_fc2\.", ".down_proj."),
+)
+
+
+def weights(
+    model: ModelShape, grid: PolicyGrid, hf: Mapping[str, np.ndarray], rank: int
+) -> dict[str, np.ndarray]:
+    """Global Megatron name -> shard of every parameter of a rank; PADDING beyond the vocabulary.
+
+    Only which parameters there are is asked of the code under test.
+    """
+    tp = rank % grid.tp_size
+    return {
+        name: _shard(name, model, grid.tp_size, hf, tp) for name in local_shapes(model, grid, rank)
+    }
+
+
+def _shard(
+    name: str, model: ModelShape, tp_size: int, hf: Mapping[str, np.ndarray], tp: int
+) -> np.ndarray:
+    hf_name = name
+    for pattern, replacement in _HF_NAMES:
+        hf_name = re.sub(pattern, replacement, hf_name)
+    if hf_name == "lm_head.weight" and model.tied:
+        hf_name = "model.embed_tokens.weight"
+    if "linear_qkv" in name:
+        groups = [np.split(hf[hf_name.format(letter)], model.num_kv_heads) for letter in "qkv"]
+        fused = [part for group in zip(*groups, strict=True) for part in group]
+        return np.split(np.concatenate(fused), tp_size)[tp]
+    if "linear_fc1" in name:
+        parts = [np.split(hf[hf_name.format(kind)], tp_size)[tp] for kind in ("gate", "up")]
+        return np.concatenate(parts)
+    tensor = hf[hf_name]
+    if "linear_fc2" in name or "linear_proj" in name:
+        return np.split(tensor, tp_size, axis=1)[tp]
+    if name.startswith(("embedding.", "output_layer.")):
+        n_padding = -len(tensor) % (128 * tp_size)
+        padding = np.full((n_padding, tensor.shape[1]), PADDING)
+        return np.split(np.concatenate([tensor, padding]), tp_size)[tp]
+    return tensor
