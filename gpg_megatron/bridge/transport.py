@@ -41,7 +41,7 @@ class Outbox(Protocol):
         """Hand the first n_bytes of the slot to a receiver; messages to one keep their order."""
 
     def idle(self) -> bool:
-        """Whether everything posted has been read."""
+        """Whether the slots may be filled again: all that was posted has been read, or copied."""
 
     def settle(self) -> None:
         """All receivers have attached, or will not any more."""

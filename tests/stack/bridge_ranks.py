@@ -60,7 +60,7 @@ class Result:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     platform.set_threads(1)
-    platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    platform.init_process_group(device_of(job), COLLECTIVE_LIMIT_S)
     if dist.get_rank() == 0:
         start_reaper(job["run_id"])
     fleet = Fleets(job)
@@ -68,7 +68,7 @@ def main() -> None:
     try:
         for name, policy_section in job["layouts"].items():
             config = configuration(job, policy_section)
-            results += try_layout(name, config, job["checkpoints"], fleet, job["run_id"])
+            results += try_layout(name, config, job, fleet)
             parallel_state.destroy_model_parallel()
     finally:
         fleet.close()
@@ -88,7 +88,7 @@ class Fleets:
             self.fleet = Fleet.start(
                 model_path=job["checkpoints"][0],
                 config=config.rollout,
-                device="cpu",
+                device=device_of(job),
                 max_model_len=128,
                 run_id=job["run_id"],
                 worker_extension=job.get("extension", RECEIVER),
@@ -139,6 +139,7 @@ def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
             "max_response_length": 64,
             "kv_cache_gb": 0.125,
             "enforce_eager": True,
+            "gpu_memory_utilization": 0.3,
             "max_num_seqs": 16,
             "tensor_model_parallel_size": job["engine_tp"],
             "num_engines": job["num_engines"],
@@ -150,24 +151,26 @@ def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
             "bucket_mb": 1,
             "timeout_s": job.get("bridge_timeout_s", 120),
         },
-        "trainer": {"device": "cpu"},
+        "trainer": {"device": device_of(job)},
     }
     path = Path(job["out"]).with_suffix(f".{dist.get_rank()}.yaml")
     path.write_text(json.dumps(text))
     return load_config(path)
 
 
-def try_layout(
-    name: str, config: Config, checkpoints: list[str], fleet: Fleets, run_id: str
-) -> list[Result]:
+def device_of(job: dict[str, Any]) -> platform.Device:
+    return job.get("device", "cpu")
+
+
+def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) -> list[Result]:
     shape = load_model_shape(config.model.path)
-    policy = Policy(config, shape, "cpu")
+    policy = Policy(config, shape, device_of(job))
     bridge = WeightBridge(
         shards=policy.named_shards(),
         model=shape,
         grid=policy_grid(config, shape),
         rank=dist.get_rank(),
-        run_id=run_id,
+        run_id=job["run_id"],
         config=config.bridge,
         wire_dtype=torch.float32 if config.rollout.dtype == "fp32" else torch.bfloat16,
         engines=fleet.fleet,
@@ -175,7 +178,8 @@ def try_layout(
     )
     results = []
     # The engine starts with the first checkpoint: only the others show that something arrived.
-    for number, checkpoint in enumerate((*checkpoints[1:], checkpoints[0]), start=1):
+    first, *others = job["checkpoints"]
+    for number, checkpoint in enumerate((*others, first), start=1):
         load_hf(checkpoint, policy.named_shards(), shape, policy.position)
         sent = bridge.publish(number).n_bytes
         results.append(compare(name, number, policy, shape, fleet, sent, bridge.needed_bytes))
@@ -194,7 +198,7 @@ def compare(
     return Result(
         layout=name,
         checkpoint=number,
-        gap=(logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item(),
+        gap=(logprobs.cpu() - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item(),
         versions=sorted({span.version for _, c in pairs for span in c.versions}),
         sent_bytes=int(total),
         needed_bytes=needed,
