@@ -9,6 +9,7 @@ weights; the medians are reported. The last line is JSON:
     bytes_over_bound          bytes moved / bytes that the engine's workers must receive
     seconds_over_copy         publish / copying the same bytes from one process to another
     peak_extra_bytes          slots of all senders plus staging of the engine, at its largest
+    peak_extra_over_minimum   the same / (slots plus the largest module that must be staged)
     pause_to_resume_s         median seconds during which the engine does not generate
     repack_s                  mean seconds of a publish in which the engine repacks what arrived
     canary_logprob_max        largest |engine - policy| log-prob after the last publish
@@ -219,6 +220,7 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
     slots = torch.tensor([bridge.slot_bytes], dtype=torch.int64)
     dist.all_reduce(slots)
     staged = max(_on0(lambda: _calls(fleet, "bench_staged_bytes")))
+    largest = max(_on0(lambda: _calls(fleet, "bench_largest_module_bytes")))
     effect = max(_on0(lambda: _calls(fleet, "bench_effect_seconds"))) / (args.rounds + 1)
     canary = _canary(policy, fleet, shape)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -237,6 +239,7 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
         "bytes_over_bound": int(total) / bound,
         "seconds_over_copy": median["publish"] / median["copy"],
         "peak_extra_bytes": int(slots) + staged,
+        "peak_extra_over_minimum": (int(slots) + staged) / (int(slots) + largest),
         "pause_to_resume_s": statistics.median(paused[1:]),
         "canary_logprob_max": canary,
         "speedup_over_gather_reload": median["gather"] / median["publish"],

@@ -21,6 +21,10 @@ class BenchReceiver(BridgeReceiver):
         """The most that staging tensors held at once."""
         return int(self.weight_transfer_engine.installer.peak_staged_bytes)
 
+    def bench_largest_module_bytes(self: Any) -> int:
+        """The largest module that must be staged."""
+        return int(self.weight_transfer_engine.installer.largest_staged_module_bytes)
+
     def bench_effect_seconds(self: Any) -> float:
         """Spent on repacking weights so far."""
         return float(self.weight_transfer_engine.installer.effect_seconds)

@@ -91,6 +91,14 @@ class Installer:
         return sum(tensor.nbytes for part in self._parts for tensor in part.staging.values())
 
     @property
+    def largest_staged_module_bytes(self) -> int:
+        """What staging must hold at least once; 0 when every module is written in place."""
+        return max(
+            sum(meta.numel() * meta.element_size() for meta in part.loadable.values())
+            for part in self._parts
+        )
+
+    @property
     def expected_elements(self) -> int:
         """Elements of one update."""
         return sum(self._expected.values())

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from gpg_megatron import platform
-from gpg_megatron.reaper import start_reaper
 from tests.stack.bridge_ranks import COLLECTIVE_LIMIT_S, Fleets, compare, configuration
 
 # Bucket and time limits far below the defaults: a tiny model still needs many buckets.
@@ -103,8 +102,6 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     platform.set_threads(1)
     platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
-    if dist.get_rank() == 0:
-        start_reaper(job["run_id"])
     fleet = Fleets(job)
     try:
         faults = Faults(job, fleet)

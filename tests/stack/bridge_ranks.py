@@ -31,7 +31,7 @@ from gpg_megatron.collectives import on_rank0  # noqa: E402
 from gpg_megatron.config import Config, load_config  # noqa: E402
 from gpg_megatron.hf_config import load_model_shape  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
-from gpg_megatron.reaper import scratch_directory, start_reaper  # noqa: E402
+from gpg_megatron.reaper import scratch_directory  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
 from gpg_megatron.trainer import canary_sample, policy_grid  # noqa: E402
@@ -61,8 +61,6 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     platform.set_threads(1)
     platform.init_process_group(device_of(job), COLLECTIVE_LIMIT_S)
-    if dist.get_rank() == 0:
-        start_reaper(job["run_id"])
     fleet = Fleets(job)
     results = []
     try:

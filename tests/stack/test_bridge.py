@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.reaper import cleanup_run, new_run_id
+from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
 from tests.tiny import make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,7 +88,12 @@ def publish_everything(case: Case, folder: Path) -> list[dict]:
     checkpoints = [
         str(
             make_tiny_model(
-                folder / name, family=case.family, tied=case.tied, vocab_size=331, seed=seed
+                folder / name,
+                family=case.family,
+                tied=case.tied,
+                vocab_size=331,
+                seed=seed,
+                sharpness=3.0,
             )
         )
         for seed, name in enumerate("AB")
@@ -113,22 +118,23 @@ def launch(
     job: Path, run_id: str, module: str = "tests.stack.bridge_ranks", world: int = WORLD
 ) -> None:
     """torchrun of the ranks; nothing of them is left afterwards."""
-    from gpg_megatron.reaper import RUN_ID_VARIABLE, scratch_directory
-
-    scratch_directory(run_id).mkdir()
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    try:
-        done = subprocess.run(
-            [sys.executable, *command, "-m", module, str(job)],
-            cwd=REPOSITORY,
-            env=os.environ | {RUN_ID_VARIABLE: run_id, "SPT_NOENV": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_S,
-        )
-    finally:
-        cleanup_run(run_id)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (RUN_ID_VARIABLE, "SPT_NOENV"):  # start_reaper sets them: undone at the end
+            patch.setenv(name, "")
+        start_reaper(run_id)
+        try:
+            done = subprocess.run(
+                [sys.executable, *command, "-m", module, str(job)],
+                cwd=REPOSITORY,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=LIMIT_S,
+            )
+        finally:
+            cleanup_run(run_id)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
