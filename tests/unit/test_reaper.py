@@ -80,6 +80,8 @@ def test_nothing_outlives_the_owner(run_id: str, number: signal.Signals) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # A shell's background jobs ignore Ctrl-C, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert owner.stdout is not None
     reaper, child = int(owner.stdout.readline()), int(owner.stdout.readline())
