@@ -19,7 +19,7 @@ import argparse
 import json
 from typing import Any
 
-from tests.unit.large_layouts import CASES, ITEM, LargeCase, buckets_of, plan
+from benchmarks.large_layouts import CASES, ITEM, LargeCase, buckets_of, plan
 
 _COLUMNS = (
     "model", "layout", "ranks", "workers", "routes", "rank_s", "worker_s", "sent_gb", "bound_gb",

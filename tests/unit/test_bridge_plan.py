@@ -22,6 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import engine_layout
+from benchmarks.engine_layout import Engine
 from gpg_megatron.bridge.layout import Box
 from gpg_megatron.bridge.plan import (
     Bucket,
@@ -36,8 +38,7 @@ from gpg_megatron.bridge.plan import (
 )
 from gpg_megatron.bridge.topology import Held, PolicyGrid, held_by_policy, hf_shapes
 from gpg_megatron.types import ModelShape, MoEShape
-from tests.unit import engine_layout, policy_layout
-from tests.unit.engine_layout import Engine
+from tests.unit import policy_layout
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PADDING = engine_layout.PADDING

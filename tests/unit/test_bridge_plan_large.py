@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.large_layouts import CASES, LIMIT, LargeCase, Planned, buckets_of, plan
 from gpg_megatron.bridge.plan import bucket_elements, outgoing
 from gpg_megatron.bridge.topology import hf_shapes
-from tests.unit.large_layouts import CASES, LIMIT, LargeCase, Planned, buckets_of, plan
 
 # Structure is tested here, not speed: benchmarks/plan.py has the seconds.
 SLOWEST_S = 60

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from benchmarks import engine_layout
+from benchmarks.engine_layout import Engine
 from gpg_megatron.bridge.plan import Bucket, Route, fingerprint, incoming, make_routes, outgoing
 from gpg_megatron.bridge.topology import PolicyGrid, held_by_policy, hf_shapes
 from gpg_megatron.config import PolicyConfig
 from gpg_megatron.hf_config import pipeline_stages
 from gpg_megatron.types import ModelShape, MoEShape
-from tests.unit import engine_layout
-from tests.unit.engine_layout import Engine
 
 ITEM = 2
 """Bytes of an element: bf16."""
