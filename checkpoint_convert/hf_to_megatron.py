@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_convert.console import DTYPES, progress_bar, say_done
-from gpg_megatron.bridge.convert import hf_bytes, hf_to_megatron
+from gpg_megatron.bridge.conversion import hf_bytes
+from gpg_megatron.bridge.to_megatron import hf_to_megatron
 from gpg_megatron.bridge.topology import PolicyGrid
 from gpg_megatron.config import Config, ModelConfig, PolicyConfig
 from gpg_megatron.console import exit_codes

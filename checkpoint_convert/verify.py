@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_convert.console import progress_bar
-from gpg_megatron.bridge.convert import compare, hf_bytes
+from gpg_megatron.bridge.compare import compare
+from gpg_megatron.bridge.conversion import hf_bytes
 from gpg_megatron.console import exit_codes
 
 PROMPT_TOKENS = 32

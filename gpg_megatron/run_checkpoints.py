@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gpg_megatron.bridge.convert import megatron_to_hf
+from gpg_megatron.bridge.to_hf import megatron_to_hf
 from gpg_megatron.checkpoint.marker import (
     HF_FILES,
     Marker,

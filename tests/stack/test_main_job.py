@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpg_megatron.bridge.convert import compare
+from gpg_megatron.bridge.compare import compare
 from gpg_megatron.config import load_config
 from gpg_megatron.reaper import open_segments
 from tests.shared_memory import all_segments

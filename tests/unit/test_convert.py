@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoint_convert.__main__ import main
-from gpg_megatron.bridge import convert
-from gpg_megatron.bridge.convert import compare, hf_to_megatron, megatron_to_hf
+from gpg_megatron.bridge import to_hf
+from gpg_megatron.bridge.compare import compare
+from gpg_megatron.bridge.to_hf import megatron_to_hf
+from gpg_megatron.bridge.to_megatron import hf_to_megatron
 from gpg_megatron.bridge.topology import PolicyGrid
 from gpg_megatron.bridge.torch_dist import read_index
 from gpg_megatron.checkpoint.marker import read_marker
@@ -119,7 +121,7 @@ def test_a_cast_on_the_way(model: Path, tmp_path: Path) -> None:
 def test_shards_and_an_index_when_it_is_large(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "MAX_FILE_BYTES", 300_000)
+    monkeypatch.setattr(to_hf, "MAX_FILE_BYTES", 300_000)
     hf_to_megatron(model, tmp_path / "m", grid=grid())
     megatron_to_hf(tmp_path / "m", tmp_path / "h")
     index = json.loads((tmp_path / "h" / "model.safetensors.index.json").read_text())
