@@ -224,16 +224,23 @@ def _ratio_key(a: AlgorithmConfig) -> str:
     return "correction=" + a.correction if a.correction != "none" else "old_logprobs=rollout"
 
 
-def warnings_about(a: AlgorithmConfig, *, n_updates: int) -> list[str]:
+def warnings_about(a: AlgorithmConfig, *, n_updates: int, stale: bool) -> list[str]:
     """What is legal and yet likely not meant, one line each.
 
     Args:
         n_updates: optimizer steps for each rollout batch.
+        stale: rollout batches are one step old.
     """
+    remedy = "algorithm.correction=truncate-token corrects them"
+    if stale and not a.is_weighted:
+        return [
+            "trainer.max_staleness=1 makes every rollout batch one step old, and no ratio weighs "
+            f"its samples; {remedy}"
+        ]
     if a.loss == "gpg" and a.correction == "none" and n_updates > 1:
         return [
             f"algorithm.loss=gpg has no ratio, and there are {n_updates} optimizer steps for each "
             "rollout batch (trainer.mini_batch_size): those after the first are off-policy and "
-            "not corrected; algorithm.correction=truncate-token corrects them"
+            f"not corrected; {remedy}"
         ]
     return []

@@ -1,23 +1,16 @@
-"""What rank 0 alone holds: the prompts, the engines, the scorers, the logs.
-
-take prompts -> generate -> score -> (too few live groups: draw again) -> groups
-                                     (more than a batch: kept for the next step)
-"""
+"""What rank 0 alone holds: the prompts, the engines, the scorers, the logs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from gpg_megatron.algorithm.advantages import check_dead_by
-from gpg_megatron.algorithm.redraw import Selection, draw_size, needs_redraw, select
+from gpg_megatron.collector import Collector, sampling_requests
 from gpg_megatron.config import Config, config_yaml
 from gpg_megatron.data.stream import open_stream
 from gpg_megatron.evaluate import evaluate
-from gpg_megatron.group_json import from_json, to_json
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress
@@ -28,28 +21,10 @@ from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.preflight import Inputs
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
 
 CANARY_PROMPTS = 8
 CANARY_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """One rollout batch, as every rank sees it."""
-
-    selection: Selection
-    drawn: tuple[ScoredGroup, ...]
-    """Sampled in this step, whether they are trained on now, later or never."""
-    redraws: int
-    n_carried: int
-    """Groups that the step before left to this one."""
-
-    @property
-    def groups(self) -> tuple[ScoredGroup, ...]:
-        """To train on."""
-        return self.selection.groups
 
 
 class Conductor:
@@ -66,15 +41,14 @@ class Conductor:
         self._pids = tuple(pids)
         self._val_prompts = inputs.val_prompts
         self._canary_prompts = inputs.train_prompts[:CANARY_PROMPTS]
-        self._stream = open_stream(
+        self._watchdog = watchdog
+        stream = open_stream(
             inputs.train_prompts,
             per_file=inputs.per_file,
             weights=config.data.train_weights,
             seed=config.trainer.seed,
             shuffle=config.data.shuffle,
         )
-        self._carried: tuple[ScoredGroup, ...] = ()
-        self._watchdog = watchdog
         with ExitStack() as stack:
             longest = config.rollout.max_response_length
             self._pool = stack.enter_context(RewardPool(config.reward, max_response_length=longest))
@@ -83,36 +57,14 @@ class Conductor:
             )
             self._progress = stack.enter_context(Progress(config.trainer.total_training_steps))
             self._resources = stack.pop_all()
-
-    def collect(self, step: int) -> Rollout:
-        """Roll out and score one batch; draw more prompts while too few groups are live."""
-        size, algorithm = self._config.trainer.train_batch_size, self._config.algorithm
-        carried = self._carried
-        drawn: list[ScoredGroup] = []
-        redraws = 0
-        while not drawn or needs_redraw([*carried, *drawn], algorithm, redraws, batch_size=size):
-            redraws += bool(drawn)
-            prompts = self._stream.take(draw_size(len(carried) + len(drawn), size))
-            with self._watchdog.phase("rollout"):
-                completions = self.fleet.generate(self._requests(prompts, step, redraws))
-            n = self._config.rollout.n
-            with self._watchdog.phase("reward"):
-                drawn += self._pool.score(
-                    [(p, completions[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
-                )
-            check_dead_by(drawn, algorithm.dead_by)
-        selection = select([*carried, *drawn], algorithm, batch_size=size)
-        self._carried = selection.carried
-        return Rollout(
-            selection=selection, drawn=tuple(drawn), redraws=redraws, n_carried=len(carried)
-        )
+        self.rollouts = Collector(config, stream, fleet, self._pool, watchdog)
 
     def canary(self) -> list[tuple[Prompt, Completion]]:
         """A few short samples of the engines' weights, to compare with the policy's."""
         limit = min(CANARY_TOKENS, self._config.rollout.max_response_length)
         requests = [
             replace(request, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
-            for request in self._requests(self._canary_prompts, step=0, redraw=0)
+            for request in sampling_requests(self._config, self._canary_prompts, step=0, redraw=0)
         ]
         return list(zip(self._canary_prompts, self.fleet.generate(requests), strict=True))
 
@@ -144,15 +96,6 @@ class Conductor:
             self._progress.step(step, metrics)
             self._logger.write_rollouts(step, groups, samples)
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs besides the policy, as plain JSON."""
-        return {"stream": self._stream.state(), "carried": list(map(to_json, self._carried))}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where state() was taken. Raises UserError: the data or the seed are others."""
-        self._stream.restore(state["stream"])
-        self._carried = tuple(map(from_json, state["carried"]))
-
     def finish(self) -> list[str]:
         """Write the report page of a run that came to its end; what there is to say of it."""
         page = write_report(self._config.trainer.output_dir)
@@ -161,25 +104,3 @@ class Conductor:
     def close(self) -> None:
         """End the scorers and close the logs."""
         self._resources.close()
-
-    def _requests(self, prompts: Sequence[Prompt], step: int, redraw: int) -> list[SamplingRequest]:
-        """One request for each prompt; no two of a run share a seed."""
-        r = self._config.rollout
-        return [
-            SamplingRequest(
-                prompt=prompt,
-                n=r.n,
-                temperature=r.temperature,
-                top_p=r.top_p,
-                top_k=r.top_k,
-                max_tokens=r.max_response_length,
-                stop=r.stop,
-                seed=_seed(self._config.trainer.seed, step, redraw, place),
-            )
-            for place, prompt in enumerate(prompts)
-        ]
-
-
-def _seed(run: int, step: int, redraw: int, place: int) -> int:
-    """One number for the four; the engine hashes it, so only uniqueness matters."""
-    return ((run * 10**6 + step) * 10**3 + redraw) * 10**6 + place

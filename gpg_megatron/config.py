@@ -136,7 +136,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.6
     """Share of each GPU that an engine may reserve. Not used on CPU."""
     kv_cache_gb: float = 1.0
-    """Key-value cache of each engine on CPU, GiB."""
+    """Key-value cache of each worker of an engine on CPU, GiB."""
     max_num_seqs: int = 256
     """Sequences that an engine decodes at once."""
     enforce_eager: bool = False
@@ -209,6 +209,9 @@ class TrainerConfig:
     """Prompts per rollout batch."""
     mini_batch_size: Optional[int] = None
     """Prompts per optimizer step; None: the whole rollout batch."""
+    max_staleness: int = 0
+    """1: the engines draw the next rollout batch while the policy learns from this one, so that
+    every batch is one step old; 0: they take turns."""
     max_bad_steps: int = 3
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
@@ -436,6 +439,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("at least 1", lambda v: v >= 1, "reward.memory_limit_mb trainer.val_top_k"),
     ("at least 0", lambda v: v >= 0, "reward.overlong_buffer"),
+    ("0 or 1", lambda v: v in (0, 1), "trainer.max_staleness"),
     ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "trainer.val_top_p"),
     ("a finite number", lambda v: True, "reward.timeout_score"),
     ("between 0 and 1", lambda v: 0 <= v <= 1, "algorithm.beta_th"),
@@ -510,7 +514,23 @@ def validate(config: Config) -> None:
 
 def config_warnings(config: Config) -> list[str]:
     """What is legal and yet likely not meant, one line each."""
-    return warnings_about(config.algorithm, n_updates=config.updates_per_batch)
+    found = warnings_about(
+        config.algorithm,
+        n_updates=config.updates_per_batch,
+        stale=config.trainer.max_staleness > 0,
+    )
+    reward = config.reward
+    shaped = [
+        f"reward.weights.{part}" for part, w in reward.weights.items() if w and part != "answer"
+    ]
+    if reward.timeout_score:
+        shaped.append("reward.timeout_score")
+    if shaped and config.algorithm.alpha == "nonzero":
+        found.append(
+            f"algorithm.alpha=nonzero takes every score other than 0 for a right answer, and "
+            f"{shaped[0]} gives others; algorithm.alpha=group counts dead groups instead"
+        )
+    return found
 
 
 def _check_checkpoints(config: Config) -> None:

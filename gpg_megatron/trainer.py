@@ -28,7 +28,8 @@ from gpg_megatron.bridge.protocol import BACKEND, RECEIVER
 from gpg_megatron.bridge.topology import PolicyGrid
 from gpg_megatron.checkpoint.marker import read_marker
 from gpg_megatron.collectives import on_rank0
-from gpg_megatron.conductor import Conductor, Rollout
+from gpg_megatron.collector import Rollout
+from gpg_megatron.conductor import Conductor
 from gpg_megatron.config import Config
 from gpg_megatron.flops import token_costs
 from gpg_megatron.hf_config import pipeline_stages
@@ -118,7 +119,7 @@ class Trainer:
             self._evaluate(0)
         for step in range(done + 1, self.config.trainer.total_training_steps + 1):
             begin = time.perf_counter()
-            rollout = self._on_rank0(lambda step=step: self._conductor.collect(step))
+            rollout = self._collect(step)
             samples, stats = assign_advantages(rollout.groups, self.config.algorithm)
             self._warn_of_shaped_scores(step, stats)
             batches = self._batches(rollout, samples)
@@ -127,6 +128,7 @@ class Trainer:
                 anchors = self.policy.anchors(batches)
                 results = [self.policy.train(b, a) for b, a in zip(batches, anchors, strict=True)]
             self._check_finite(step, samples, results)
+            self._wait_for_engines()
             if all(sample.version == before for sample in samples):
                 self._check_mismatch(step, results)
             if self.policy.version > before:
@@ -135,7 +137,9 @@ class Trainer:
             self._report(step, begin, metrics, rollout, samples)
             with self.watchdog.phase("checkpoint"):
                 self.checkpoints.poll()
-                self.checkpoints.save(step, self.policy, lambda: self._conductor.state(), metrics)
+                self.checkpoints.save(
+                    step, self.policy, lambda: self._conductor.rollouts.state(), metrics
+                )
         with self.watchdog.phase("checkpoint"):
             self.checkpoints.wait()
         self._on_rank0(self._finish)
@@ -211,7 +215,7 @@ class Trainer:
             )
             if self._resume_point is not None:
                 directory = self._resume_point.directory
-                self.conductor.restore(read_trainer_state(directory))
+                self.conductor.rollouts.restore(read_trainer_state(directory))
                 self._say(f"resumed from {directory}")
 
         self._on_rank0(open_on_rank0)
@@ -226,6 +230,20 @@ class Trainer:
         return self.conductor
 
     # ---- steps of the loop --------------------------------------------------------------
+
+    def _collect(self, step: int) -> Rollout:
+        """The rollout batch of a step; the engines begin the next one if they may run ahead."""
+        rollout = self._on_rank0(lambda: self._conductor.rollouts.take(step))
+        trainer = self.config.trainer
+        if self.conductor and trainer.max_staleness and step < trainer.total_training_steps:
+            self.conductor.rollouts.begin(step + 1)
+        return rollout
+
+    def _wait_for_engines(self) -> None:
+        """Until they have drawn the next batch: weights must not change under it."""
+        if self.config.trainer.max_staleness:
+            with self.watchdog.phase("wait"):
+                self._on_rank0(lambda: self._conductor.rollouts.wait())
 
     def _publish(self) -> None:
         with self.watchdog.phase("sync"):
@@ -338,7 +356,7 @@ class Trainer:
         timings = self.watchdog.pop_timings()
         if self.conductor is None:
             return
-        metrics |= timings | {"timing/step_s": seconds}
+        metrics |= timings | dict(rollout.timings) | {"timing/step_s": seconds}
         metrics |= _throughput(metrics, self._peak_flops_per_s)
         self.conductor.report(step, metrics, rollout.groups, samples)
 

@@ -150,20 +150,26 @@ class MixedStream:
         return result
 
     def state(self) -> dict[str, Any]:
-        """What restore() needs: the state of each file's stream."""
-        return {"files": [stream.state() for stream in self._streams]}
+        """What restore() needs: each file's share, and the state of its stream."""
+        files = [stream.state() for stream in self._streams]
+        return {"shares": self._shares, "files": files}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where state() was taken.
 
         Raises:
-            UserError: the state belongs to other files or another seed.
+            UserError: the state belongs to other files, weights or another seed.
         """
         files = state.get("files", ())
         if len(files) != len(self._streams):
             raise UserError(
                 f"the saved data position is of {len(files)} weighted files, this run has "
                 f"{len(self._streams)}; expected the data files and weights of the saved run"
+            )
+        if state["shares"] != self._shares:
+            raise UserError(
+                f"the saved run drew from its files with the shares {state['shares']}, this one "
+                f"with {self._shares}; expected the data.train_weights of the saved run"
             )
         for stream, part in zip(self._streams, files, strict=True):
             stream.restore(part)

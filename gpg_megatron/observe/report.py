@@ -67,6 +67,7 @@ def _subtitle(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
         for name, key in (
             ("TP", "tensor_model_parallel_size"),
             ("PP", "pipeline_model_parallel_size"),
+            ("CP", "context_parallel_size"),
             ("DP", "data_parallel_size"),
         )
         if key in policy

@@ -8,8 +8,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
+
+
+@dataclass(slots=True)
+class _Phases:
+    """Of one thread."""
+
+    open: tuple[tuple[str, float], ...] = ()
+    """Those that have begun and not ended, outermost first: (name, start)."""
+    progress: float = 0.0
+    """When one began or ended last."""
+    said: float = 0.0
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of those that have ended, since the last pop."""
 
 
 class Watchdog:
@@ -20,7 +34,8 @@ class Watchdog:
                 ...
             metrics |= watchdog.pop_timings()      # {"timing/rollout_s": 3.2}
 
-    The line comes each time that limit_s seconds pass in which no phase began or ended.
+    The line comes each time that limit_s seconds pass in which no phase of a thread began or
+    ended. Each thread has phases and timings of its own.
 
     Args:
         rank: named in the line.
@@ -32,10 +47,7 @@ class Watchdog:
         self._rank = rank
         self._limit_s = limit_s
         self._stream = stream
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        # Phases that have begun and not ended, outermost first: (name, start).
-        self._open: tuple[tuple[str, float], ...] = ()
-        self._progress = time.monotonic()
+        self._threads: defaultdict[int, _Phases] = defaultdict(_Phases)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -43,19 +55,21 @@ class Watchdog:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the body under timing/<name>_s; a phase inside a phase counts in both."""
-        start = self._progress = time.monotonic()
-        outer = self._open
-        self._open = (*outer, (name, start))
+        own = self._threads[threading.get_ident()]
+        start = own.progress = time.monotonic()
+        outer = own.open
+        own.open = (*outer, (name, start))
         try:
             yield
         finally:
-            self._open = outer
-            self._progress = time.monotonic()
-            self._seconds[name] += self._progress - start
+            own.open = outer
+            own.progress = time.monotonic()
+            own.seconds[name] += own.progress - start
 
     def pop_timings(self) -> dict[str, float]:
-        """Seconds of every phase that ended since the last call, by metric name."""
-        seconds, self._seconds = self._seconds, defaultdict(float)
+        """Seconds of every phase of this thread that ended since its last call, by metric name."""
+        own = self._threads[threading.get_ident()]
+        seconds, own.seconds = own.seconds, defaultdict(float)
         return {f"timing/{name}_s": value for name, value in seconds.items()}
 
     def close(self) -> None:
@@ -75,15 +89,18 @@ class Watchdog:
         self.close()
 
     def _watch(self) -> None:
-        said = 0.0
         while not self._closed.wait(min(self._limit_s / 4, 1.0)):
-            phases, now = self._open, time.monotonic()
-            if not phases or now - max(said, self._progress) < self._limit_s:
-                continue
-            said = now
-            name, start = phases[-1]
-            print(
-                f"[rank {self._rank}] {name} has been running for {now - start:.0f} s",
-                file=self._stream or sys.stderr,
-                flush=True,
-            )
+            for phases in list(self._threads.values()):
+                self._look_at(phases)
+
+    def _look_at(self, phases: _Phases) -> None:
+        now, running = time.monotonic(), phases.open
+        if not running or now - max(phases.said, phases.progress) < self._limit_s:
+            return
+        phases.said = now
+        name, start = running[-1]
+        print(
+            f"[rank {self._rank}] {name} has been running for {now - start:.0f} s",
+            file=self._stream or sys.stderr,
+            flush=True,
+        )

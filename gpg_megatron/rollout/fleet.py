@@ -1,6 +1,7 @@
 """The fleet of engines that rank 0 drives.
 
-    requests --spread--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
+    requests --spread, or handed out as engines have room--> engine 0 .. N-1 (in parallel)
+             --> completions in the requests' order
 
 Every wait has a time-out that names what was waited for, and ends at once when an engine dies.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,13 @@ from gpg_megatron.config import RolloutConfig
 from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec, PauseMode
 from gpg_megatron.rollout.failures import EngineDied, EngineError, with_log
 from gpg_megatron.rollout.ray_session import open_ray
-from gpg_megatron.rollout.sampling import SamplingRequest, spread, to_completion
+from gpg_megatron.rollout.sampling import (
+    Sampled,
+    SamplingRequest,
+    largest_first,
+    spread,
+    to_completion,
+)
 from gpg_megatron.types import Completion
 
 PLACEMENT_TIMEOUT_S = 120.0
@@ -26,6 +34,7 @@ CONTROL_TIMEOUT_S = 120.0
 SHUTDOWN_TIMEOUT_S = 8.0
 EXIT_GRACE_S = 3.0
 MAX_SCRATCH_PATH = 40
+GENERATING = "generating a rollout batch"
 
 
 class Fleet:
@@ -144,24 +153,51 @@ class Fleet:
         for r in requests:
             length = len(r.prompt.token_ids) + r.max_tokens
             assert length <= self._max_model_len, f"prompt {r.prompt.id}: {length} tokens"
+        fits = sum(r.n for r in requests) <= self._config.max_num_seqs * len(self._actors)
+        by_request = self._spread(requests) if fits else self._hand_out(requests)
+        return [
+            to_completion(request, index, sampled)
+            for k, request in enumerate(requests)
+            for index, sampled in enumerate(by_request[k])
+        ]
+
+    def _spread(self, requests: Sequence[SamplingRequest]) -> dict[int, list[Sampled]]:
+        """Everything at once, since the engines can run all of it at once."""
         parts = spread(requests, len(self._actors))
         refs = {
             self._actors[i].generate.remote([requests[k] for k in part], self._version): i
             for i, part in enumerate(parts)
             if part
         }
-        answers = self._gather(refs, self._config.generate_timeout_s, "generating a rollout batch")
-        by_request = {
+        answers = self._gather(refs, self._config.generate_timeout_s, GENERATING)
+        return {
             k: samples
             for i, part in enumerate(parts)
             if part
             for k, samples in zip(part, answers[i], strict=True)
         }
-        return [
-            to_completion(request, index, sampled)
-            for k, request in enumerate(requests)
-            for index, sampled in enumerate(by_request[k])
-        ]
+
+    def _hand_out(self, requests: Sequence[SamplingRequest]) -> dict[int, list[Sampled]]:
+        """The largest first, each to the engine with most room; none idles while others have a
+        queue of their own."""
+        limit_s = self._config.generate_timeout_s
+        deadline = time.monotonic() + limit_s
+        waiting = deque(largest_first(requests))
+        room = [self._config.max_num_seqs] * len(self._actors)
+        running: dict[Any, tuple[int, int]] = {}
+        answers: dict[int, list[Sampled]] = {}
+        while waiting or running:
+            while waiting and max(room) > 0:
+                k, engine = waiting.popleft(), room.index(max(room))
+                ref = self._actors[engine].generate.remote([requests[k]], self._version)
+                running[ref] = engine, k
+                room[engine] -= requests[k].n
+            engines = {ref: engine for ref, (engine, _) in running.items()}
+            for ref in self._ready(engines, deadline, limit_s, GENERATING):
+                engine, k = running.pop(ref)
+                (answers[k],) = self._get(ref, engine, GENERATING)
+                room[engine] += requests[k].n
+        return answers
 
     def call_workers(
         self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
@@ -247,22 +283,28 @@ class Fleet:
 
     def _gather(self, refs: dict[Any, int], timeout_s: float, what: str) -> dict[int, Any]:
         """{engine: result}; the first failure of any engine raises at once."""
-        import ray
-
         deadline = time.monotonic() + timeout_s
         pending, answers = dict(refs), {}
         while pending:
-            left = max(0.0, deadline - time.monotonic())
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
-            if not ready:
-                late = sorted(pending.values())
-                message = f"{what}: no answer from engine {late[0]} within {timeout_s:g} s"
-                message += f" (waiting for engines {late})" if len(late) > 1 else ""
-                raise TimeoutError(with_log(message, self._logs[late[0]]))
-            for ref in ready:
+            for ref in self._ready(pending, deadline, timeout_s, what):
                 engine = pending.pop(ref)
                 answers[engine] = self._get(ref, engine, what)
         return answers
+
+    def _ready(
+        self, pending: Mapping[Any, int], deadline: float, timeout_s: float, what: str
+    ) -> list[Any]:
+        """At least one of the calls, which are of the engines named; raises TimeoutError."""
+        import ray
+
+        left = max(0.0, deadline - time.monotonic())
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+        if not ready:
+            late = sorted(set(pending.values()))
+            message = f"{what}: no answer from engine {late[0]} within {timeout_s:g} s"
+            message += f" (waiting for engines {late})" if len(late) > 1 else ""
+            raise TimeoutError(with_log(message, self._logs[late[0]]))
+        return ready
 
     def _get(self, ref: Any, engine: int, what: str) -> Any:
         import ray

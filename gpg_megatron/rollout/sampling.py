@@ -58,6 +58,15 @@ def stream_seed(request: SamplingRequest) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
+def largest_first(requests: Sequence[SamplingRequest]) -> list[int]:
+    """Indices of the requests by their token limits, the largest first; ties in their order."""
+    return sorted(range(len(requests)), key=lambda i: (-_cost(requests[i]), i))
+
+
+def _cost(request: SamplingRequest) -> int:
+    return len(request.prompt.token_ids) + request.n * request.max_tokens
+
+
 def spread(requests: Sequence[SamplingRequest], num_engines: int) -> list[list[int]]:
     """Indices of the requests for each engine, balanced by their token limits.
 
@@ -65,15 +74,10 @@ def spread(requests: Sequence[SamplingRequest], num_engines: int) -> list[list[i
     """
     load = [0] * num_engines
     parts: list[list[int]] = [[] for _ in range(num_engines)]
-
-    def cost(i: int) -> int:
-        r = requests[i]
-        return len(r.prompt.token_ids) + r.n * r.max_tokens
-
-    for i in sorted(range(len(requests)), key=lambda i: (-cost(i), i)):
+    for i in largest_first(requests):
         engine = load.index(min(load))
         parts[engine].append(i)
-        load[engine] += cost(i)
+        load[engine] += _cost(requests[i])
     return parts
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -39,7 +40,7 @@ PROMPTS = ([10, 20, 30], [40, 50], [60, 70, 80, 90, 100], [7])
 
 
 @contextmanager
-def run_of(model: Path, *, tp: int = 1) -> Iterator[Fleet]:
+def run_of(model: Path, **changes: int) -> Iterator[Fleet]:
     """A marked run with its reaper and a fleet; all of it is ended afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name in (RUN_ID_VARIABLE, "SPT_NOENV"):  # start_reaper sets them: undone at the end
@@ -48,23 +49,24 @@ def run_of(model: Path, *, tp: int = 1) -> Iterator[Fleet]:
         run_id = new_run_id()
         start_reaper(run_id)
         try:
-            yield start_fleet(model, run_id, tp)
+            yield start_fleet(model, run_id, **changes)
         finally:
             cleanup_run(run_id)
 
 
-def start_fleet(model: Path, run_id: str, tp: int) -> Fleet:
+def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
+    """changes: keys of the section rollout."""
+    settings: dict[str, Any] = {
+        "dtype": "fp32",
+        "kv_cache_gb": 0.125,
+        "max_num_seqs": 64,
+        "enforce_eager": True,
+        "startup_timeout_s": 240,
+        "generate_timeout_s": 120,
+    }
     fleet = Fleet.start(
         model_path=str(model),
-        config=RolloutConfig(
-            dtype="fp32",
-            kv_cache_gb=0.125,
-            max_num_seqs=64,
-            enforce_eager=True,
-            tensor_model_parallel_size=tp,
-            startup_timeout_s=240,
-            generate_timeout_s=120,
-        ),
+        config=RolloutConfig(**settings | changes),
         device="cpu",
         max_model_len=MAX_MODEL_LEN,
         run_id=run_id,
@@ -258,10 +260,25 @@ class TestOneEngine:
         assert fleet.pids() and set(fleet.pids()) <= set(names)
 
 
+def test_requests_are_handed_out_as_engines_have_room(model: Path) -> None:
+    """Twice as many samples as both engines run at once; the last prompts are long."""
+    with run_of(model, num_engines=2, max_num_seqs=8) as fleet:
+        requests = [request(i % 4, seed=i, n=4, max_tokens=8 + 16 * (i % 3)) for i in range(8)]
+        together = fleet.generate(requests)
+        names = [(c.prompt_id, c.index) for c in together]
+        assert names == [(r.prompt.id, i) for r in requests for i in range(r.n)]
+        alone = [c for r in requests for c in fleet.generate([r])]
+        assert tokens(together) == tokens(alone)
+        with pytest.raises(EngineError, match="failed while generating a rollout batch"):
+            fleet.begin_update()
+            fleet.generate(requests)
+        fleet.close()
+
+
 def test_tensor_parallel_engine_and_its_sudden_end(model: Path) -> None:
     """TP = 2 gives the same log-probs; a killed core ends a running call and leaves nothing."""
     segments = all_segments()
-    with run_of(model, tp=2) as fleet:
+    with run_of(model, tensor_model_parallel_size=2) as fleet:
         run_id = os.environ[RUN_ID_VARIABLE]
         assert fleet.call_workers("hello", [()], timeout_s=30) == [[[0, []], [1, []]]]
         for c in fleet.generate([request(2)]):
@@ -290,7 +307,7 @@ def test_a_kill_leaves_nothing(model: Path, victim: str) -> None:
         "import sys\nfrom pathlib import Path\nfrom gpg_megatron import reaper\n"
         "from tests.stack.test_rollout import request, start_fleet\n"
         "reaper.start_reaper(sys.argv[2])\n"
-        "fleet = start_fleet(Path(sys.argv[1]), sys.argv[2], tp=1)\n"
+        "fleet = start_fleet(Path(sys.argv[1]), sys.argv[2])\n"
         "print(*fleet.pids(), flush=True)\n"
         "while True: fleet.generate([request(max_tokens=200)])\n"
     )

@@ -210,6 +210,7 @@ OUTSIDE: list[tuple[str, str, float]] = [
         (ABOVE_ZERO, (0, -1, math.nan, math.inf)),
         ("rollout: top_p gpu_memory_utilization\nalgorithm: clip_low", (1.01,)),
         ("trainer: val_top_p", (0, 1.01)),
+        ("trainer: max_staleness", (-1, 2)),
         ("algorithm: beta_th", (-0.01, 1.01, math.nan)),
         ("policy: adam_beta1 adam_beta2", (-0.01, 1.0)),
         ("reward: timeout_score", (math.nan, -math.inf)),
@@ -341,6 +342,7 @@ def test_an_unknown_preset(minimal: Path) -> None:
 
 
 SEVERAL = {"train_batch_size": 8, "mini_batch_size": 2}
+AHEAD = {"max_staleness": 1}
 FREE = {"dead_by": "none", "alpha": "none"}
 
 
@@ -421,9 +423,14 @@ def test_an_objective_that_is_legal(sections: dict[str, dict[str, Any]]) -> None
         ({"trainer": SEVERAL, "algorithm": {"correction": "truncate-token"}}, 0),
         ({"trainer": SEVERAL, "algorithm": {"loss": "clip", "old_logprobs": "policy"}}, 0),
         ({"trainer": {"train_batch_size": 8, "mini_batch_size": 8}}, 0),
+        ({"trainer": AHEAD}, 1),
+        ({"trainer": AHEAD | SEVERAL}, 1),
+        ({"trainer": AHEAD, "algorithm": {"preset": "grpo"}}, 1),
+        ({"trainer": AHEAD, "algorithm": {"correction": "truncate-token"}}, 0),
+        ({"trainer": AHEAD, "algorithm": {"loss": "clip", "old_logprobs": "rollout"}}, 0),
     ],
 )
-def test_gpg_is_warned_of_several_updates(
+def test_off_policy_updates_that_nothing_corrects_are_warned_of(
     sections: dict[str, dict[str, Any]], n_warnings: int
 ) -> None:
     found = config_warnings(changed(**sections))
@@ -517,3 +524,20 @@ def test_reward_keys_that_fit(minimal: Path) -> None:
     )
     assert config.reward.weights == {"answer": 1.0, "format": 0.1, "overlong": 1.0}
     assert config.reward.by_source == {"a*": "math", "b": "custom"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"reward": {"weights": {"answer": 1.0, "format": 0.1}}}, "reward.weights.format"),
+        ({"reward": {"timeout_score": -1.0}}, "reward.timeout_score"),
+        ({"reward": {"weights": {"answer": 2.0, "format": 0.0}}}, None),
+        ({}, None),
+    ],
+)
+def test_an_alpha_of_nonzero_scores_is_warned_of_shaped_ones(
+    sections: dict[str, dict[str, Any]], named: str | None
+) -> None:
+    assert config_warnings(changed(**sections, algorithm={"preset": "paper"})) == []
+    found = config_warnings(changed(**sections, algorithm={"alpha": "nonzero"}))
+    assert [named in line for line in found] == ([True] if named else [])

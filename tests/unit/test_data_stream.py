@@ -118,3 +118,10 @@ def test_open_stream_mixes_only_with_weights():
         mixed.restore(open_stream(three, weights=(), **arguments).state())
     with pytest.raises(UserError, match="n_prompts=None"):
         open_stream(three, weights=(), **arguments).restore(mixed.state())
+
+
+def test_a_mix_goes_on_with_its_weights_only():
+    saved = MixedStream(files_of([2, 3]), [2.0, 1.0], seed=1, shuffle=True).state()
+    MixedStream(files_of([2, 3]), [4.0, 2.0], seed=1, shuffle=True).restore(saved)
+    with pytest.raises(UserError, match=r"data\.train_weights"):
+        MixedStream(files_of([2, 3]), [1.0, 1.0], seed=1, shuffle=True).restore(saved)

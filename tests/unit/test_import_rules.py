@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "run_checkpoints": EVERYTHING,
     "bad_steps": OBJECTS,
     "group_json": OBJECTS,
+    "collector": EVERYTHING,
     "conductor": EVERYTHING,
     "trainer": EVERYTHING,
     "train": EVERYTHING,

@@ -1,0 +1,145 @@
+"""Rollout batches in turn and one step ahead; the engine and the scorers are stand-ins that can be
+held and made to fail at will."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from gpg_megatron.collector import Collector
+from gpg_megatron.config import AlgorithmConfig, Config, RolloutConfig, TrainerConfig
+from gpg_megatron.data.stream import PromptStream
+from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+
+PROMPTS = [
+    Prompt(id=f"toy/{i}", token_ids=(1, 2), messages=(), ground_truth="", data_source="toy")
+    for i in range(10)
+]
+
+
+class Engines:
+    """Answers at once, with the version that it has, unless it is held."""
+
+    def __init__(self):
+        self.version = 0
+        self.requests = []
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.failure = None
+
+    def generate(self, requests):
+        assert self.may_go.wait(20), "held for 20 s"
+        if self.failure:
+            raise self.failure
+        self.requests.append([(r.prompt.id, r.seed) for r in requests])
+        return [
+            Completion(
+                prompt_id=r.prompt.id,
+                index=index,
+                token_ids=(r.seed % 97,),
+                logprobs=(-0.5,),
+                finish_reason="stop",
+                text="",
+                versions=(VersionSpan(version=self.version, start=0, end=1),),
+            )
+            for r in requests
+            for index in range(r.n)
+        ]
+
+
+class Scorers:
+    """Every third prompt's group is dead."""
+
+    def score(self, pairs):
+        groups = []
+        for prompt, completions in pairs:
+            live = int(prompt.id.split("/")[1]) % 3 > 0
+            rewards = [Reward(score=s, accuracy=s, parts={}) for s in (float(live), 0.0)]
+            groups.append(
+                ScoredGroup(prompt=prompt, completions=tuple(completions), rewards=tuple(rewards))
+            )
+        return groups
+
+
+CONFIG = Config(
+    rollout=RolloutConfig(n=2),
+    trainer=TrainerConfig(train_batch_size=4, seed=5),
+    algorithm=AlgorithmConfig(beta_th=1.0, max_redraws=3),
+)
+
+
+@pytest.fixture
+def make():
+    watchdog = Watchdog(rank=0, limit_s=60)
+
+    def build(engines=None):
+        engines = engines or Engines()
+        stream = PromptStream(PROMPTS, seed=5, shuffle=True)
+        return Collector(CONFIG, stream, engines, Scorers(), watchdog), engines
+
+    yield build
+    watchdog.close()
+
+
+def test_a_batch_that_was_begun_is_the_batch_that_is_drawn_in_turn(make):
+    in_turn, _ = make()
+    ahead, _ = make()
+    for step in range(1, 6):
+        rollout, expected = ahead.take(step), in_turn.take(step)
+        ahead.begin(step + 1)
+        assert rollout.selection == expected.selection and rollout.drawn == expected.drawn
+        assert (rollout.redraws, rollout.n_carried) == (expected.redraws, expected.n_carried)
+        assert set(rollout.timings) == {"timing/rollout_s", "timing/reward_s"}
+        ahead.wait()
+
+
+def test_it_is_drawn_while_the_caller_does_something_else(make):
+    collector, engines = make()
+    engines.may_go.clear()
+    collector.begin(1)  # returns although the engines are held
+    engines.may_go.set()
+    collector.wait()
+    engines.version = 7  # a publish after wait() does not reach what was drawn
+    spans = [c.versions for group in collector.take(1).drawn for c in group.completions]
+    assert {span.version for (span,) in spans} == {0}
+
+
+def test_one_batch_at_a_time(make):
+    collector, _ = make()
+    collector.begin(1)
+    with pytest.raises(AssertionError, match="one batch"):
+        collector.begin(2)
+
+
+@pytest.mark.parametrize("how", ["wait", "take", "state"])
+def test_what_fails_in_the_thread_is_raised_where_the_batch_is_used(make, how):
+    collector, engines = make()
+    engines.failure = TimeoutError("engine 0 does not answer")
+    collector.begin(1)
+    with pytest.raises(TimeoutError, match="engine 0 does not answer"):
+        {"wait": collector.wait, "state": collector.state, "take": lambda: collector.take(1)}[how]()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_restored_run_goes_on_as_the_one_that_was_saved(make, ahead):
+    """Carried groups, the position, and a batch that was drawn and not yet trained on."""
+    collector, engines = make()
+    for step in (1, 2):
+        collector.take(step)
+        if ahead:
+            collector.begin(step + 1)
+    state = json.loads(json.dumps(collector.state()))
+    assert state["carried"], "surplus live groups wait for the next step"
+    assert bool(state["ahead"]) is ahead
+    engines.version = 4
+    other, other_engines = make()
+    other_engines.version = 4
+    other.restore(state)
+    n_before = len(engines.requests)
+    for step in (3, 4):
+        rollout, expected = other.take(step), collector.take(step)
+        assert rollout.selection == expected.selection and rollout.drawn == expected.drawn
+    assert other_engines.requests == engines.requests[n_before:]
