@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ OTHERS = {
     name: (f"algorithm.preset={name}",) for name in PRESETS if name not in {*METHODS, "paper"}
 }
 RUN_LIMIT_S = 4 * 3600
+HELD_OUT = re.compile(r"eval/.+/mean@\d+")
 GRID = 200
 """Points of a curve over generated tokens."""
 
@@ -133,7 +135,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = [row for row in rows if row["step"] > 0]
     held_out = {}
     for row in rows:
-        values = [v for k, v in row.items() if k.startswith("eval/") and v is not None]
+        values = [v for k, v in row.items() if HELD_OUT.fullmatch(k) and v is not None]
         if values:
             held_out[str(row["step"])] = fmean(values)
     return {

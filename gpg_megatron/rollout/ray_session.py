@@ -27,6 +27,8 @@ def open_ray(
 
     assert not ray.is_initialized(), "one fleet at a time in a process"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would give its workers the lowest priority: on a busy CPU the engines would starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {
         "namespace": run_id,

@@ -315,3 +315,50 @@ def test_a_resumed_run_is_the_uninterrupted_one(job: Path) -> None:
 def _timeless(row: dict) -> dict:
     """The metrics that do not depend on the clock or the machine."""
     return {k: v for k, v in row.items() if not k.startswith(("timing/", "throughput/", "memory/"))}
+
+
+AHEAD = (
+    "trainer.max_staleness=1",
+    "algorithm.correction=truncate-token",
+    "algorithm.beta_th=1.0",
+    "algorithm.max_redraws=8",
+    "checkpoint.save_freq=2",
+    "logging.rollout_samples=64",
+    "trainer.total_training_steps=5",
+    "trainer.val_before_train=false",
+)
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_draws_ahead_goes_on_as_if_nothing_had_happened(job: Path) -> None:
+    """What was drawn and not trained on, and what was carried over, is in the checkpoint."""
+    with started(job, "whole_ahead", *AHEAD) as whole:
+        printed = whole.ends(0, limit_s=START_LIMIT_S)
+    assert "warning" not in printed, "the correction answers it"
+    steps = whole.metrics()
+    first, *later = (row["staleness/max"] for row in steps)
+    assert first == 0 and all(1 <= n <= 2 for n in later), "a carried group is one step older"
+    assert all(row["timing/wait_s"] >= 0 for row in steps)
+    assert sum(row["group/carried_in"] for row in steps) > 0
+
+    with started(job, "cut_ahead", *AHEAD) as cut:
+        marker = cut.output / "checkpoints" / "step_2" / "complete.json"
+        deadline = time.monotonic() + START_LIMIT_S
+        while not marker.exists():
+            assert cut.is_running() and time.monotonic() < deadline, cut.log.read_text()
+            time.sleep(0.01)
+        cut.process.kill()
+        cut.process.wait()
+        _, alive = psutil.wait_procs(cut.below, timeout=END_LIMIT_S)
+        assert not alive, "the reaper ends what a killed launcher leaves"
+    with started(job, "cut_ahead", *AHEAD) as cut:
+        assert "resumed from" in cut.ends(0, limit_s=START_LIMIT_S)
+    last = {row["step"]: row for row in cut.metrics()}
+    for row in steps:
+        assert _timeless(last[row["step"]]) == _timeless(row)
+    for step in range(3, 6):
+        name = f"rollouts/step_{step}.jsonl"
+        assert (whole.output / name).read_bytes() == (cut.output / name).read_bytes()
+    ends = [run.output / "checkpoints" / "step_5" for run in (whole, cut)]
+    for path in ends[0].glob("*.distcp"):
+        assert path.read_bytes() == (ends[1] / path.name).read_bytes(), path.name

@@ -42,7 +42,9 @@ def test_curves_of_a_run():
     rows = [
         {"step": 0, "eval/a/mean@1": 0.25},
         row(1, 0.3, 100),
-        row(2, 0.5, 150, **{"eval/a/mean@1": 0.5, "eval/b/mean@1": 0.75}),
+        row(
+            2, 0.5, 150, **{"eval/a/mean@1": 0.5, "eval/b/mean@1": 0.75, "eval/a/mean@1/ci95": 0.1}
+        ),
     ]
     got = curves(rows)
     assert got["accuracy"] == [0.3, 0.5]
