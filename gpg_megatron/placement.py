@@ -14,7 +14,7 @@ more than the larger of the two states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -121,27 +121,6 @@ def actions_between(mode: Mode, before: State, after: State) -> tuple[Action, ..
             f"placement {mode}: no transition from {before.name} to {after.name}; "
             f"from {before.name} to {' or '.join(legal)}"
         ) from None
-
-
-def resident_after(resident: Iterable[Part], action: Action) -> frozenset[Part]:
-    """What is on the GPUs after an action, from what was there before it.
-
-    Raises:
-        ValueError: it gives back what is not there, or takes what is.
-    """
-    held = frozenset(resident)
-    if isinstance(action, Sleep):
-        if "weights" not in held:
-            raise ValueError(f"{action}: the engines sleep already")
-        return held - {"weights", "kv_cache"}
-    parts: frozenset[Part] = frozenset(action.parts)
-    if isinstance(action, Offload):
-        if parts - held:
-            raise ValueError(f"{action}: only {sorted(held)} are on the GPUs")
-        return held - parts
-    if parts & held:
-        raise ValueError(f"{action}: {sorted(parts & held)} are on the GPUs already")
-    return held | parts
 
 
 class Placement:
