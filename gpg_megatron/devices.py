@@ -7,12 +7,12 @@ disaggregated   rank r on GPU r, engine workers on the GPUs after the ranks'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from gpg_megatron.errors import UserError
+from gpg_megatron.placement import Mode
 
 
-def first_engine_device(mode: Literal["colocated", "disaggregated"], n_ranks: int) -> int:
+def first_engine_device(mode: Mode, n_ranks: int) -> int:
     """Index of the first GPU that an engine worker has, with n_ranks policy ranks on the host."""
     return 0 if mode == "colocated" else n_ranks
 
@@ -32,7 +32,7 @@ def visible_devices(variable: str | None, count: int) -> tuple[str, ...]:
 def engine_devices(
     visible: Sequence[str],
     *,
-    mode: Literal["colocated", "disaggregated"],
+    mode: Mode,
     n_ranks: int,
     n_workers: int,
 ) -> tuple[str, ...]:

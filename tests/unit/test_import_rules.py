@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "hf_config": OBJECTS,
     "memory": OBJECTS | {"hf_config", "placement"},
     "placement": OBJECTS,
-    "devices": OBJECTS,
+    "devices": OBJECTS | {"placement"},
     "handover": EVERYTHING,
     "collectives": OBJECTS,
     "console": OBJECTS,
