@@ -218,6 +218,9 @@ class TrainerConfig:
     seed: int = 1
     output_dir: str = "runs/default"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    placement: Literal["colocated", "disaggregated"] = "disaggregated"
+    """colocated: policy ranks and engines share GPUs and hand their memory to each other;
+    disaggregated: each has GPUs of its own, and on CPU nothing is moved."""
     val_before_train: bool = True
     test_freq: int = 0
     """Evaluate every N steps; 0: only before the first and after the last step."""
@@ -475,6 +478,22 @@ def validate(config: Config) -> None:
         "a divisor of it",
     )
     _check_checkpoints(config)
+    colocated, transport = t.placement == "colocated", config.bridge.transport
+    _require(
+        not (colocated and t.max_staleness),
+        "trainer.max_staleness",
+        f"is {t.max_staleness} with trainer.placement=colocated, where engines sleep while the "
+        "policy learns",
+        "0, or disaggregated",
+    )
+    _require(
+        transport != ("nccl" if colocated else "cuda_ipc"),
+        "bridge.transport",
+        f"is {transport} with trainer.placement={t.placement}",
+        "shm, gloo or cuda_ipc: NCCL refuses two processes on one GPU"
+        if colocated
+        else "shm, gloo or nccl: rank and engine have different GPUs",
+    )
     _require(
         p.tensor_model_parallel_size > 1 or not p.sequence_parallel,
         "policy.sequence_parallel",

@@ -6,7 +6,7 @@ Nothing is started, no weights are read, no GPU is needed. What would not fit is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from gpg_megatron.bridge.engine_layout import Engine
 from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
 from gpg_megatron.bridge.topology import PolicyGrid, local_shapes
 from gpg_megatron.config import Config
+from gpg_megatron.devices import first_engine_device
 from gpg_megatron.hf_config import check_layout, load_model_shape, pipeline_stages
 from gpg_megatron.memory import (
     ITEM,
     EngineMemory,
     PolicyMemory,
     engine_memory,
+    gpu_states,
     micro_batches_per_update,
     policy_memory,
 )
@@ -64,15 +66,31 @@ class RunPlan:
     """Of this machine."""
 
     @property
-    def memory_by_gpu(self) -> dict[int, tuple[int, int]]:
-        """GPU -> (policy bytes, engine bytes). Rank r is on GPU r, and the engines' workers fill
-        the GPUs from 0 on, as Ray gives them."""
+    def engine_gpus(self) -> range:
+        """Those of the engine workers; rank r is on GPU r."""
         r = self.config.rollout
-        ranks = {rank: stage.memory.total for stage in self.stages for rank in stage.ranks}
-        workers = r.num_engines * r.tensor_model_parallel_size
+        first = first_engine_device(self.config.trainer.placement, self.config.world_size)
+        return range(first, first + r.num_engines * r.tensor_model_parallel_size)
+
+    @property
+    def memory_by_gpu(self) -> dict[int, Mapping[str, tuple[int, int]]]:
+        """GPU -> state -> (policy bytes, engine bytes); disaggregated, there is but one state."""
+        ranks = {rank: stage.memory for stage in self.stages for rank in stage.ranks}
         return {
-            gpu: (ranks.get(gpu, 0), self.engine.reserved if gpu < workers else 0)
-            for gpu in range(max(len(ranks), workers))
+            gpu: gpu_states(
+                self.config.trainer.placement,
+                ranks.get(gpu),
+                self.engine if gpu in self.engine_gpus else None,
+            )
+            for gpu in range(max(len(ranks), self.engine_gpus.stop))
+        }
+
+    @property
+    def peaks(self) -> dict[int, tuple[str, int, int]]:
+        """GPU -> the state in which most is on it, with its policy and engine bytes."""
+        return {
+            gpu: max(((s, *held) for s, held in states.items()), key=lambda x: x[1] + x[2])
+            for gpu, states in self.memory_by_gpu.items()
         }
 
 
@@ -175,16 +193,15 @@ def problems(plan: RunPlan) -> list[str]:
                 f"machine's {_gib(plan.host_bytes)}"
             )
         return found
-    over = {
-        gpu: sum(parts)
-        for gpu, parts in plan.memory_by_gpu.items()
-        if sum(parts) > plan.device_bytes
-    }
+    peaks = plan.peaks
+    over = {g: policy + engine for g, (_, policy, engine) in peaks.items()}
+    over = {gpu: n_bytes for gpu, n_bytes in over.items() if n_bytes > plan.device_bytes}
     if over:
         worst = max(over, key=lambda gpu: over[gpu])
-        policy, engines = plan.memory_by_gpu[worst]
+        state, policy, engines = peaks[worst]
+        when = f" in state {state}" if config.trainer.placement == "colocated" else ""
         found.append(
-            f"{len(over)} of {len(plan.memory_by_gpu)} GPUs are too small; worst is GPU {worst}: "
+            f"{len(over)} of {len(peaks)} GPUs are too small; worst is GPU {worst}{when}: "
             f"policy {_gib(policy)} + engine {_gib(engines)} of {_gib(plan.device_bytes)}; lower "
             f"rollout.gpu_memory_utilization or policy.max_tokens_per_micro_batch, or raise the "
             f"parallel sizes"
@@ -227,12 +244,13 @@ def _process_lines(plan: RunPlan) -> list[str]:
     ]
     if plan.device_bytes is None:
         return [*result, "devices    CPU"]
-    by_gpu = plan.memory_by_gpu
-    shared = sum(bool(policy and engine) for policy, engine in by_gpu.values())
+    n_gpus, workers = len(plan.memory_by_gpu), plan.engine_gpus
+    shared = len(range(workers.start, min(workers.stop, plan.config.world_size)))
     return [
         *result,
-        f"devices    {len(by_gpu)} GPUs of {_gib(plan.device_bytes)}: rank r on GPU r, workers "
-        f"from GPU 0 on; {shared} GPUs hold a rank and a worker",
+        f"devices    {n_gpus} GPUs of {_gib(plan.device_bytes)}, "
+        f"{plan.config.trainer.placement}: rank r on GPU r, workers from GPU {workers.start} on; "
+        f"{shared} GPUs hold a rank and a worker",
         *(
             f"  stage {stage.number}: layers {stage.layers[0]}-{stage.layers[-1]}, ranks "
             f"{_ranges(stage.ranks)}"
@@ -281,6 +299,26 @@ def _memory_lines(plan: RunPlan) -> list[str]:
         f"           engine worker: {_gib(e.reserved)} = parameters {_gib(e.parameters)} + "
         f"KV cache {_gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, "
         f"{e.kv_tokens // longest:,} sequences of full length",
+        *_state_lines(plan),
+    ]
+
+
+def _state_lines(plan: RunPlan) -> list[str]:
+    """Colocated on GPUs: what hands over to what, on the fullest GPU and on the hosts."""
+    if plan.device_bytes is None or plan.config.trainer.placement != "colocated":
+        return []
+    fullest = max(plan.peaks, key=lambda gpu: sum(plan.peaks[gpu][1:]))
+    states = plan.memory_by_gpu[fullest]
+    ranks = sum(
+        len(stage.ranks) * (stage.memory.parameters + stage.memory.optimizer)
+        for stage in plan.stages
+    )
+    return [
+        f"           GPU {fullest} by state: "
+        + ", ".join(f"{state} {_gib(sum(held))}" for state, held in states.items()),
+        f"           host memory of all ranks: {_gib(ranks)} for what is offloaded; and "
+        f"{_gib(len(plan.engine_gpus) * plan.engine.parameters)} for the engines' weights while "
+        f"the policy is saved",
     ]
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from gpg_megatron.config import Config
 from gpg_megatron.hf_config import padded_vocab_size, pipeline_stages
+from gpg_megatron.placement import RESIDENT, Mode, State
 from gpg_megatron.types import ModelShape
 
 ITEM = {"bf16": 2, "fp32": 4}
 """Bytes of an element."""
 FP32 = 4
+POLICY_PARTS = frozenset({"parameters", "gradients", "optimizer"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,34 @@ def policy_memory(
         activations=tokens * kept,
         logits=logit_bytes(config, shape) if last else 0,
     )
+
+
+def gpu_states(
+    mode: Mode, policy: PolicyMemory | None, engine: EngineMemory | None
+) -> dict[str, tuple[int, int]]:
+    """State -> (policy bytes, engine bytes) of one GPU; disaggregated, there is but one state.
+
+    A sleeping engine is counted as nothing, though its CUDA context and captured graphs stay.
+
+    Args:
+        policy, engine: of the rank and of the engine worker there; None: there is none.
+    """
+    if mode == "disaggregated":
+        return {"always": (policy.total if policy else 0, engine.reserved if engine else 0)}
+    result = {}
+    for state, resident in RESIDENT.items():
+        if state is State.START:
+            continue  # an engine as in ROLLOUT, and no policy
+        held = sum(getattr(policy, part) for part in POLICY_PARTS & resident) if policy else 0
+        if policy and state is State.POLICY:
+            held += policy.activations + policy.logits
+        awake = 0
+        if engine and "kv_cache" in resident:
+            awake = engine.reserved
+        elif engine and "weights" in resident:
+            awake = engine.parameters
+        result[state.value] = (held, awake)
+    return result
 
 
 def activation_bytes(config: Config, shape: ModelShape) -> int:

@@ -31,10 +31,13 @@ from gpg_megatron.collectives import on_rank0
 from gpg_megatron.collector import Rollout
 from gpg_megatron.conductor import Conductor
 from gpg_megatron.config import Config
+from gpg_megatron.devices import engine_devices, visible_devices
 from gpg_megatron.flops import token_costs
+from gpg_megatron.handover import Handover
 from gpg_megatron.hf_config import pipeline_stages
 from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics, update_metrics
 from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.placement import Placement, State
 from gpg_megatron.platform import Device, has_transformer_engine, peak_flops_per_s
 from gpg_megatron.policy.policy import DTYPES, Policy
 from gpg_megatron.preflight import (
@@ -63,6 +66,9 @@ from gpg_megatron.types import (
 
 T = TypeVar("T")
 WATCHDOG_LIMIT_S = 300.0
+CPU_WARNING = (
+    "warning: trainer.placement=colocated saves no memory on CPU: vLLM's workers cannot sleep there"
+)
 
 
 class MismatchError(RuntimeError):
@@ -90,6 +96,8 @@ class Trainer:
         with ExitStack() as undo:
             undo.callback(self.close)
             self._on_rank0(lambda: self._start_engines(device, run_id))
+            self._placement = Placement(config.trainer.placement, self._handover())
+            self._placement.enter(State.POLICY)
             self.policy = Policy(config, shape, device)
             self.parallel = self.policy.position
             self.checkpoints = RunCheckpoints(config, shape, self._on_rank0)
@@ -97,6 +105,7 @@ class Trainer:
             self._load_weights(shape)
             self._open_conductor()
             self._say(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
+            self._placement.enter(State.SYNC)
             self.bridge = WeightBridge(
                 shards=self.policy.named_shards(),
                 model=shape,
@@ -119,11 +128,13 @@ class Trainer:
             self._evaluate(0)
         for step in range(done + 1, self.config.trainer.total_training_steps + 1):
             begin = time.perf_counter()
+            self._placement.enter(State.ROLLOUT)
             rollout = self._collect(step)
             samples, stats = assign_advantages(rollout.groups, self.config.algorithm)
             self._warn_of_shaped_scores(step, stats)
             batches = self._batches(rollout, samples)
             before = self.policy.version
+            self._placement.enter(State.POLICY)
             with self.watchdog.phase("policy"):
                 anchors = self.policy.anchors(batches)
                 results = [self.policy.train(b, a) for b, a in zip(batches, anchors, strict=True)]
@@ -131,10 +142,12 @@ class Trainer:
             self._wait_for_engines()
             if all(sample.version == before for sample in samples):
                 self._check_mismatch(step, results)
-            if self.policy.version > before:
+            if self.policy.version > before or self._placement.must_publish:
                 self._publish()
             metrics = _metrics(rollout, samples, stats, batches, results, before)
             self._report(step, begin, metrics, rollout, samples)
+            if self.config.saves_at(step):
+                self._placement.enter(State.READ)
             with self.watchdog.phase("checkpoint"):
                 self.checkpoints.poll()
                 self.checkpoints.save(
@@ -159,8 +172,10 @@ class Trainer:
     # ---- set-up -----------------------------------------------------------------------
 
     def _start_engines(self, device: Device, run_id: str) -> None:
-        """They go on starting while the policy is built, which takes as long."""
+        """They go on starting while the policy is built, which takes as long; engines that will
+        share its GPUs must have taken, and given back, their memory first."""
         config = self.config
+        colocated = config.trainer.placement == "colocated"
         self.fleet = Fleet.start(
             model_path=os.path.abspath(model_files(config)),
             random_weights=is_converted(config),
@@ -172,6 +187,34 @@ class Trainer:
             weight_transfer=BACKEND,
             scratch_dir=scratch_directory(run_id),
             log_dir=Path(config.trainer.output_dir) / "logs",
+            devices=self._engine_devices() if device == "cuda" else None,
+            give_memory_back=colocated,
+        )
+        if colocated:
+            self.fleet.wait_ready()
+            if device == "cpu":
+                print(CPU_WARNING, file=sys.stderr)
+
+    def _engine_devices(self) -> tuple[str, ...] | None:
+        """For a private Ray; an existing cluster has its own."""
+        r = self.config.rollout
+        if r.ray_address is not None:
+            return None
+        variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return engine_devices(
+            visible_devices(variable, torch.cuda.device_count()),
+            mode=self.config.trainer.placement,
+            n_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
+            n_workers=r.num_engines * r.tensor_model_parallel_size,
+        )
+
+    def _handover(self) -> Handover:
+        return Handover(
+            fleet=self.fleet,
+            policy=lambda: self.policy,
+            on_rank0=self._on_rank0,
+            group=self._waiting,
+            watchdog=self.watchdog,
         )
 
     def _find_resume_point(self, shape: ModelShape) -> ResumePoint | None:
@@ -246,15 +289,18 @@ class Trainer:
                 self._on_rank0(lambda: self._conductor.rollouts.wait())
 
     def _publish(self) -> None:
+        self._placement.enter(State.SYNC)
         with self.watchdog.phase("sync"):
             assert self.bridge is not None
             self.bridge.publish(self.policy.version)
 
     def _check_canary(self) -> None:
         """Refuse to train when the engines do not compute what the policy computes."""
+        self._placement.enter(State.ROLLOUT)
         pairs = self._on_rank0(lambda: self._conductor.canary())
         # A data-parallel rank would pack its own share; here every rank computes all of it.
         batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
+        self._placement.enter(State.READ)
         (logprobs,) = self.policy.logprobs([batch])
         gaps = (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs()
         gap, tolerance = gaps.max().item(), self.config.mismatch_tolerance
@@ -330,6 +376,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy on rank 0; written as step 0 before training."""
+        self._placement.enter(State.ROLLOUT)
         metrics = self._on_rank0(lambda: self._conductor.evaluate(step))
         for name, value in metrics.items():
             if name.endswith("/ci95"):

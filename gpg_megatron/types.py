@@ -19,6 +19,10 @@ from typing import Literal
 import torch
 
 FinishReason = Literal["stop", "length"]
+PolicyPart = Literal["parameters", "gradients", "optimizer"]
+"""What a policy rank holds between its updates. optimizer: moments and fp32 master weights."""
+EnginePart = Literal["weights", "kv_cache"]
+"""What an engine worker holds; the names are vLLM's tags."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

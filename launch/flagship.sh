@@ -44,7 +44,7 @@ prepare_data() {
 
 # Layout and types for a small model on a machine without a GPU.
 cpu_keys=(
-  trainer.device=cpu model.dtype=fp32 rollout.dtype=fp32 policy.data_parallel_size=1
+  trainer.device=cpu trainer.placement=disaggregated model.dtype=fp32 rollout.dtype=fp32 policy.data_parallel_size=1
   policy.use_distributed_optimizer=false rollout.num_engines=1
   rollout.tensor_model_parallel_size=1 rollout.enforce_eager=true reward.num_workers=1
   logging.wandb=false

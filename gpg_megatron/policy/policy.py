@@ -28,11 +28,13 @@ from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng,
 from gpg_megatron.policy.model import build_model, forward_arguments
 from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, canonical_lr
 from gpg_megatron.policy.reference import FrozenShards
+from gpg_megatron.policy.residence import Residence
 from gpg_megatron.types import (
     Anchors,
     MicroBatch,
     ModelShape,
     ParallelPosition,
+    PolicyPart,
     StepResult,
     TrainBatch,
 )
@@ -83,6 +85,16 @@ class Policy:
         megatron_config.finalize_model_grads_func = _sum_gradients
         self._optimizer = build_optimizer(p, self._ddp, DTYPES[config.model.dtype], device)
         self._scheduler = build_scheduler(p, self._optimizer, config.total_updates)
+        self._residence = Residence(self._ddp, self._optimizer, device)
+
+    def offload(self, parts: Sequence[PolicyPart]) -> int:
+        """Move parts to host memory and free them on the device; returns their bytes there.
+        Gradients are dropped. Shards that others hold stay valid, but must not be read."""
+        return self._residence.offload(parts)
+
+    def load(self, parts: Sequence[PolicyPart]) -> None:
+        """Bring offloaded parts back to the device, bit by bit as they were."""
+        self._residence.load(parts)
 
     def named_shards(self) -> dict[str, torch.Tensor]:
         """Every parameter shard of this rank under its global name (layer and expert numbers of
@@ -122,7 +134,9 @@ class Policy:
         self.version = version
 
     def save(self, directory: Path, writer: CheckpointWriter, finish: Callable[[], None]) -> None:
-        """Begin to save everything that resume needs; see CheckpointWriter.save. Collective."""
+        """Begin to save everything that resume needs; see CheckpointWriter.save. Collective.
+        When it returns, parameters and optimizer may change or be offloaded."""
+        self._residence.require("parameters", "optimizer")
         writer.save(self._ddp.module, self._optimizer, directory, finish)
 
     def keep_reference(self) -> None:
@@ -153,6 +167,7 @@ class Policy:
         Args:
             anchors: those of the batch, from `anchors`; GPG without a KL term needs none.
         """
+        self._residence.require("parameters", "gradients", "optimizer")
         if not batch.micro_batches:
             return self._result(updated=False, loss=0.0, grad_norm=0.0, metrics={})
         self._ddp.zero_grad_buffer()
@@ -179,6 +194,7 @@ class Policy:
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """Log-probabilities of the response tokens, fp32 [number of masked-in positions] per
         micro-batch, at the sampling temperature. The same on every pipeline stage."""
+        self._residence.require("parameters")
         outputs = self._run(micro_batches, _logprob_output, anchors=NO_ANCHORS, forward_only=True)
         box: list[list[torch.Tensor] | None] = [[x.cpu() for x in outputs] if outputs else None]
         dist.broadcast_object_list(

@@ -18,8 +18,10 @@ from typing import Any, Literal, TypeVar
 
 from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
+from gpg_megatron.types import EnginePart
 
 T = TypeVar("T")
+SleepLevel = Literal[1, 2]
 PauseMode = Literal["wait", "keep"]
 """What an update does with running requests: wait for their end, or hold them and go on with
 them on the new weights."""
@@ -48,6 +50,8 @@ class EngineSpec:
     kv_cache_bytes: int
     """CPU only."""
     enforce_eager: bool
+    gives_memory_back: bool
+    """It will be put to sleep."""
     worker_extension: str
     """Dotted path of the class whose methods call_workers reaches."""
     weight_transfer: str | None
@@ -109,6 +113,7 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_args(self._spec)))
         self._serial = 0
         self._whole = True
+        self._asleep: set[EnginePart] = set()
         await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
 
@@ -116,9 +121,12 @@ class Engine:
         self, requests: Sequence[SamplingRequest], version: int
     ) -> list[list[Sampled]]:
         """[request][sample]; all requests at once, batched by vLLM."""
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps: {', '.join(sorted(self._asleep))} must wake")
         if not self._whole:
             raise RuntimeError(
-                "the weights are incomplete since an update failed; it must be published again"
+                "the weights are incomplete, since an update failed or they were dropped; they "
+                "must be published again"
             )
         return await self._alive(
             asyncio.gather(*(self._generate_one(request, version) for request in requests))
@@ -183,6 +191,23 @@ class Engine:
         await self._alive(self._llm.resume_generation())
         self._whole = True
 
+    async def sleep(self, level: SleepLevel) -> None:
+        """Give the GPU's memory back; with level 2 the weights are gone until the next commit.
+
+        vLLM brings back the buffers of the model itself. On CPU its workers keep everything.
+        """
+        self._whole = self._whole and level == 1
+        self._asleep = {"weights", "kv_cache"}
+        await self._alive(self._llm.sleep(level=level, mode="wait"))
+
+    async def wake(self, parts: Sequence[EnginePart]) -> None:
+        """Take memory again. The cache is empty; so are weights that were dropped."""
+        is_awake = await self._alive(self._llm.wake_up(tags=list(parts)))
+        self._asleep -= set(parts)
+        # vLLM passes over a part that does not sleep, with a warning in the log.
+        if is_awake != (not self._asleep):
+            raise RuntimeError(f"the engine did not wake {', '.join(parts)}")
+
     async def pids(self) -> list[int]:
         """This process and all below it."""
         import psutil
@@ -240,4 +265,5 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         args["distributed_executor_backend"] = "uni" if spec.tensor_parallel_size == 1 else "mp"
     else:
         args["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        args["enable_sleep_mode"] = spec.gives_memory_back  # refused on CPU
     return args

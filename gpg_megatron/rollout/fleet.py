@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpg_megatron.config import RolloutConfig
-from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec, PauseMode
+from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec, PauseMode, SleepLevel
 from gpg_megatron.rollout.failures import EngineDied, EngineError, with_log
 from gpg_megatron.rollout.ray_session import open_ray
 from gpg_megatron.rollout.sampling import (
@@ -27,7 +27,7 @@ from gpg_megatron.rollout.sampling import (
     spread,
     to_completion,
 )
-from gpg_megatron.types import Completion
+from gpg_megatron.types import Completion, EnginePart
 
 PLACEMENT_TIMEOUT_S = 120.0
 CONTROL_TIMEOUT_S = 120.0
@@ -66,6 +66,8 @@ class Fleet:
         scratch_dir: Path,
         log_dir: Path,
         cpu_threads: int | None = None,
+        devices: Sequence[str] | None = None,
+        give_memory_back: bool = False,
     ) -> Fleet:
         """Open Ray and let the engines begin to start; wait_ready waits for them.
 
@@ -84,6 +86,9 @@ class Fleet:
                 since Unix sockets lie 62 characters below it. The caller removes it.
             log_dir: where engine_<i>.log are written.
             cpu_threads: of each worker, on CPU; None: this host's cores shared among them.
+            devices: GPUs of this host that a private Ray may give to engines, as
+                CUDA_VISIBLE_DEVICES spells them; None: all that are visible.
+            give_memory_back: sleep and wake will be called; a GPU's workers have to know.
 
         Raises:
             UserError: Ray has no place for the engines, or does not answer.
@@ -101,6 +106,7 @@ class Fleet:
             gpu_memory_utilization=config.gpu_memory_utilization,
             kv_cache_bytes=int(config.kv_cache_gb * GIB),
             enforce_eager=config.enforce_eager,
+            gives_memory_back=give_memory_back,
             worker_extension=worker_extension,
             weight_transfer=weight_transfer,
             cpu_threads=cpu_threads or max(1, len(os.sched_getaffinity(0)) // (tp * count)),
@@ -111,7 +117,13 @@ class Fleet:
         with ExitStack() as undo:
             undo.callback(fleet.close)
             gpus = tp if device == "cuda" else 0
-            open_ray(config, run_id=run_id, scratch_dir=scratch_dir, gpus_per_engine=gpus)
+            open_ray(
+                config,
+                run_id=run_id,
+                scratch_dir=scratch_dir,
+                gpus_per_engine=gpus,
+                devices=devices,
+            )
             fleet._submit(spec, gpus)
             undo.pop_all()
         return fleet
@@ -252,6 +264,17 @@ class Fleet:
         """Stamp later samples with this version and go on generating."""
         self._all(lambda a: a.commit.remote(version), CONTROL_TIMEOUT_S, "committing the weights")
         self._version = version
+
+    def sleep(self, level: SleepLevel) -> None:
+        """Every engine gives its memory back; level 1 keeps the weights in host memory, level 2
+        drops them."""
+        what = "putting the engines to sleep"
+        self._all(lambda a: a.sleep.remote(level), self._config.generate_timeout_s, what)
+
+    def wake(self, parts: Sequence[EnginePart]) -> None:
+        """Every engine takes the memory of these parts again."""
+        what = f"waking {' and '.join(parts)}"
+        self._all(lambda actor: actor.wake.remote(list(parts)), CONTROL_TIMEOUT_S, what)
 
     def pids(self) -> list[int]:
         """Living processes of the engines on this host: actors, cores, workers."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,22 @@ from gpg_megatron.errors import UserError
 
 OBJECT_STORE_BYTES = 256 << 20
 """Only requests and completions pass through it; weights do not."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def open_ray(
-    config: RolloutConfig, *, run_id: str, scratch_dir: Path, gpus_per_engine: int
+    config: RolloutConfig,
+    *,
+    run_id: str,
+    scratch_dir: Path,
+    gpus_per_engine: int,
+    devices: Sequence[str] | None = None,
 ) -> None:
     """ray.init, quiet; a private Ray gets exactly the CPUs that the engines ask for.
+
+    Args:
+        devices: GPUs that a private Ray may give away, as CUDA_VISIBLE_DEVICES spells them;
+            None: those that it finds.
 
     Raises:
         UserError: no cluster at config.ray_address, or too few free resources.
@@ -36,13 +48,15 @@ def open_ray(
         "logging_level": logging.ERROR,
     }
     if config.ray_address is None:
-        ray.init(
-            num_cpus=config.num_engines,  # Ray keeps one idle Python process per CPU
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _temp_dir=str(scratch_dir),
-            **quiet,
-        )
+        with _visible(devices):
+            ray.init(
+                num_cpus=config.num_engines,  # Ray keeps one idle Python process per CPU
+                num_gpus=None if devices is None else len(devices),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _temp_dir=str(scratch_dir),
+                **quiet,
+            )
     else:
         try:
             ray.init(address=config.ray_address, **quiet)
@@ -59,6 +73,20 @@ def open_ray(
         num_engines=config.num_engines,
         gpus_per_engine=gpus_per_engine,
     )
+
+
+@contextmanager
+def _visible(devices: Sequence[str] | None) -> Iterator[None]:
+    """Processes that are started within see these GPUs only. This one has opened its own."""
+    before = os.environ.get(VISIBLE)
+    if devices is not None:
+        os.environ[VISIBLE] = ",".join(devices)
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE, None)
+        if before is not None:
+            os.environ[VISIBLE] = before
 
 
 def check_resources(

@@ -199,6 +199,36 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
     assert load_config(run.output / "config.yaml").trainer.total_training_steps == 3
 
 
+def test_colocated_learns_what_disaggregated_learns(job: Path) -> None:
+    """Every hand-over between real ranks and a real engine, a save and a resume included; on CPU
+    the engine keeps its memory, the policy really gives its own back."""
+    overrides = (
+        "policy.data_parallel_size=2",
+        "policy.use_distributed_optimizer=true",
+        "policy.tensor_model_parallel_size=1",
+        "trainer.total_training_steps=3",
+        "trainer.test_freq=2",
+        "checkpoint.save_freq=1",
+    )
+    with started(job, "disaggregated", *overrides) as run:
+        assert "placement" not in run.ends(0, limit_s=START_LIMIT_S)
+        expected = run.metrics()
+    colocated = (*overrides, "trainer.placement=colocated")
+    with started(job, "colocated", *colocated, "trainer.total_training_steps=2") as run:
+        printed = run.ends(0, limit_s=START_LIMIT_S)
+    assert "warning: trainer.placement=colocated saves no memory on CPU" in printed
+    with started(job, "colocated", *colocated) as run:
+        assert "resumed from" in run.ends(0, limit_s=START_LIMIT_S)
+        found = run.metrics()
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [0, 1, 2, 3]
+    same = ("version", "reward/mean", "eval/arithmetic/tiny/mean@1", "policy/tokens")
+    for row, right in zip(found[1:], expected[1:], strict=True):
+        assert {key: row.get(key) for key in same} == {key: right.get(key) for key in same}
+        assert row["policy/loss"] == pytest.approx(right["policy/loss"], rel=1e-4, abs=1e-7)
+        assert row["mismatch/logprob_max"] <= 1e-4
+        assert row["timing/placement_s"] > 0 and "timing/placement_s" not in right
+
+
 def test_redraws_carry_groups_over_and_several_updates_are_corrected(job: Path) -> None:
     """More live groups are drawn than a batch holds; the next step learns from them."""
     overrides = (

@@ -202,6 +202,44 @@ class TestOneEngine:
         update(fleet, version + 1)  # a whole one mends it
         assert fleet.generate([request()])[0].versions[0].version == version + 1
 
+    def test_nothing_is_generated_by_an_engine_that_sleeps(self, fleet: Fleet) -> None:
+        """vLLM's CPU workers keep their memory; the order of the calls is the same."""
+        right = fleet.generate([request()])
+        version = fleet.version
+        fleet.sleep(1)  # as before a save: the weights stay right
+        with pytest.raises(EngineError, match="the engine sleeps: kv_cache, weights must wake"):
+            fleet.generate([request()])
+        fleet.wake(["weights", "kv_cache"])
+        assert fleet.generate([request()]) == right
+        fleet.sleep(2)  # as before training: new weights have to come
+        fleet.wake(["weights"])
+        with pytest.raises(EngineError, match="the engine sleeps: kv_cache must wake"):
+            fleet.generate([request()])
+        update(fleet, version)
+        fleet.sleep(1)  # straight to a save
+        fleet.wake(["weights", "kv_cache"])
+        assert fleet.generate([request()]) == right
+
+    def test_weights_that_were_dropped_have_to_be_published(self, fleet: Fleet) -> None:
+        version = fleet.version
+        fleet.sleep(2)
+        fleet.wake(["weights", "kv_cache"])
+        with pytest.raises(EngineError, match="they were dropped; they must be published again"):
+            fleet.generate([request()])
+        update(fleet, version)
+        assert len(fleet.generate([request()])) == 4
+
+    def test_a_part_that_is_awake_cannot_wake(self, fleet: Fleet) -> None:
+        fleet.sleep(1)
+        fleet.wake(["weights"])
+        fleet.wake(["kv_cache"])
+        fleet.sleep(1)
+        fleet.wake(["kv_cache"])
+        with pytest.raises(EngineError, match="the engine did not wake kv_cache, weights"):
+            fleet.wake(["kv_cache", "weights"])
+        fleet.wake(["weights"])
+        assert len(fleet.generate([request()])) == 4
+
     def test_a_failed_update_is_seen_before_it_is_waited_for(self, fleet: Fleet) -> None:
         fleet.begin_update()
         pending = fleet.receive(b"fail")

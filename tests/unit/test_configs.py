@@ -279,6 +279,16 @@ def test_every_number_has_a_range() -> None:
             "expected a divisor of it",
         ),
         (
+            {"trainer": {"placement": "colocated"}, "bridge": {"transport": "nccl"}},
+            "bridge.transport is nccl with trainer.placement=colocated; expected shm, gloo or "
+            "cuda_ipc: NCCL refuses two processes on one GPU",
+        ),
+        (
+            {"bridge": {"transport": "cuda_ipc"}},
+            "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected shm, gloo "
+            "or nccl: rank and engine have different GPUs",
+        ),
+        (
             {"policy": {"sequence_parallel": True}},
             "policy.sequence_parallel is true, but policy.tensor_model_parallel_size is 1; "
             "expected false",

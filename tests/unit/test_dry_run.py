@@ -71,6 +71,45 @@ def test_the_flagship_fits_eight_gpus_of_80_gib(models: Path) -> None:
     assert problems(plan_run(config, device="cuda", gpu_gib=80)) == []
 
 
+def test_colocated_gpus_hold_the_most_of_a_state_and_not_the_sum(models: Path) -> None:
+    plan = plan_run(flagship(models), device="cuda", gpu_gib=80)
+    memory, engine = plan.stages[0].memory, plan.engine
+    assert plan.engine_gpus == range(8)
+    assert plan.memory_by_gpu[0] == {
+        "rollout": (0, int(0.6 * 80 * GIB)),
+        "policy": (memory.total, 0),
+        "sync": (memory.parameters, engine.parameters),
+        "read": (memory.parameters + memory.optimizer, 0),
+    }
+    assert plan.peaks[0] == max(
+        (("rollout", 0, engine.reserved), ("policy", memory.total, 0)), key=lambda x: x[1] + x[2]
+    )
+    text = "\n".join(lines(plan))
+    assert "8 GPUs of 80.00 GiB, colocated: rank r on GPU r, workers from GPU 0 on; 8 GPUs" in text
+    offloaded = sum(4 * (s.memory.parameters + s.memory.optimizer) for s in plan.stages)
+    assert f"host memory of all ranks: {offloaded / GIB:.2f} GiB" in text
+
+
+def test_disaggregated_gpus_hold_one_or_the_other(models: Path) -> None:
+    plan = plan_run(flagship(models, "trainer.placement=disaggregated"), device="cuda")
+    assert plan.engine_gpus == range(8, 16)
+    by_gpu = plan.memory_by_gpu
+    assert [by_gpu[gpu] for gpu in (0, 4, 8, 15)] == [
+        {"always": (plan.stages[0].memory.total, 0)},
+        {"always": (plan.stages[1].memory.total, 0)},
+        {"always": (0, plan.engine.reserved)},
+        {"always": (0, plan.engine.reserved)},
+    ]
+    text = "\n".join(lines(plan))
+    assert "16 GPUs of 80.00 GiB, disaggregated: rank r on GPU r, workers from GPU 8 on; 0" in text
+    assert "by state" not in text
+    (found,) = problems(replace(plan, device_bytes=40 * GIB))
+    # The four ranks of the first stage, and all workers.
+    assert found.startswith(
+        "12 of 16 GPUs are too small; worst is GPU 0: policy 57.39 GiB + engine"
+    )
+
+
 def test_a_72b_model_on_32_gpus(models: Path) -> None:
     config = flagship(
         models,
@@ -83,12 +122,15 @@ def test_a_72b_model_on_32_gpus(models: Path) -> None:
     plan = plan_run(config, device="cuda")
     assert plan.n_parameters == 72_706_203_648
     assert len(plan.memory_by_gpu) == 32
-    assert all(policy and engine for policy, engine in plan.memory_by_gpu.values())
+    assert all(
+        states["policy"][0] and states["rollout"][1] for states in plan.memory_by_gpu.values()
+    )
 
 
 def test_what_does_not_fit_is_named(models: Path) -> None:
     (found,) = problems(plan_run(flagship(models), device="cuda", gpu_gib=24))
-    assert found.startswith("8 of 8 GPUs are too small; worst is GPU 0: policy ")
+    assert found.startswith("8 of 8 GPUs are too small; worst is GPU 0 in state policy: policy ")
+    assert "+ engine 0.00 GiB of 24.00 GiB" in found
     tight = plan_run(flagship(models, "rollout.gpu_memory_utilization=0.01"), device="cuda")
     assert problems(tight)[0].startswith("engine: the weights take 7.09 GiB of the 0.80 GiB")
     least = tight.engine.parameters + 2047 * tight.engine.kv_bytes_per_token

@@ -167,6 +167,7 @@ def _spec(tmp_path, tp: int = 1) -> EngineSpec:
         gpu_memory_utilization=0.5,
         kv_cache_bytes=1,
         enforce_eager=True,
+        gives_memory_back=False,
         worker_extension="a.B",
         weight_transfer=None,
         cpu_threads=3,

@@ -1,0 +1,65 @@
+"""One of two ranks that hand over: rank 1 is slow to offload, rank 0 speaks for the engines.
+
+    torchrun ... -m tests.dist.handover_worker FOLDER
+
+What happened when goes to FOLDER/rank<r>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+
+from gpg_megatron import platform
+from gpg_megatron.collectives import on_rank0
+from gpg_megatron.observe.watchdog import Watchdog
+
+SLOW_S = 1.0
+
+
+def main() -> None:
+    platform.quiet_megatron()
+    from gpg_megatron.handover import Handover
+    from gpg_megatron.placement import Placement, State
+
+    platform.init_process_group("cpu", 120)
+    rank = dist.get_rank()
+    notes: list[tuple[str, float, float]] = []
+
+    def noted(name: str, slow: bool) -> Callable[[Any], None]:
+        def call(_: Any) -> None:
+            begin = time.monotonic()
+            time.sleep(SLOW_S if slow else 0.0)
+            notes.append((name, begin, time.monotonic()))
+
+        return call
+
+    policy = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
+    fleet = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
+    with Watchdog(rank=rank, limit_s=60) as watchdog:
+        handover = Handover(
+            fleet=fleet if rank == 0 else None,  # type: ignore[arg-type]
+            policy=lambda: policy,  # type: ignore[arg-type,return-value]
+            on_rank0=partial(on_rank0, group=dist.group.WORLD),
+            group=dist.group.WORLD,
+            watchdog=watchdog,
+        )
+        placement = Placement("colocated", handover)
+        for state in (State.POLICY, State.SYNC, State.ROLLOUT, State.POLICY):
+            placement.enter(state)
+        seconds = watchdog.pop_timings()["timing/placement_s"]
+    path = Path(sys.argv[1]) / f"rank{rank}.json"
+    path.write_text(json.dumps({"notes": notes, "seconds": seconds}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

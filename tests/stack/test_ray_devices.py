@@ -1,0 +1,55 @@
+"""A private Ray gives engines the GPUs that it was told, and no others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from gpg_megatron.config import RolloutConfig
+from gpg_megatron.errors import UserError
+from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, scratch_directory
+from gpg_megatron.rollout.ray_session import open_ray
+
+
+@pytest.fixture
+def run_id(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a run whose Ray is ended afterwards."""
+    import ray
+
+    run_id = new_run_id()
+    monkeypatch.setenv(RUN_ID_VARIABLE, run_id)
+    # What a rank on a machine with eight GPUs may see.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
+    try:
+        yield run_id
+    finally:
+        ray.shutdown()
+        cleanup_run(run_id)
+
+
+def test_engines_get_the_devices_that_they_were_given(run_id: str) -> None:
+    """Ray's own book-keeping, which needs no GPU to be there."""
+    import ray
+
+    config = RolloutConfig(num_engines=2)
+    scratch = scratch_directory(run_id)
+    open_ray(config, run_id=run_id, scratch_dir=scratch, gpus_per_engine=1, devices=("5", "4"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,6,5,4", "the rank keeps its own"
+
+    class Engine:
+        def devices(self) -> str:
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    actor = ray.remote(num_cpus=1, num_gpus=1)(Engine)
+    engines = [actor.remote() for _ in range(2)]
+    found = ray.get([engine.devices.remote() for engine in engines], timeout=120)
+    assert sorted(found) == ["4", "5"]
+
+
+def test_too_few_devices_are_told(run_id: str) -> None:
+    config = RolloutConfig(num_engines=2)
+    scratch = scratch_directory(run_id)
+    with pytest.raises(UserError, match="2 engines of 1 CPU and 2 GPUs on one node are asked for"):
+        open_ray(config, run_id=run_id, scratch_dir=scratch, gpus_per_engine=2, devices=("5", "4"))
