@@ -353,9 +353,9 @@ def hash_of(name: str) -> int:
 
 
 def _canary(policy: Any, fleet: Any, shape: Any) -> float:
+    from gpg_megatron.agreement import canary_sample
     from gpg_megatron.batching import pack
     from gpg_megatron.rollout.sampling import SamplingRequest
-    from gpg_megatron.trainer import canary_sample
     from gpg_megatron.types import Prompt
 
     prompts = [

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gpg_megatron.config import Config, config_warnings, load_config
+from gpg_megatron.config import Config, load_config
+from gpg_megatron.config_rules import config_warnings
 from gpg_megatron.console import exit_codes
 from gpg_megatron.errors import UserError
 from gpg_megatron.preflight import check_model, check_output, find_resume_point, load_inputs
@@ -120,11 +121,12 @@ def run_rank(config: Config) -> int:
     from gpg_megatron.collectives import Rank0Failed, on_rank0
 
     platform.quiet_megatron()
+    from gpg_megatron.agreement import MismatchError
     from gpg_megatron.algorithm.redraw import RedrawsExhausted
     from gpg_megatron.bad_steps import TooManyBadSteps
     from gpg_megatron.bridge.transport import TransferError
     from gpg_megatron.rollout.failures import EngineError
-    from gpg_megatron.trainer import MismatchError, Trainer
+    from gpg_megatron.trainer import Trainer
 
     # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

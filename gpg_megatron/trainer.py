@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from gpg_megatron.agreement import canary_sample, check_canary, check_mismatch
 from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
 from gpg_megatron.bad_steps import BadSteps, TooManyBadSteps
 from gpg_megatron.batching import left_out, make_batches, pack, split_updates
@@ -35,7 +35,6 @@ from gpg_megatron.devices import engine_devices, visible_devices
 from gpg_megatron.flops import token_costs
 from gpg_megatron.handover import Handover
 from gpg_megatron.hf_config import pipeline_stages
-from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics, update_metrics
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement import Placement, State
 from gpg_megatron.platform import Device, has_transformer_engine, peak_flops_per_s
@@ -55,10 +54,9 @@ from gpg_megatron.run_checkpoints import (
     layout_of,
     read_trainer_state,
 )
+from gpg_megatron.step_metrics import step_metrics, throughput
 from gpg_megatron.types import (
-    Completion,
     ModelShape,
-    Prompt,
     StepResult,
     TrainBatch,
     TrainSample,
@@ -69,10 +67,6 @@ WATCHDOG_LIMIT_S = 300.0
 CPU_WARNING = (
     "warning: trainer.placement=colocated saves no memory on CPU: vLLM's workers cannot sleep there"
 )
-
-
-class MismatchError(RuntimeError):
-    """Engine and policy disagree about log-probabilities: the engine has other weights."""
 
 
 class Trainer:
@@ -141,10 +135,10 @@ class Trainer:
             self._check_finite(step, samples, results)
             self._wait_for_engines()
             if all(sample.version == before for sample in samples):
-                self._check_mismatch(step, results)
+                check_mismatch(self.config, step, results)
             if self.policy.version > before or self._placement.must_publish:
                 self._publish()
-            metrics = _metrics(rollout, samples, stats, batches, results, before)
+            metrics = step_metrics(rollout, samples, stats, batches, results, before)
             self._report(step, begin, metrics, rollout, samples)
             if self.config.saves_at(step):
                 self._placement.enter(State.READ)
@@ -302,31 +296,9 @@ class Trainer:
         batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
         self._placement.enter(State.READ)
         (logprobs,) = self.policy.logprobs([batch])
-        gaps = (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs()
-        gap, tolerance = gaps.max().item(), self.config.mismatch_tolerance
-        if not gap <= tolerance:
-            raise MismatchError(
-                f"after the first sync the engines' log-probs differ from the policy's by "
-                f"{gap:.2g} (limit {tolerance:g}, bridge.canary_tolerance; {_worst(pairs, gaps)}); "
-                f"refusing to train"
-            )
-        self._say(f"first sync verified: log-probs agree within {gap:.1e} (limit {tolerance:g})")
-
-    def _check_mismatch(self, step: int, results: Sequence[StepResult]) -> None:
-        """In fp32 both sides must agree at every step; the first update of a step is on-policy,
-        unless groups were carried over from an older version.
-
-        Not with top_p or top_k: the engine's log-probs are then those of a cut distribution.
-        """
-        config = self.config
-        if not config.model.dtype == config.rollout.dtype == "fp32" or config.rollout.truncates:
-            return
-        gap = results[0].metrics.get("mismatch/logprob_max", 0.0)
-        if gap > self.config.mismatch_tolerance:
-            raise MismatchError(
-                f"step {step}: the rollouts' log-probs differ from the policy's by {gap:.2g} "
-                f"(limit {self.config.mismatch_tolerance:g}); the last sync went wrong"
-            )
+        limit = self.config.mismatch_tolerance
+        gap = check_canary(pairs, batch, logprobs, limit)
+        self._say(f"first sync verified: log-probs agree within {gap:.1e} (limit {limit:g})")
 
     def _batches(self, rollout: Rollout, samples: Sequence[TrainSample]) -> list[TrainBatch]:
         at = self.parallel
@@ -404,7 +376,7 @@ class Trainer:
         if self.conductor is None:
             return
         metrics |= timings | dict(rollout.timings) | {"timing/step_s": seconds}
-        metrics |= _throughput(metrics, self._peak_flops_per_s)
+        metrics |= throughput(metrics, self._peak_flops_per_s)
         self.conductor.report(step, metrics, rollout.groups, samples)
 
     def _finish(self) -> None:
@@ -423,20 +395,6 @@ def _rank0_limit_s(config: Config) -> int:
     return r.startup_timeout_s + 2 * draws * r.generate_timeout_s
 
 
-def _worst(pairs: Sequence[tuple[Prompt, Completion]], gaps: torch.Tensor) -> str:
-    """Where the largest gap is, and how many are nearly as large; gaps [all response tokens]."""
-    index = int(gaps.nan_to_num(nan=torch.inf).argmax())
-    similar = int((gaps > gaps[index] / 3).sum())
-    for prompt, completion in pairs:
-        if index < len(completion.token_ids):
-            return (
-                f"worst at prompt {prompt.id}, token {index}, where the engine says "
-                f"{completion.logprobs[index]:.6f}; {similar} of {len(gaps)} tokens are similar"
-            )
-        index -= len(completion.token_ids)
-    raise AssertionError("a gap for each response token")
-
-
 def policy_grid(config: Config, shape: ModelShape) -> PolicyGrid:
     """The arrangement of all policy ranks, as the bridge needs it."""
     p = config.policy
@@ -451,49 +409,6 @@ def policy_grid(config: Config, shape: ModelShape) -> PolicyGrid:
     )
 
 
-def canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
-    return TrainSample(
-        prompt_id=prompt.id,
-        group=0,
-        index=0,
-        prompt_token_ids=prompt.token_ids,
-        response_token_ids=completion.token_ids,
-        rollout_logprobs=completion.logprobs,
-        advantage=1.0,
-        version=0,
-    )
-
-
-def _metrics(
-    rollout: Rollout,
-    samples: Sequence[TrainSample],
-    stats: AdvantageStats,
-    batches: Sequence[TrainBatch],
-    results: Sequence[StepResult],
-    version_before: int,
-) -> dict[str, float]:
-    """The metrics of one step that do not depend on the clock."""
-    updated = [r for r in results if r.updated]
-    return {
-        **rollout_metrics(rollout.drawn),
-        **staleness_metrics(samples, version_before),
-        **update_metrics(results),
-        **redraw_metrics(rollout),
-        "version": results[-1].version,
-        "group/alpha": stats.alpha * fmean(batch.alpha for batch in batches),
-        "group/live_fraction": stats.live_fraction,
-        "policy/loss": fmean(r.loss for r in updated) if updated else 0.0,
-        "policy/grad_norm": fmean(r.grad_norm for r in updated) if updated else 0.0,
-        "policy/lr": results[-1].lr,
-        "policy/updates_skipped": len(results) - len(updated),
-        "policy/updates_bad": sum(r.is_bad for r in results),
-        "policy/tokens": sum(b.n_computed_tokens for b in batches),
-        "policy/tokens_skipped": sum(b.n_skipped_tokens for b in batches),
-        "policy/tokens_shared": sum(b.n_shared_tokens for b in batches),
-        "policy/flops": sum(b.flops for b in batches),
-    }
-
-
 def _peak_flops_per_s(device: Device, dtype: torch.dtype) -> float:
     """Collective. What all policy ranks together could do at best; they measure at once, because
     those of one host share its cores."""
@@ -501,27 +416,3 @@ def _peak_flops_per_s(device: Device, dtype: torch.dtype) -> float:
     total = torch.tensor(peak_flops_per_s(device, dtype), dtype=torch.float64)
     dist.all_reduce(total)
     return total.item()
-
-
-def redraw_metrics(rollout: Rollout) -> dict[str, float]:
-    """How the batch came about, all counts."""
-    selection = rollout.selection
-    return {
-        "group/redraws": rollout.redraws,
-        "group/redraws_exhausted": int(selection.exhausted),
-        "group/drawn": len(rollout.drawn),
-        "group/carried_in": rollout.n_carried,
-        "group/carried_out": len(selection.carried),
-        "group/filtered": selection.n_filtered,
-    }
-
-
-def _throughput(metrics: dict[str, float], peak_flops_per_s: float) -> dict[str, float]:
-    """Tokens and operations per second of the phases that ran."""
-    flops_per_s = metrics["policy/flops"] / metrics["timing/policy_s"]
-    return {
-        "throughput/rollout_tokens_per_s": metrics["response/tokens"] / metrics["timing/rollout_s"],
-        "throughput/policy_tokens_per_s": metrics["policy/tokens"] / metrics["timing/policy_s"],
-        "throughput/policy_flops_per_s": flops_per_s,
-        "throughput/policy_mfu": flops_per_s / peak_flops_per_s,
-    }

@@ -23,6 +23,7 @@ platform.quiet_megatron()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from gpg_megatron.agreement import canary_sample  # noqa: E402
 from gpg_megatron.batching import pack  # noqa: E402
 from gpg_megatron.bridge.bridge import WeightBridge  # noqa: E402
 from gpg_megatron.bridge.hf_io import load_hf  # noqa: E402
@@ -34,7 +35,7 @@ from gpg_megatron.policy.policy import Policy  # noqa: E402
 from gpg_megatron.reaper import scratch_directory  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
-from gpg_megatron.trainer import canary_sample, policy_grid  # noqa: E402
+from gpg_megatron.trainer import policy_grid  # noqa: E402
 from gpg_megatron.types import Completion, ModelShape, Prompt  # noqa: E402
 
 COLLECTIVE_LIMIT_S = 300

@@ -15,11 +15,11 @@ from gpg_megatron.algorithm_config import PRESETS, from_preset
 from gpg_megatron.config import (
     AlgorithmConfig,
     Config,
-    config_warnings,
     config_yaml,
     load_config,
     validate,
 )
+from gpg_megatron.config_rules import config_warnings
 from gpg_megatron.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -551,3 +551,8 @@ def test_an_alpha_of_nonzero_scores_is_warned_of_shaped_ones(
     assert config_warnings(changed(**sections, algorithm={"preset": "paper"})) == []
     found = config_warnings(changed(**sections, algorithm={"alpha": "nonzero"}))
     assert [named in line for line in found] == ([True] if named else [])
+
+
+def test_a_batch_is_not_drawn_ahead_by_engines_that_sleep() -> None:
+    with pytest.raises(UserError, match=r"trainer\.max_staleness is 1 with .*colocated"):
+        validate(changed(trainer={"max_staleness": 1, "placement": "colocated"}))

@@ -218,8 +218,6 @@ def run(
         "read_trainer_state": lambda *_: {},
         "is_converted": lambda *_: False,
         "_peak_flops_per_s": lambda *_: 1e9,
-        "redraw_metrics": lambda *_: {},
-        "_throughput": lambda *_: {},
     }.items():
         monkeypatch.setattr(module, name, stand_in)
     with Trainer(config, TIED, "cpu", "run") as it:
