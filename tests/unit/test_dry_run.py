@@ -127,6 +127,17 @@ def test_a_72b_model_on_32_gpus(models: Path) -> None:
     )
 
 
+def test_the_shipped_72b_layout_fits(models: Path) -> None:
+    config = load_config(
+        ROOT / "configs/qwen2.5-72b_math_megatron.yaml", [f"model.path={models / 'qwen2.5-72b'}"]
+    )
+    plan = plan_run(config, device="cuda")
+    assert plan.n_parameters == 72_706_203_648
+    assert problems(plan) == []
+    assert len(plan.memory_by_gpu) == 64 and plan.engine_gpus == range(32, 64)
+    assert plan.publish.sent == plan.publish.bound
+
+
 def test_what_does_not_fit_is_named(models: Path) -> None:
     (found,) = problems(plan_run(flagship(models), device="cuda", gpu_gib=24))
     assert found.startswith("8 of 8 GPUs are too small; worst is GPU 0 in state policy: policy ")
