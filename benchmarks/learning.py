@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", default=",".join(METHODS), help="names with commas between")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for every run")
     args = parser.parse_args(argv)
+    # Ends by an exception, so that subprocess.run ends the training that it waits for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     known = METHODS | OTHERS
     methods = args.methods.split(",")
     for name in methods:
