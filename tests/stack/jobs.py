@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from gpg_megatron.reaper import RUN_ID_VARIABLE, open_segments
+from gpg_megatron.reaper import RUN_ID_VARIABLE, open_segments, scratch_directory
 from tests.shared_memory import all_segments
 
 START_LIMIT_S = 480.0
@@ -62,8 +62,6 @@ class Job:
         self.output = output
         self.log = log
         self.below: set[psutil.Process] = set()
-        self.names: set[str] = set()
-        """Of the processes below."""
         self.run_ids: set[str] = set()
         """Their marks; daemons that are no descendants any more carry them too."""
         self.segments: set[str] = set()
@@ -93,7 +91,6 @@ class Job:
         now = set(psutil.Process(self.process.pid).children(recursive=True))
         for process in now - self.below:
             with suppress(psutil.NoSuchProcess):
-                self.names.add(process.name())
                 self.run_ids.add(process.environ().get(RUN_ID_VARIABLE, ""))
         self.below |= now
         self.segments |= open_segments(p.pid for p in self.below)
@@ -112,14 +109,19 @@ class Job:
             time.sleep(0.1)
         assert self.process.returncode == code, self.log.read_text()
         deadline = time.monotonic() + END_LIMIT_S
-        while left := self._living():
+        while left := self.living():
             assert time.monotonic() < deadline, left
             time.sleep(0.2)
         assert not self.segments & all_segments()
+        assert not [mark for mark in self._marks() if scratch_directory(mark).exists()]
         return self.log.read_text()
 
-    def _living(self) -> list[psutil.Process]:
-        marks = self.run_ids - {""}
+    def _marks(self) -> set[str]:
+        return self.run_ids - {""}
+
+    def living(self) -> list[psutil.Process]:
+        """What it started and has not ended; daemons too."""
+        marks = self._marks()
         living = [p for p in self.below if p.is_running() and p.status() != "zombie"]
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
