@@ -38,7 +38,7 @@ def test_two_steps(runs: dict[str, Job], script: str) -> None:
     job = runs[script]
     printed = job.log.read_text()
     assert "first sync verified" in printed and "step 2/2" in printed
-    flagship.check_metrics(job)
+    flagship.check_metrics(job.metrics())
     policy = load_config(job.output / "config.yaml").policy
     layout = (policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size)
     assert layout == SCRIPTS[script]

@@ -77,7 +77,7 @@ def test_two_hosts_train(place: Path) -> None:
         print(text)
     assert "step 2/2" in printed[0]
     assert "step" not in printed[1], "host 0 alone reports"
-    flagship.check_metrics(jobs[0])
+    flagship.check_metrics(jobs[0].metrics())
 
 
 @pytest.fixture
@@ -102,6 +102,7 @@ def test_a_killed_rank_ends_both_hosts(running: tuple[Job, Job]) -> None:
     assert "Traceback" not in first + second
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_ends_both_hosts(running: tuple[Job, Job]) -> None:
     os.kill(running[1].process.pid, signal.SIGKILL)
     assert running[1].process.wait(timeout=10) == -signal.SIGKILL
