@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpg_megatron.config import Config
 from gpg_megatron.errors import UserError
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 ONE_HOST_TRANSPORTS = ("shm", "cuda_ipc")
 RENDEZVOUS_TIMEOUT_S = 120
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
@@ -183,16 +182,11 @@ def _stopped(number: int) -> Failure:
 # ---- several hosts ----------------------------------------------------------------------
 
 
-class _Stop(BaseException):
-    """A signal to this launcher, before the ranks are there and torch answers it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def _raise_stop(number: int, _frame: object) -> NoReturn:
-    raise _Stop(number)
+    """As torch's agent does while it has ranks, before and after."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raise SignalException(f"signal {number}", sigval=signal.Signals(number))
 
 
 def _run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> Failure | None:
@@ -201,23 +195,33 @@ def _run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> 
             f"bridge.transport={config.bridge.transport} needs policy ranks and engines on one "
             f"host, and --nnodes is {hosts.count}; expected gloo or nccl"
         )
-    for number in STOP_SIGNALS:
-        signal.signal(number, _raise_stop)
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    _answer_signals(_raise_stop)
     with _own_run() as run_id:
         meeting = Meeting(hosts)
         failure: Failure | None = None
         try:
-            failure = _run_host(meeting, config, arguments, hosts, run_id)
-        except UserError as error:
-            failure = Failure(text=str(error), exit_code=2, is_cause=True)
-        except TimeoutError as error:
-            failure = Failure(text=str(error), exit_code=1, is_cause=True)
-        except _Stop as stop:
-            failure = _stopped(stop.number)
-        # A second signal must not keep this host from telling the others.
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+            try:
+                failure = _run_host(meeting, config, arguments, hosts, run_id)
+            except UserError as error:
+                failure = Failure(text=str(error), exit_code=2, is_cause=True)
+            except TimeoutError as error:
+                failure = Failure(text=str(error), exit_code=1, is_cause=True)
+            except DistError as error:  # host 0 is gone, or a host does not come to the rendezvous
+                failure = Failure(text=str(error).splitlines()[0], exit_code=1, is_cause=False)
+            # A signal must not keep this host from telling the others.
+            _answer_signals(signal.SIG_IGN)
+        except SignalException as stop:
+            _answer_signals(signal.SIG_IGN)
+            failure = failure or _stopped(stop.sigval)
         return meeting.end(failure and replace(failure, host=hosts.rank))
+
+
+def _answer_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def _run_host(

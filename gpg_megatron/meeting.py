@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from typing import Any
 from gpg_megatron.errors import UserError
 
 JOIN_TIMEOUT_S = 900.0
+STORE_TIMEOUT_S = 60.0
 SILENT_AFTER_S = 30.0
 LEAVE_TIMEOUT_S = 20.0
 COMPARE_S = 5.0
@@ -100,21 +102,36 @@ class Meeting:
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
         self._reason: Failure | None = None
+        if hosts.rank:
+            self._wait_for_port()
         try:
             self._store: Any = TCPStore(
                 hosts.address,
                 hosts.port,
                 is_master=hosts.rank == 0,
-                timeout=timedelta(seconds=join_timeout_s),
+                timeout=timedelta(seconds=STORE_TIMEOUT_S),
                 wait_for_workers=False,
                 # The policy ranks' rendezvous opens the same port in this process.
                 multi_tenant=True,
             )
         except DistError as error:
             where = f"{hosts.address}:{hosts.port}"
-            if hosts.rank == 0:
-                raise UserError(f"cannot open {where}: {str(error).splitlines()[0]}") from None
-            raise UserError(f"waited {join_timeout_s:g} s for host 0 at {where}") from None
+            raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from None
+
+    def _wait_for_port(self) -> None:
+        """torch would wait too, and answer no signal meanwhile."""
+        where = (self._hosts.address, self._hosts.port)
+        deadline = time.monotonic() + self._limit_s
+        while True:
+            try:
+                socket.create_connection(where, timeout=BEAT_S).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"waited {self._limit_s:g} s for host 0 at {where[0]}:{where[1]}: {error}"
+                    ) from None
+            time.sleep(BEAT_S / 2)
 
     def wait_for_all(self, what: str) -> None:
         """Return when every host has called it with the same text.
@@ -130,15 +147,15 @@ class Meeting:
             time.sleep(0.1)
 
     def tell(self, what: str, value: str) -> None:
-        """Host 0 says something to all."""
+        """One host says something to all."""
         self._set(what, value)
 
     def hear(self, what: str) -> str:
-        """What host 0 said. Raises UserError when it says nothing."""
+        """What a host told. Raises UserError when none does."""
         deadline = time.monotonic() + self._limit_s
         while not self._store.check([f"hosts/{what}"]):
             if time.monotonic() > deadline:
-                raise UserError(f"waited {self._limit_s:g} s for host 0: {what}")
+                raise UserError(f"waited {self._limit_s:g} s to hear {what}")
             time.sleep(0.1)
         return str(self._store.get(f"hosts/{what}").decode())
 

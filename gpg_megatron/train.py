@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a key")
     add_host_options(parser)
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    first = os.environ.get("RANK", "0") == "0" and not arguments.node_rank
+    config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
+    first = os.environ.get("RANK", "0") == "0" and hosts.rank == 0
     if first and RUN_ID_VARIABLE not in os.environ:
         for line in config_warnings(config):
             print(f"warning: {line}", file=sys.stderr)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "RANK" in os.environ:
         return run_rank(config)
     given = [f"--config={arguments.config}", *arguments.overrides]
-    return launch(config, given, hosts_of(arguments))
+    return launch(config, given, hosts)
 
 
 def dry_run(config: Config, gpu_gib: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class P2POutbox:
         self, bucket_bytes: int, receivers: Sequence[int], *, backend: Backend, timeout_s: float
     ) -> None:
         """Open the rendezvous; the group stands when every receiver has attached."""
-        host = address_towards(os.environ["MASTER_ADDR"])
+        host = address_towards(os.environ.get("MASTER_ADDR") or socket.gethostname())
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )

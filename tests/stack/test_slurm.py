@@ -110,7 +110,7 @@ def test_a_job_near_its_time_limit_is_queued_again_and_goes_on(
     cluster: SlurmCluster, place: Path
 ) -> None:
     """SLURM's signal before the limit, sent by hand."""
-    file, steps = "one_node.sbatch", 40
+    file, steps = "one_node.sbatch", 8
     overrides = (f"trainer.total_training_steps={steps}", "checkpoint.save_freq=1")
     before = all_segments()
     job = submit(cluster, place, file, "run_qwen2-7b_math.sh", *overrides)
