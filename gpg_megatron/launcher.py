@@ -84,7 +84,8 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     """
     from gpg_megatron.platform import resolve_device
 
-    resolve_device(config.trainer.device)
+    if resolve_device(config.trainer.device) == "cuda":
+        _check_devices(hosts.local_ranks(config.world_size))
     if hosts.count == 1:
         if not _has_work(config):
             return 0
@@ -97,6 +98,17 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     if line := failure.line(hosts.rank):
         print(line, file=sys.stderr)
     return failure.exit_code
+
+
+def _check_devices(n_ranks: int) -> None:
+    """A rank takes the device of its local number. Raises UserError."""
+    import torch
+
+    if (count := torch.cuda.device_count()) < n_ranks:
+        raise UserError(
+            f"this host is to run {n_ranks} policy ranks, and torch sees {count} CUDA devices; "
+            "expected one for each (in a SLURM job: one task on each node, with all of its GPUs)"
+        )
 
 
 def _has_work(config: Config) -> bool:

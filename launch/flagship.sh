@@ -66,6 +66,7 @@ flagship() {
   local config="$1" data="${DATA_DIR:-$root/data}" python hosts=()
   shift
   data="$(realpath -m "$data")"
+  [[ -z "${DATA_SOURCE:-}" ]] || DATA_SOURCE="$(realpath -m "$DATA_SOURCE")"
   local keys=(
     "data.train_files=[$data/gsm8k/train.parquet,$data/math/train.parquet]"
     "data.val_files=[$data/gsm8k/test.parquet,$data/math/test.parquet]"

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from gpg_megatron.config import Config, PolicyConfig
+from gpg_megatron.errors import UserError
+from gpg_megatron.launcher import launch
+from gpg_megatron.meeting import Hosts
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("run_qwen2-7b_math_megatron.sh", "run_qwen2-7b_math.sh")
 
@@ -114,6 +119,14 @@ def test_several_hosts_refuse_a_transport_of_one_host(place: Path) -> None:
         "error: bridge.transport=shm needs policy ranks and engines on one host, and --nnodes is "
         "2; expected gloo or nccl\n"
     )
+
+
+def test_each_policy_rank_of_a_host_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = Config(policy=PolicyConfig(tensor_model_parallel_size=4))
+    with pytest.raises(UserError, match="to run 2 policy ranks, and torch sees 1 CUDA"):
+        launch(config, [], Hosts(count=2, rank=0, address="h"))
 
 
 SLURM = ROOT / "launch" / "slurm"
