@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import secrets
 import signal
@@ -274,13 +275,15 @@ def _start_ray(
     # Whatever token this user's other clusters have, each host must have the same one here.
     token = secrets.token_hex(32) if hosts.rank == 0 else meeting.hear("Ray's token")
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    count, with_gpus = config.rollout.num_engines, resolve_device(config.trainer.device) == "cuda"
     start_ray_host(
-        config.rollout,
         cluster=f"{hosts.address}:{hosts.ray_port}",
         is_head=hosts.rank == 0,
         own_address=own_address,
         scratch_dir=scratch_directory(run_id),
-        with_gpus=resolve_device(config.trainer.device) == "cuda",
+        # Without GPUs, which decide where there are some, the hosts share the engines evenly.
+        engine_places=count if with_gpus else math.ceil(count / hosts.count),
+        with_gpus=with_gpus,
     )
     if hosts.rank == 0:  # the head stands, others may join it
         meeting.tell("Ray's token", token)

@@ -192,10 +192,12 @@ class Meeting:
             self._until(lambda: any(f.is_cause for f in self._failures()), COMPARE_S)
             still = [k for k, beat in self._beats().items() if beat == beats.get(k)]
             found += [_lost(k, "does not answer any more") for k in still]
-        found += self._failures()
+        lost = {f.host for f in (*known, *found)} - {rank}
+        found += (told := self._failures())
+        lost -= {f.host for f in told}
         self._set(f"left/{rank}", "1")
-        if rank == 0:
-            keys = [self._key("left", k) for k in self._others]
+        if rank == 0:  # the store ends with this launcher
+            keys = [self._key("left", k) for k in self._others if k not in lost]
             self._until(lambda: self._store.check(keys), LEAVE_TIMEOUT_S)
         return found
 

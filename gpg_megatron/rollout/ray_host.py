@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpg_megatron.config import RolloutConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.rollout.ray_session import OBJECT_STORE_BYTES
 
@@ -16,12 +15,12 @@ START_TIMEOUT_S = 180.0
 
 
 def start_ray_host(
-    config: RolloutConfig,
     *,
     cluster: str,
     is_head: bool,
     own_address: str,
     scratch_dir: Path,
+    engine_places: int,
     with_gpus: bool,
 ) -> None:
     """Start Ray's daemons on this host; they outlive this call, and the run's reaper ends them.
@@ -32,6 +31,7 @@ def start_ray_host(
         cluster: host:port of the head.
         own_address: of this host.
         scratch_dir: for sockets and logs; at most 40 characters.
+        engine_places: how many engines may be placed here, as far as CPUs decide.
 
     Raises:
         UserError: Ray refused; its last line is in the message.
@@ -42,8 +42,8 @@ def start_ray_host(
     # Ray's fixed ports collide where two runs, or two hosts of a test, share a machine.
     command += ["--min-worker-port", "0", "--max-worker-port", "0"]
     command += ["--dashboard-agent-listen-port", "0"]
-    # Ray keeps one idle Python process per CPU.
-    command += ["--num-cpus", str(config.num_engines)]
+    # An engine asks for one CPU; Ray keeps an idle Python process for each.
+    command += ["--num-cpus", str(engine_places)]
     command += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     if not with_gpus:
         command += ["--num-gpus", "0"]

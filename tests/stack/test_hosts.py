@@ -40,7 +40,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def two_hosts(place: Path, name: str, *overrides: str) -> Iterator[tuple[Job, Job]]:
-    """The script on both; two of the four ranks on each."""
+    """The script on both; two of the four ranks and one of the two engines on each."""
     port, ray_port = _free_ports(2)
     output = place / name
     with ExitStack() as stack:
@@ -51,7 +51,7 @@ def two_hosts(place: Path, name: str, *overrides: str) -> Iterator[tuple[Job, Jo
                 NNODES="2", NODE_RANK=str(rank), NPROC_PER_NODE="2", MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port), RAY_PORT=str(ray_port),
             )  # fmt: skip
-            command = [SCRIPT, *flagship.OVERRIDES, *overrides]
+            command = [SCRIPT, *flagship.OVERRIDES, "rollout.num_engines=2", *overrides]
             log = place / f"{name}_{rank}.log"
             jobs.append(
                 stack.enter_context(
@@ -92,8 +92,10 @@ def running(place: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Job, 
 
 def test_a_killed_rank_ends_both_hosts(running: tuple[Job, Job]) -> None:
     names = [{process.name() for process in job.living()} for job in running]
-    assert {"gcs_server", "raylet"} <= names[0] and "ray::Engine" in names[0] | names[1]
+    assert {"gcs_server", "raylet"} <= names[0]
     assert "raylet" in names[1] and "gcs_server" not in names[1], "one cluster, two nodes"
+    engines = [[name for name in some if name.startswith("ray::Engine")] for some in names]
+    assert all(engines), "one on each"
     assert running[1].ranks().keys() == {2, 3}
     running[1].ranks()[3].kill()
     first, second = _both_end(running, 1, FAULT_LIMIT_S)
