@@ -48,9 +48,10 @@ slurm_job() {
   printf '[slurm] job %s, restart %s, nodes %s\n' \
     "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST"
   trap requeue USR1
-  # srun takes the CPUs of a task from neither the job nor the batch script.
+  # srun takes the CPUs of a task from neither the job nor the batch script. The launchers end one
+  # another and clean up, so srun must not kill them at once when one fails.
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --export=ALL \
+    --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=0 --wait=60 --export=ALL \
     bash -c 'NODE_RANK="$SLURM_NODEID" exec "$@"' _ "$script" "$@" &
   step=$!
   # A trapped signal ends `wait`, not the step.

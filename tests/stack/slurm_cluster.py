@@ -90,9 +90,11 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run("scancel", "--user", getpass.getuser())
-        self._wait(lambda: not self.run("squeue", "--noheader").stdout, "all jobs to end")
-        self._end()
+        try:
+            self.run("scancel", "--user", getpass.getuser())
+            self._wait(lambda: not self.run("squeue", "--noheader").stdout, "all jobs to end")
+        finally:
+            self._end()
 
     def _start(self) -> None:
         key = self.folder / "munge.key"

@@ -70,13 +70,13 @@ def submit(cluster: SlurmCluster, place: Path, file: str, script: str, *override
     )
 
 
-def wait_for(cluster: SlurmCluster, job: int, log: Path) -> str:
+def wait_for(cluster: SlurmCluster, job: int, log: Path, end: str = "COMPLETED") -> str:
     """The job's output once it has come to its end, with nothing left of it."""
     deadline = time.monotonic() + JOB_LIMIT_S
     while (state := cluster.state(job)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
         assert time.monotonic() < deadline, f"{state}: {log.read_text()}\n{cluster.logs()}"
         time.sleep(0.5)
-    assert state == "COMPLETED", f"{state}: {log.read_text()}"
+    assert state == end, f"{state}: {log.read_text()}"
     deadline = time.monotonic() + 20
     while left := _processes_of(cluster, job):
         assert time.monotonic() < deadline, left
@@ -132,3 +132,17 @@ def test_a_job_near_its_time_limit_is_queued_again_and_goes_on(
     assert numbers.count(1) == 1, "it did not begin again"
     assert set(numbers) == set(range(steps + 1)), "and left out no step"
     assert not abandoned_segments(before)
+
+
+def test_a_job_that_fails_on_one_node_ends_on_all_and_is_not_queued_again(
+    cluster: SlurmCluster, place: Path
+) -> None:
+    file = "several_nodes.sbatch"
+    # Node 0 alone looks at the data.
+    missing = "data.train_files=[/nowhere.parquet]"
+    job = submit(cluster, place, file, "run_qwen2-7b_math_megatron.sh", missing)
+    printed = wait_for(cluster, job, place / f"{file}.log", end="FAILED")
+    assert "\nerror: data file not found: /nowhere.parquet" in printed, printed
+    assert "\nerror: host 0: data file not found: /nowhere.parquet" in printed
+    assert printed.count(f"[slurm] job {job}, ") == 1
+    assert "Traceback" not in printed
