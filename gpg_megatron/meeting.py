@@ -175,9 +175,8 @@ class Meeting:
             known.append(failure)
         try:
             known += self._leave(known)
-        except RuntimeError as error:  # torch's, when host 0's launcher and its store are gone
-            if not known:
-                known.append(_lost(0, f"is gone ({type(error).__name__})"))
+        except RuntimeError:  # torch's, when the store is gone
+            known.append(_lost(0, "is gone"))
         return cause_of(known, self._hosts.rank)
 
     def _leave(self, known: list[Failure]) -> list[Failure]:
@@ -210,8 +209,8 @@ class Meeting:
             try:
                 self._set(f"beat/{self._hosts.rank}", str(number))
                 self._reason = cause_of(self._failures(), self._hosts.rank) or self._silent(seen)
-            except RuntimeError as error:  # torch's, when the store is gone
-                self._reason = _lost(0, f"is gone ({type(error).__name__})")
+            except RuntimeError:  # torch's, when the store is gone
+                self._reason = _lost(0, "is gone")
             if self._reason is not None:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

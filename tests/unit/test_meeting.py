@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
@@ -96,6 +97,16 @@ def test_a_launcher_that_died_is_the_reason(hosts: Hosts) -> None:
     reason = first.end(FOLLOWED)
     assert reason is not None
     assert reason.line(0) == "error: host 1: its launcher does not answer any more"
+
+
+def test_a_host_0_that_died_is_the_reason(hosts: Hosts) -> None:
+    """Its store ends with it."""
+    first, second = both(hosts)
+    del first
+    gc.collect()
+    reason = second.end(replace(FOLLOWED, host=1))
+    assert reason is not None
+    assert reason.line(1) == "error: host 0: its launcher is gone"
 
 
 def test_the_watcher_sends_the_signal_once_another_fails(
