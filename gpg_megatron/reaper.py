@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RUN_ID_VARIABLE = "GPG_RUN_ID"
+SCRATCH_VARIABLE = "GPG_SCRATCH"
+"""For those of the run's processes that another host commands, as engines there."""
 SHARED_MEMORY = Path("/dev/shm")
 SAMPLE_INTERVAL_S = 1.0
 TERM_GRACE_S = 3.0
@@ -122,6 +124,7 @@ def start_reaper(run_id: str) -> int:
     os.environ[RUN_ID_VARIABLE] = run_id
     # setproctitle (Ray, vLLM) writes over /proc/PID/environ unless told to leave it.
     os.environ["SPT_NOENV"] = "1"
+    os.environ[SCRATCH_VARIABLE] = str(scratch_directory(run_id))
     scratch_directory(run_id).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-I", "-S", __file__, run_id, str(os.getpid())]
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]

@@ -1,4 +1,5 @@
-"""gpg-train: check everything, start torchrun with the world that the configuration asks for.
+"""gpg-train: check everything, start torchrun with the world that the configuration asks for
+(launcher.py).
 
 Under torchrun (RANK is set) it joins that world instead.
 """
@@ -6,7 +7,6 @@ Under torchrun (RANK is set) it joins that world instead.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -17,8 +17,9 @@ from gpg_megatron.config import Config, load_config
 from gpg_megatron.config_rules import config_warnings
 from gpg_megatron.console import exit_codes
 from gpg_megatron.errors import UserError
-from gpg_megatron.preflight import check_model, check_output, find_resume_point, load_inputs
-from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+from gpg_megatron.launcher import add_host_options, hosts_of, launch
+from gpg_megatron.preflight import check_model
+from gpg_megatron.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
 
 RANK0_GRACE_S = 30.0
 
@@ -35,16 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gpu-memory-gb", type=float, default=80.0, help="of each GPU, GiB, for --dry-run"
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a key")
+    add_host_options(parser)
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    if os.environ.get("RANK", "0") == "0" and RUN_ID_VARIABLE not in os.environ:
+    config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
+    first = os.environ.get("RANK", "0") == "0" and hosts.rank == 0
+    if first and RUN_ID_VARIABLE not in os.environ:
         for line in config_warnings(config):
             print(f"warning: {line}", file=sys.stderr)
     if arguments.dry_run:
         return dry_run(config, arguments.gpu_memory_gb)
     if "RANK" in os.environ:
         return run_rank(config)
-    return launch(config, [f"--config={arguments.config}", *arguments.overrides])
+    given = [f"--config={arguments.config}", *arguments.overrides]
+    return launch(config, given, hosts)
 
 
 def dry_run(config: Config, gpu_gib: float) -> int:
@@ -57,60 +61,6 @@ def dry_run(config: Config, gpu_gib: float) -> int:
         device = resolve_device("auto")
     print("\n".join(lines(plan_run(config, device=device, gpu_gib=gpu_gib))))
     return 0
-
-
-def launch(config: Config, arguments: Sequence[str]) -> int:
-    """Check the inputs, then run one torchrun agent on this host; leave nothing of it behind."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from gpg_megatron.platform import resolve_device
-
-    resolve_device(config.trainer.device)
-    check_output(config)
-    shape = check_model(config)
-    load_inputs(config)
-    point, _ = find_resume_point(config, shape)
-    total = config.trainer.total_training_steps
-    if point is not None and point.marker.step >= total:
-        print(
-            f"nothing to do: {point.directory} has trainer.total_training_steps={total} behind it"
-        )
-        return 0
-    # The agent narrates every failure three times; the line below says it once.
-    for name in ("", ".agent.server.api", ".multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
-    run_id = os.environ[RUN_ID_VARIABLE] = new_run_id()
-    start_reaper(run_id)
-    world = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.world_size,
-        run_id=run_id,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.5,
-    )
-    try:
-        elastic_launch(world, sys.executable)("-m", "gpg_megatron.train", *arguments)
-    except SignalException as stop:
-        print(f"stopped by {signal.Signals(stop.sigval).name}", file=sys.stderr)
-        return 128 + stop.sigval
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode == 2:
-            return 2
-        print(f"error: policy rank {rank} ended: {_exit_text(failure.exitcode)}", file=sys.stderr)
-        return 1
-    finally:
-        cleanup_run(run_id)
-    return 0
-
-
-def _exit_text(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def run_rank(config: Config) -> int:

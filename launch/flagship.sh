@@ -10,8 +10,8 @@
 #   DEVICE         auto, cuda, or cpu: for small models, without a GPU             (auto)
 #   GPG_PYTHON     interpreter of the environment to use         (python; with DEVICE=cpu
 #                  the environment that setup_cpu_env.sh makes)
-#   NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RAY_PORT
-#                  several hosts: the script runs on each of them, with the same command line
+#   NNODES, NODE_RANK, MASTER_ADDR     several hosts: the script runs on each of them, with the
+#                  same command line; docs/launch.md has these and more
 
 root="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 
@@ -33,6 +33,18 @@ find_python() {
   export PATH="$(dirname "$python"):$PATH"
 }
 
+find_hosts() {
+  ((${NNODES:-1} > 1)) || return 0
+  : "${MASTER_ADDR:?NNODES is $NNODES: MASTER_ADDR must name the first host}"
+  : "${NODE_RANK:?NNODES is $NNODES: NODE_RANK must be 0 on the first host, 1 on the next ...}"
+  hosts=(
+    --nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
+    ${MASTER_PORT:+--master-port "$MASTER_PORT"} ${RAY_PORT:+--ray-port "$RAY_PORT"}
+    ${NPROC_PER_NODE:+--nproc-per-node "$NPROC_PER_NODE"}
+  )
+  keys+=(bridge.transport=gloo)
+}
+
 prepare_data() {
   local name
   for name in gsm8k math; do
@@ -51,9 +63,10 @@ cpu_keys=(
 )
 
 flagship() {
-  local config="$1" data="${DATA_DIR:-$root/data}" python
+  local config="$1" data="${DATA_DIR:-$root/data}" python hosts=()
   shift
   data="$(realpath -m "$data")"
+  [[ -z "${DATA_SOURCE:-}" ]] || DATA_SOURCE="$(realpath -m "$DATA_SOURCE")"
   local keys=(
     "data.train_files=[$data/gsm8k/train.parquet,$data/math/train.parquet]"
     "data.val_files=[$data/gsm8k/test.parquet,$data/math/test.parquet]"
@@ -65,34 +78,12 @@ flagship() {
     keys+=("${cpu_keys[@]}")
   fi
   find_python
+  find_hosts
   cd "$root"
   # Megatron overlaps communication with computation by the order of kernel launches.
   export CUDA_DEVICE_MAX_CONNECTIONS=1
   if [[ "${NODE_RANK:-0}" == 0 ]]; then
     prepare_data
   fi
-  if ((${NNODES:-1} == 1)); then
-    exec "$python" -m gpg_megatron.train --config "$config" "${keys[@]}" "$@"
-  fi
-  on_several_hosts "$config" "${keys[@]}" "$@"
-}
-
-# Ray on every host, for the engines; torchrun's rendezvous for the ranks.
-on_several_hosts() {
-  local config="$1" ray_port="${RAY_PORT:-6379}" place ray code=0
-  shift
-  : "${MASTER_ADDR:?NNODES is $NNODES: MASTER_ADDR must name the first host}"
-  : "${NODE_RANK:?NNODES is $NNODES: NODE_RANK must be 0 on the first host, 1 on the next ...}"
-  : "${NPROC_PER_NODE:?NNODES is $NNODES: NPROC_PER_NODE must be the policy ranks of each host}"
-  place=(--address "$MASTER_ADDR:$ray_port")
-  [[ "$NODE_RANK" != 0 ]] || place=(--head --port "$ray_port" --include-dashboard=false)
-  "$python" -m ray.scripts.scripts start "${place[@]}" --block &
-  ray=$!
-  trap 'kill "$ray" 2>/dev/null || true; wait "$ray" 2>/dev/null || true' EXIT
-  "$python" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-    --nproc-per-node "$NPROC_PER_NODE" --rdzv-backend c10d --rdzv-id gpg \
-    --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" \
-    -m gpg_megatron.train --config "$config" "rollout.ray_address=$MASTER_ADDR:$ray_port" \
-    bridge.transport=gloo "$@" || code=$?
-  exit "$code"
+  exec "$python" -m gpg_megatron.train --config "$config" "${hosts[@]}" "${keys[@]}" "$@"
 }

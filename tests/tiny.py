@@ -10,6 +10,14 @@ from typing import Any, Literal
 Family = Literal["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "qwen2_moe"]
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+DIGIT_ANSWERS = [f"#### {d}" for d in range(10)] + [f"\\boxed{{{d}}}" for d in range(10)]
+"""What make_answering_model says: one token each."""
 
 
 def make_tiny_model(
@@ -24,6 +32,7 @@ def make_tiny_model(
     sharpness: float = 1.0,
     family: Family = "qwen2",
     tied: bool = True,
+    max_position_embeddings: int = 512,
 ) -> Path:
     """Write config, fp32 safetensors and tokenizer files; head size 32.
 
@@ -45,7 +54,7 @@ def make_tiny_model(
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -56,6 +65,30 @@ def make_tiny_model(
     model.model.norm.weight.data *= sharpness
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_answering_model(directory: Path) -> Path:
+    """A Qwen2 with a chat template that answers any problem with a digit, as GSM8K and as MATH
+    want it, at random: about every tenth problem with such an answer is solved.
+
+    One direction of the embeddings is the same for every token, and the rows of the output
+    layer that belong to answers point to it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_tiny_model(directory, num_layers=4, tied=False, max_position_embeddings=2048)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(DIGIT_ANSWERS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    likely = [*tokenizer.convert_tokens_to_ids(DIGIT_ANSWERS), tokenizer.eos_token_id]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] += 4.0
+        model.lm_head.weight[likely, 0] += 0.6
+    model.save_pretrained(directory)
     return directory
 
 

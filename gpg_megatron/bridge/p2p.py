@@ -7,6 +7,7 @@ waits in send and receive, which do not poll.
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import threading
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from gpg_megatron.bridge.transport import SLOTS, TransferError
+from gpg_megatron.network import address_towards
 
 Backend = Literal["gloo", "nccl"]
 
@@ -43,7 +45,7 @@ class P2POutbox:
         self, bucket_bytes: int, receivers: Sequence[int], *, backend: Backend, timeout_s: float
     ) -> None:
         """Open the rendezvous; the group stands when every receiver has attached."""
-        host = socket.gethostbyname(socket.gethostname())
+        host = address_towards(os.environ.get("MASTER_ADDR") or socket.gethostname())
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )

@@ -59,7 +59,7 @@ class EngineSpec:
     cpu_threads: int
     """Of each worker, on CPU."""
     scratch: str
-    """Folder for temporary files, on the engine's host."""
+    """Folder for temporary files; the engine's host may have one of its own (GPG_SCRATCH)."""
 
 
 def sanitize_environment(spec: EngineSpec) -> None:
@@ -72,7 +72,7 @@ def sanitize_environment(spec: EngineSpec) -> None:
         del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    temporary = Path(spec.scratch) / "tmp"
+    temporary = Path(os.environ.get("GPG_SCRATCH", spec.scratch)) / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     if spec.device == "cpu":

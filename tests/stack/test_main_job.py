@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from gpg_megatron.bridge.compare import compare
 from gpg_megatron.config import load_config
-from gpg_megatron.reaper import open_segments
-from tests.shared_memory import all_segments
+from tests.stack.jobs import START_LIMIT_S, STEP_KEYS, Job, running_job
 from tests.tiny import make_tiny_model, write_problems
 
-START_LIMIT_S = 480.0
-END_LIMIT_S = 20.0
 PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 
 
@@ -72,70 +66,14 @@ def _likely_answers(model: Path) -> list[str]:
     return answers
 
 
-class Job:
-    """A running gpg-train and what it must not leave behind."""
-
-    def __init__(self, folder: Path, name: str, *overrides: str) -> None:
-        self.output = folder / name
-        self.below: set[psutil.Process] = set()
-        self.segments: set[str] = set()
-        command = [sys.executable, "-m", "gpg_megatron.train", "--config"]
-        command += [str(folder / "config.yaml"), f"trainer.output_dir={self.output}", *overrides]
-        self.log = folder / f"{name}.log"
-        with self.log.open("w") as log:
-            # A session of its own: the terminal's Ctrl-C goes to a whole process group.
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-    def metrics(self) -> list[dict]:
-        path = self.output / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + START_LIMIT_S
-        while not any(row["step"] >= step for row in self.metrics()):
-            assert self.is_running(), self.log.read_text()
-            assert time.monotonic() < deadline, f"no step {step}: {self.log.read_text()}"
-            time.sleep(0.2)
-
-    def is_running(self) -> bool:
-        """Also remembers the processes below and their segments, which must end with it."""
-        if self.process.poll() is not None:
-            return False
-        self.below |= set(psutil.Process(self.process.pid).children(recursive=True))
-        self.segments |= open_segments(p.pid for p in self.below)
-        return True
-
-    def ranks(self) -> dict[int, psutil.Process]:
-        """The policy ranks; what they start inherits RANK, so parenthood decides."""
-        children = psutil.Process(self.process.pid).children()
-        return {int(p.environ()["RANK"]): p for p in children if "RANK" in p.environ()}
-
-    def ends(self, code: int, limit_s: float = END_LIMIT_S) -> str:
-        """Wait for the end and check that nothing is left; returns what was printed."""
-        deadline = time.monotonic() + limit_s
-        while self.is_running():
-            assert time.monotonic() < deadline, f"still running: {self.log.read_text()}"
-            time.sleep(0.1)
-        assert self.process.returncode == code, self.log.read_text()
-        deadline = time.monotonic() + END_LIMIT_S
-        while left := [p for p in self.below if p.is_running() and p.status() != "zombie"]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.2)
-        assert not self.segments & all_segments()
-        return self.log.read_text()
-
-
 @contextmanager
 def started(folder: Path, name: str, *overrides: str) -> Iterator[Job]:
-    """A job that is stopped at the end, whatever the test found."""
-    job = Job(folder, name, *overrides)
-    try:
+    """gpg-train with the folder's configuration; its run directory has the given name."""
+    output = folder / name
+    command = [sys.executable, "-m", "gpg_megatron.train", "--config"]
+    command += [str(folder / "config.yaml"), f"trainer.output_dir={output}", *overrides]
+    with running_job(command, output=output, log=folder / f"{name}.log") as job:
         yield job
-    finally:
-        if job.process.poll() is None:
-            job.process.send_signal(signal.SIGTERM)
-            job.process.wait(timeout=60)
 
 
 @pytest.fixture
@@ -164,32 +102,7 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
         assert row["mismatch/logprob_max"] <= 1e-4
         assert row["staleness/max"] == 0
         assert 0 < row["throughput/policy_mfu"] < 1
-        assert {
-            "reward/mean",
-            "reward/accuracy",
-            "group/live_fraction",
-            "group/alpha",
-            "group/redraws",
-            "policy/loss",
-            "policy/grad_norm",
-            "policy/lr",
-            "policy/tokens",
-            "policy/tokens_skipped",
-            "policy/tokens_shared",
-            "policy/flops",
-            "response/length_mean",
-            "response/clipped_fraction",
-            "timing/rollout_s",
-            "timing/reward_s",
-            "timing/policy_s",
-            "timing/sync_s",
-            "timing/step_s",
-            "throughput/rollout_tokens_per_s",
-            "throughput/policy_tokens_per_s",
-            "throughput/policy_flops_per_s",
-            "throughput/policy_mfu",
-            "memory/rss_gb",
-        } <= row.keys()
+        assert row.keys() >= STEP_KEYS
     key = "eval/arithmetic/tiny/mean@8"
     assert steps[-1][key] > before[key], "three steps on one-token answers must show"
     rows = [json.loads(line) for line in (run.output / "rollouts/step_2.jsonl").open()]

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from gpg_megatron.config import Config, PolicyConfig
+from gpg_megatron.errors import UserError
+from gpg_megatron.launcher import launch
+from gpg_megatron.meeting import Hosts
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("run_qwen2-7b_math_megatron.sh", "run_qwen2-7b_math.sh")
 
@@ -84,6 +89,10 @@ def test_on_gpus_the_layout_is_the_configurations(place: Path) -> None:
         ({"GPG_PYTHON": "no-such-python"}, "no-such-python: no such program; docs/install-gpu.md"),
         ({"NNODES": "2"}, "NNODES is 2: MASTER_ADDR must name the first host"),
         ({"NNODES": "2", "MASTER_ADDR": "h"}, "NNODES is 2: NODE_RANK must be 0 on the first"),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "2"},
+            "error: --node-rank is 2; expected 0 to 1 with --nnodes 2",
+        ),
         ({"MODEL_PATH": "/nowhere"}, "model.path: no such directory: /nowhere"),
         ({"DATA_SOURCE": "/nowhere", "DATA_DIR": "/tmp/nowhere"}, "--source /nowhere: no such"),
     ],
@@ -100,3 +109,60 @@ def test_no_hyper_parameter_is_set_by_a_script(script: str) -> None:
     for key in ("policy.lr", "rollout.n=", "batch_size", "algorithm.", "temperature", "max_resp"):
         lines = [x for x in text.splitlines() if key in x and not x.startswith("#")]
         assert not lines, key
+
+
+def test_several_hosts_refuse_a_transport_of_one_host(place: Path) -> None:
+    several = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1", "DEVICE": "cpu"}
+    done = run(SCRIPTS[0], place, "bridge.transport=shm", **several)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: bridge.transport=shm needs policy ranks and engines on one host, and --nnodes is "
+        "2; expected gloo or nccl\n"
+    )
+
+
+def test_each_policy_rank_of_a_host_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = Config(policy=PolicyConfig(tensor_model_parallel_size=4))
+    with pytest.raises(UserError, match="to run 2 policy ranks, and torch sees 1 CUDA"):
+        launch(config, [], Hosts(count=2, rank=0, address="h"))
+
+
+SLURM = ROOT / "launch" / "slurm"
+BATCH_FILES = sorted(SLURM.glob("*.sbatch"))
+
+
+def options_of(file: Path) -> dict[str, str]:
+    lines = [x for x in file.read_text().splitlines() if x.startswith("#SBATCH ")]
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines)
+
+
+def test_the_batch_files_differ_in_the_number_of_nodes_alone() -> None:
+    first, second = (options_of(file) for file in BATCH_FILES)
+    assert first.pop("nodes") == "1" and int(second.pop("nodes")) > 1
+    assert first == second
+    assert "requeue" in first and first["signal"].startswith("B:USR1@")
+    assert first["ntasks-per-node"] == "1", "the launcher starts the ranks of its node"
+
+
+def test_a_batch_job_removes_what_other_launchers_left() -> None:
+    stale = {
+        "RANK": "7", "LOCAL_RANK": "1", "WORLD_SIZE": "9", "MASTER_ADDR": "x", "NNODES": "3",
+        "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "1", "PYTHONPATH": "x", "RAY_ADDRESS": "x",
+        "GPG_RUN_ID": "x", "ROCR_VISIBLE_DEVICES": "0",
+    }  # fmt: skip
+    kept = {"MODEL_PATH": "m", "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_JOB_ID": "5", "HOME": "/h"}
+    script = f"source {SLURM / 'job.sh'}; sanitise_environment; exec {sys.executable} -c "
+    script += "'import json, os; print(json.dumps(dict(os.environ)))'"
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        env=stale | kept | {"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    after = json.loads(done.stdout)
+    assert not after.keys() & stale.keys()
+    assert kept.items() <= after.items()
