@@ -87,6 +87,8 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
 
     if resolve_device(config.trainer.device) == "cuda":
         _check_devices(hosts.local_ranks(config.world_size))
+    else:  # idle threads that spin would take the cores from other ranks, engines and programs
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
         if not _has_work(config):
             return 0
