@@ -113,6 +113,7 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
     assert load_config(run.output / "config.yaml").trainer.total_training_steps == 3
 
 
+@pytest.mark.slow
 def test_colocated_learns_what_disaggregated_learns(job: Path) -> None:
     """Every hand-over between real ranks and a real engine, a save and a resume included; on CPU
     the engine keeps its memory, the policy really gives its own back."""
