@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from gpg_megatron.config import RewardConfig
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.data.catalog import load_split
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.types import Completion, Prompt

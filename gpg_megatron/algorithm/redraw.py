@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpg_megatron.algorithm.advantages import is_live
-from gpg_megatron.algorithm_config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import ScoredGroup
 
 

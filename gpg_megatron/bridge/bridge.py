@@ -35,10 +35,11 @@ from gpg_megatron.bridge.protocol import (
     Update,
     WorkerLayout,
 )
-from gpg_megatron.bridge.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
-from gpg_megatron.bridge.transport import SLOTS, Outbox, Patience, TransferError, open_outbox
-from gpg_megatron.collectives import on_rank0
-from gpg_megatron.config import BridgeConfig
+from gpg_megatron.bridge.transports.base import SLOTS, Outbox, Patience, TransferError
+from gpg_megatron.bridge.transports.table import open_outbox
+from gpg_megatron.config.sections import BridgeConfig
+from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.layout.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
 from gpg_megatron.types import ModelShape
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gpg_megatron.bridge.plan import Destination, Route
-from gpg_megatron.bridge.transport import TransportName
+from gpg_megatron.bridge.transports.base import TransportName
 
 BACKEND = "gpg"
 """Name of the weight-transfer engine that is registered in vLLM."""

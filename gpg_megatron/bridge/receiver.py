@@ -34,7 +34,8 @@ from gpg_megatron.bridge.protocol import (
     Update,
     WorkerLayout,
 )
-from gpg_megatron.bridge.transport import Inbox, Patience, TransferError, open_inbox
+from gpg_megatron.bridge.transports.base import Inbox, Patience, TransferError
+from gpg_megatron.bridge.transports.table import open_inbox
 
 
 @dataclass(slots=True)

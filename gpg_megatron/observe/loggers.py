@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from gpg_megatron.config import LoggingConfig
+from gpg_megatron.config.sections import LoggingConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gpg_megatron.config import RewardConfig
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.reward import shaping
 from gpg_megatron.reward.sources import scorer_name
 from gpg_megatron.reward.worker import OUT_OF_MEMORY, Question, Setup

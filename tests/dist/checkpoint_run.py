@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from gpg_megatron.batching import make_batches
-from gpg_megatron.bridge.hf_io import load_hf
-from gpg_megatron.collectives import on_rank0
-from gpg_megatron.config import Config
-from gpg_megatron.flops import token_costs
-from gpg_megatron.hf_config import load_model_shape
+from gpg_megatron.batching.updates import make_batches
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.config.sections import Config
+from gpg_megatron.model.flops import token_costs
+from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
-from gpg_megatron.preflight import find_resume_point
-from gpg_megatron.run_checkpoints import RunCheckpoints, check_bytes, layout_of
+from gpg_megatron.checkpoint.resume import find_resume_point
+from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of
 from gpg_megatron.types import TrainBatch
 
 

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gpg_megatron import platform
-from gpg_megatron.collectives import on_rank0
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.policy.on_cpu import quiet_megatron
+from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.observe.watchdog import Watchdog
 
 SLOW_S = 1.0
 
 
 def main() -> None:
-    platform.quiet_megatron()
-    from gpg_megatron.handover import Handover
-    from gpg_megatron.placement import Placement, State
+    quiet_megatron()
+    from gpg_megatron.loop.handover import Handover
+    from gpg_megatron.placement.states import Placement, State
 
-    platform.init_process_group("cpu", 120)
+    init_process_group("cpu", 120)
     rank = dist.get_rank()
     notes: list[tuple[str, float, float]] = []
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron import platform
+from gpg_megatron.host.device import init_process_group, set_threads
 from tests.stack.bridge_ranks import COLLECTIVE_LIMIT_S, Fleets, compare, configuration
 
 # Bucket and time limits far below the defaults: a tiny model still needs many buckets.
@@ -30,9 +30,9 @@ class Faults:
 
     def __init__(self, job: dict[str, Any], fleet: Fleets) -> None:
         from gpg_megatron.bridge.bridge import WeightBridge
-        from gpg_megatron.hf_config import load_model_shape
+        from gpg_megatron.layout.topology import policy_grid
+        from gpg_megatron.model.shape import load_model_shape
         from gpg_megatron.policy.policy import Policy
-        from gpg_megatron.trainer import policy_grid
 
         self.fleet = fleet
         self.job = job
@@ -44,7 +44,7 @@ class Faults:
         self.bridge = WeightBridge(
             shards=self.policy.named_shards(),
             model=self.shape,
-            grid=policy_grid(config, self.shape),
+            grid=policy_grid(config.policy, self.shape),
             rank=dist.get_rank(),
             run_id=job["run_id"],
             config=config.bridge,
@@ -67,7 +67,7 @@ class Faults:
         self.notes.append({"what": what, "error": error, "result": result, "ends": ends})
 
     def publish(self, checkpoint: int) -> None:
-        from gpg_megatron.bridge.hf_io import load_hf
+        from gpg_megatron.layout.hf_io import load_hf
 
         load_hf(
             self.job["checkpoints"][checkpoint],
@@ -100,8 +100,8 @@ class Faults:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    platform.set_threads(1)
-    platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    set_threads(1)
+    init_process_group("cpu", COLLECTIVE_LIMIT_S)
     fleet = Fleets(job)
     try:
         faults = Faults(job, fleet)

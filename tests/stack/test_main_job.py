@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.bridge.compare import compare
-from gpg_megatron.config import load_config
+from gpg_megatron.checkpoint.compare import compare
+from gpg_megatron.config.loading import load_config
 from tests.stack.jobs import START_LIMIT_S, STEP_KEYS, Job, running_job
 from tests.tiny import make_tiny_model, write_problems
 
@@ -71,7 +71,7 @@ def _likely_answers(model: Path) -> list[str]:
 def started(folder: Path, name: str, *overrides: str) -> Iterator[Job]:
     """gpg-train with the folder's configuration; its run directory has the given name."""
     output = folder / name
-    command = [sys.executable, "-m", "gpg_megatron.train", "--config"]
+    command = [sys.executable, "-m", "gpg_megatron.start.train", "--config"]
     command += [str(folder / "config.yaml"), f"trainer.output_dir={output}", *overrides]
     with running_job(command, output=output, log=folder / f"{name}.log") as job:
         yield job

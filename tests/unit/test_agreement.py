@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpg_megatron.agreement import MismatchError, canary_sample, check_canary, check_mismatch
-from gpg_megatron.batching import pack
-from gpg_megatron.config import Config, ModelConfig, RolloutConfig
+from gpg_megatron.batching.updates import pack
+from gpg_megatron.config.sections import Config, ModelConfig, RolloutConfig
+from gpg_megatron.loop.agreement import MismatchError, canary_sample, check_canary, check_mismatch
 from gpg_megatron.types import Completion, Prompt, StepResult, VersionSpan
 
 FP32 = Config(model=ModelConfig(path="m", dtype="fp32"), rollout=RolloutConfig(dtype="fp32"))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpg_megatron.bad_steps import BadSteps, TooManyBadSteps
+from gpg_megatron.loop.guard import BadSteps, TooManyBadSteps
 from gpg_megatron.types import StepResult, TrainSample
 
 
@@ -91,8 +91,8 @@ def test_the_samples_of_the_row_are_written(tmp_path: Path) -> None:
 
 def test_the_run_ends_with_one_line_and_the_file(tmp_path: Path) -> None:
     """The trainer's part, with nothing behind it: a loss that is no number cannot be ordered."""
-    from gpg_megatron.config import Config, TrainerConfig
-    from gpg_megatron.trainer import Trainer
+    from gpg_megatron.config.sections import Config, TrainerConfig
+    from gpg_megatron.loop.trainer import Trainer
 
     said: list[str] = []
     rank0 = SimpleNamespace(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from gpg_megatron.bridge.families import hf_names, pieces_of
-from gpg_megatron.bridge.layout import Shard
 from gpg_megatron.errors import UserError
+from gpg_megatron.layout.boxes import Shard
+from gpg_megatron.layout.families import hf_names, pieces_of
 from gpg_megatron.types import ModelShape
 
 # All different, so that no dimension can be taken for another.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.bridge.layout import (
+from gpg_megatron.layout.boxes import (
     Box,
     Layout,
     Piece,

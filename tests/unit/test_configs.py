@@ -11,15 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpg_megatron.algorithm_config import PRESETS, from_preset
-from gpg_megatron.config import (
-    AlgorithmConfig,
-    Config,
-    config_yaml,
-    load_config,
-    validate,
-)
-from gpg_megatron.config_rules import config_warnings
+from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig, from_preset
+from gpg_megatron.config.loading import config_yaml, load_config
+from gpg_megatron.config.rules import config_warnings, validate
+from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

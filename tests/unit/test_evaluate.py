@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron import evaluate_cli
-from gpg_megatron.config import Config, RewardConfig, TrainerConfig
-from gpg_megatron.evaluate import by_source, evaluate, write_generations
+from gpg_megatron.config.sections import Config, RewardConfig, TrainerConfig
+from gpg_megatron.evaluation import cli as evaluate_cli
+from gpg_megatron.evaluation.evaluate import by_source, evaluate, write_generations
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt

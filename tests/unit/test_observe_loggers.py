@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpg_megatron.config import LoggingConfig
+from gpg_megatron.config.sections import LoggingConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.observe.loggers import RunLogger, check_logging
 from gpg_megatron.observe.rundir import read_metrics, read_rollouts

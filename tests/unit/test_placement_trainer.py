@@ -11,12 +11,18 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from gpg_megatron import trainer as module
 from gpg_megatron.algorithm.redraw import Selection
-from gpg_megatron.collector import Rollout
-from gpg_megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrainerConfig
-from gpg_megatron.preflight import ResumePoint
-from gpg_megatron.trainer import Trainer
+from gpg_megatron.checkpoint.resume import ResumePoint
+from gpg_megatron.config.sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainerConfig,
+)
+from gpg_megatron.loop import trainer as module
+from gpg_megatron.loop.rollouts import Rollout
+from gpg_megatron.loop.trainer import Trainer
 from gpg_megatron.types import (
     Anchors,
     Completion,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.config import RewardConfig
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.data.catalog import load_split
 from gpg_megatron.reward.mathematics import MAX_ANSWER, equal, normalise, vote
 from gpg_megatron.reward.pool import RewardPool

@@ -12,8 +12,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpg_megatron.bridge.layout import Box
-from gpg_megatron.bridge.torch_dist import (
+from gpg_megatron.checkpoint.torch_dist import (
     METADATA,
     ChunkReader,
     append_chunk,
@@ -21,6 +20,7 @@ from gpg_megatron.bridge.torch_dist import (
     write_index,
 )
 from gpg_megatron.errors import UserError
+from gpg_megatron.layout.boxes import Box
 
 SHAPE = (3, 8, 6)
 WHOLE = torch.arange(3 * 8 * 6, dtype=torch.float32).view(SHAPE)
