@@ -55,7 +55,7 @@ def make_batches(
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
     max_tokens = config.policy.max_tokens_per_micro_batch
     batches = []
-    for update in split_updates(samples, config.updates_per_batch):
+    for update in split_updates(samples, config.trainer.updates_per_batch):
         corrected, factor = apply_alpha(
             update, config.algorithm, dp_size=dp_size, max_tokens=max_tokens
         )
