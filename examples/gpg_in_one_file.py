@@ -11,7 +11,7 @@ up for that: of the B = Q G answers of the step, M are in dead groups.
 That is all. There is no critic, no reference model, no KL term, no ratio and no clipped ratio:
 every answer is used for one update, by the model that sampled it.
 
-    python -m gpg_megatron.demo --out runs/demo_model
+    python -m gpg_megatron.demo.make --out runs/demo_model
     python examples/gpg_in_one_file.py --model runs/demo_model/model \\
         --data runs/demo_model/train.parquet
 

@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 
 from gpg_megatron.algorithm.advantages import assign_advantages
-from gpg_megatron.batching import make_batches
-from gpg_megatron.bridge.families import pieces_of
-from gpg_megatron.bridge.hf_io import load_hf
-from gpg_megatron.bridge.layout import Shard
-from gpg_megatron.bridge.topology import hf_shapes
-from gpg_megatron.config import Config
-from gpg_megatron.flops import token_costs
-from gpg_megatron.hf_config import load_model_shape
-from gpg_megatron.platform import init_process_group
+from gpg_megatron.batching.updates import make_batches
+from gpg_megatron.layout.families import pieces_of
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.layout.boxes import Shard
+from gpg_megatron.layout.topology import hf_shapes
+from gpg_megatron.config.sections import Config
+from gpg_megatron.model.flops import token_costs
+from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import Completion, ModelShape, Prompt, Reward, ScoredGroup, VersionSpan
 from tests.dist.one_file_problem import Rollout, config_of, rollouts
