@@ -22,56 +22,46 @@ from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.micro_steps import micro_steps
 from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
 from gpg_megatron.config.algorithm import AlgorithmConfig
-from gpg_megatron.config.sections import Config
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How rollout batches become this rank's part of optimizer steps."""
+
+    algorithm: AlgorithmConfig
+    n_updates: int
+    max_tokens: int
+    max_response_length: int
+    dp_rank: int
+    dp_size: int
+    costs: TokenCosts
+    share_prompts: bool
+
+
 def make_batches(
-    samples: Sequence[TrainSample],
-    config: Config,
-    *,
-    dp_rank: int,
-    dp_size: int,
-    costs: TokenCosts,
-    can_share_prompts: bool,
+    samples: Sequence[TrainSample], plan: BatchPlan, *, skipped: bool = False
 ) -> list[TrainBatch]:
-    """One TrainBatch for each optimizer step of a rollout batch.
-
-    The groups, in order of their index, are divided among
-    train_batch_size / prompts_per_update updates; a group is never split. That is
-    prompts_per_update groups each; where redrawing changed the number of groups the updates
-    stay as many and share them evenly, the earlier ones taking one more. Fewer groups than
-    updates: one group each.
-
-    Args:
-        samples: all samples of the rollout batch, zero advantages included.
-        config: aggregation, token budget and batch sizes.
-        dp_rank: 0 .. dp_size - 1, whose part to return.
-        dp_size: data-parallel ranks.
-        costs: of the model; what ranks and micro-batches are balanced by.
-        can_share_prompts: whether the policy's attention knows segments with a shared prompt.
-    """
-    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    max_tokens = config.policy.max_tokens_per_micro_batch
+    """One TrainBatch for each optimizer step of a rollout batch."""
     batches = []
-    for update in split_updates(samples, config.updates_per_batch):
+    for update in split_updates(samples, plan.n_updates):
         corrected, factor = apply_alpha(
-            update, config.algorithm, dp_size=dp_size, max_tokens=max_tokens
+            update, plan.algorithm, dp_size=plan.dp_size, max_tokens=plan.max_tokens
         )
         batch = make_update(
             corrected,
-            aggregation=config.algorithm.loss_aggregation,
-            max_response_length=config.rollout.max_response_length,
-            max_tokens=max_tokens,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            every_sample=config.algorithm.needs_every_sample,
-            costs=costs,
-            share_prompts=can_share_prompts and config.policy.share_prompts,
+            aggregation=plan.algorithm.loss_aggregation,
+            max_response_length=plan.max_response_length,
+            max_tokens=plan.max_tokens,
+            dp_rank=plan.dp_rank,
+            dp_size=plan.dp_size,
+            every_sample=plan.algorithm.needs_every_sample,
+            costs=plan.costs,
+            share_prompts=plan.share_prompts,
         )
         batches.append(replace(batch, alpha=factor))
-    return batches
+    return list(map(left_out, batches)) if skipped else batches
 
 
 def apply_alpha(

@@ -146,7 +146,7 @@ class BridgeConfig:
     """shm: policy ranks and engines share a host; gloo: any hosts, through host memory; nccl:
     any hosts, between GPUs; cuda_ipc: rank and engine share a GPU."""
     bucket_mb: int = 16
-    """Bytes moved per message, MiB; each sender and each receiver holds two."""
+    """Bytes moved per message, MiB; each sender holds two."""
     verify: Literal["never", "first", "always"] = "first"
     """Which publishes are read back from the engines' parameters and compared by checksum."""
     timeout_s: int = 300
@@ -295,13 +295,6 @@ class Config:
     def checkpoint_root(self) -> Path:
         """Where checkpoints of this run are."""
         return Path(self.trainer.output_dir) / "checkpoints"
-
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is saved after a step."""
-        c, last = self.checkpoint, self.trainer.total_training_steps
-        if c.save_freq and step % c.save_freq == 0:
-            return True
-        return step == last and (c.save_freq > 0 or c.hf_export != "never")
 
     @property
     def prompts_per_update(self) -> int:

@@ -145,6 +145,11 @@ class Policy:
         """Keep the present weights as the reference of the KL term, on the CPU."""
         self._reference = FrozenShards(self.named_shards())
 
+    def learn(self, batches: Sequence[TrainBatch]) -> list[StepResult]:
+        """The updates of one rollout batch, and what they are held against."""
+        anchors = self.anchors(batches)
+        return [self.train(b, a) for b, a in zip(batches, anchors, strict=True)]
+
     def anchors(self, batches: Sequence[TrainBatch]) -> list[Anchors]:
         """The log-probs that the updates of one rollout batch are held against; to be called
         before the first of them. Nothing is computed that the objective does not read: the

@@ -41,7 +41,7 @@ def main() -> None:
     folder, n_kills = Path(sys.argv[1]), int(sys.argv[2])
     random.seed(5)
     config = _config(folder)
-    root = config.checkpoint_root
+    root = Path(config.trainer.output_dir) / "checkpoints"
     notes = folder / "notes"
     notes.mkdir()
     resumed = incomplete = 0

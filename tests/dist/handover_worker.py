@@ -7,6 +7,8 @@ What happened when goes to FOLDER/rank<r>.json.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import json
 import sys
 import time
@@ -45,13 +47,13 @@ def main() -> None:
 
     policy = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
     fleet = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
-    with Watchdog(rank=rank, limit_s=60) as watchdog:
+    with closing(Watchdog(rank=rank, limit_s=60)) as watchdog:
         handover = Handover(
-            fleet=fleet if rank == 0 else None,  # type: ignore[arg-type]
-            policy=lambda: policy,  # type: ignore[arg-type,return-value]
-            on_rank0=partial(on_rank0, group=dist.group.WORLD),
-            group=dist.group.WORLD,
-            watchdog=watchdog,
+            fleet if rank == 0 else None,  # type: ignore[arg-type]
+            lambda: policy,  # type: ignore[arg-type,return-value]
+            partial(on_rank0, group=dist.group.WORLD),
+            dist.group.WORLD,
+            watchdog,
         )
         placement = Placement("colocated", handover)
         for state in (State.POLICY, State.SYNC, State.ROLLOUT, State.POLICY):

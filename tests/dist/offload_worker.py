@@ -127,8 +127,7 @@ def _state(run: PolicyRun) -> dict[str, torch.Tensor]:
 
 
 def _save(run: PolicyRun) -> None:
-    run.checkpoints.poll()
-    run.checkpoints.save(run.step, run.policy, lambda: {"step": run.step}, {})
+    run.checkpoints.save_at(run.step, run.policy, {})
 
 
 def _hand_over(run: PolicyRun, seen: dict) -> None:
@@ -141,7 +140,7 @@ def _hand_over(run: PolicyRun, seen: dict) -> None:
     published = _different(before, aliases)
     rest = policy.offload(("parameters",))
     left = _bytes_by_part(policy)
-    if run.config.saves_at(run.step):
+    if run.checkpoints.saves_at(run.step):
         policy.load(("parameters", "optimizer"))
         _save(run)
         policy.offload(("parameters", "optimizer"))
