@@ -288,7 +288,7 @@ def _schedule(config: Config, point: ResumePoint | None) -> Schedule:
     return Schedule(
         done=point.marker.step if point else 0,
         last=t.total_training_steps,
-        evaluate_first=t.val_before_train,
+        evaluate_first=config.validation.before_train,
         evaluate_every=t.test_freq,
     )
 

@@ -56,9 +56,8 @@ class Rank0:
         """Held-out accuracy; {} without validation files. The answers go to eval/step_N.jsonl."""
         if not self.inputs.val_prompts:
             return {}
-        trainer = self.config.trainer
-        path = Path(trainer.output_dir) / "eval" / f"step_{step}.jsonl"
-        generations = path if trainer.val_save_generations else None
+        path = Path(self.config.trainer.output_dir) / "eval" / f"step_{step}.jsonl"
+        generations = path if self.config.validation.save_generations else None
         with self.watchdog.phase("eval"):
             return evaluate(
                 self.fleet, self.pool, self.inputs.val_prompts, self.config, generations
