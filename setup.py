@@ -58,11 +58,11 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "gpg-train=gpg_megatron.train:main",
+            "gpg-train=gpg_megatron.start.train:main",
             "gpg-convert=checkpoint_convert.__main__:main",
             "gpg-data=gpg_megatron.data.cli:main",
-            "gpg-eval=gpg_megatron.evaluate_cli:main",
-            "gpg-doctor=gpg_megatron.doctor:main",
+            "gpg-eval=gpg_megatron.evaluation.cli:main",
+            "gpg-doctor=gpg_megatron.start.doctor:main",
         ]
     },
     classifiers=[

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.config import Config, load_config
+from gpg_megatron.config.loading import load_config
+from gpg_megatron.config.sections import Config
 
 EXTENSION = "benchmarks.bridge_worker.BenchReceiver"
 PROMPTS = 4
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_rank(args)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+    from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
 
     run_id = os.environ[RUN_ID_VARIABLE] = new_run_id()
     start_reaper(run_id)
@@ -84,7 +85,7 @@ def make_model(folder: Path) -> Path:
     """A random untied Llama: reload_weights is right on a CPU only where nothing is tied."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gpg_megatron.demo_model import build_tokenizer
+    from gpg_megatron.demo.model import build_tokenizer
 
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -127,21 +128,22 @@ def configuration(args: argparse.Namespace, folder: Path) -> Config:
 
 def run_rank(args: argparse.Namespace) -> int:
     """One policy rank; rank 0 reports."""
-    from gpg_megatron import platform
+    from gpg_megatron.host.device import init_process_group, set_threads
+    from gpg_megatron.policy.on_cpu import quiet_megatron
 
-    platform.quiet_megatron()
-    from gpg_megatron.bridge.bridge import WeightBridge
-    from gpg_megatron.bridge.hf_io import load_hf
+    quiet_megatron()
+    from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
     from gpg_megatron.bridge.protocol import BACKEND
-    from gpg_megatron.collectives import on_rank0
-    from gpg_megatron.hf_config import load_model_shape
+    from gpg_megatron.host.collectives import on_rank0
+    from gpg_megatron.host.reaper import RUN_ID_VARIABLE, scratch_directory
+    from gpg_megatron.layout.hf_io import load_hf
+    from gpg_megatron.layout.topology import policy_grid
+    from gpg_megatron.model.shape import load_model_shape
     from gpg_megatron.policy.policy import Policy
-    from gpg_megatron.reaper import RUN_ID_VARIABLE, scratch_directory
     from gpg_megatron.rollout.fleet import Fleet
-    from gpg_megatron.trainer import policy_grid
 
-    platform.set_threads(None)
-    platform.init_process_group("cpu", 600)
+    set_threads(None)
+    init_process_group("cpu", 600)
     run_id = os.environ[RUN_ID_VARIABLE]
     scratch = scratch_directory(run_id)
     rank = dist.get_rank()
@@ -170,15 +172,18 @@ def run_rank(args: argparse.Namespace) -> int:
         shards = policy.named_shards()
         load_hf(config.model.path, shards, shape, policy.position)
         on_rank0(lambda: fleet[0].wait_ready())
-        bridge = WeightBridge(
+        side = PolicySide(
             shards=shards,
             model=shape,
-            grid=policy_grid(config, shape),
+            grid=policy_grid(config.policy, shape),
             rank=rank,
-            run_id=run_id,
-            config=config.bridge,
+        )
+        bridge = WeightBridge(
+            side,
+            fleet[0] if fleet else None,
+            config.bridge,
             wire_dtype=torch.float32,
-            engines=fleet[0] if fleet else None,
+            run_id=run_id,
             group=dist.group.WORLD,
         )
         report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)
@@ -193,7 +198,7 @@ def run_rank(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any) -> dict:
     """The three ways in turns; every rank calls, rank 0's numbers count."""
-    from gpg_megatron.bridge.topology import hf_shapes
+    from gpg_megatron.layout.topology import hf_shapes
 
     bound = sum(_on0(lambda: _calls(fleet, "bench_parameter_bytes")))
     full = sum(torch.Size(s).numel() for s in hf_shapes(shape).values()) * 4
@@ -281,9 +286,9 @@ class GatherReload:
     """The usual way: full Hugging Face tensors on rank 0, then the engine's own loader."""
 
     def __init__(self, policy: Any, shape: Any, fleet: Any, n_bytes: int) -> None:
-        from gpg_megatron.bridge.families import pieces_of
-        from gpg_megatron.bridge.layout import Shard
-        from gpg_megatron.bridge.topology import hf_shapes
+        from gpg_megatron.layout.boxes import Shard
+        from gpg_megatron.layout.families import pieces_of
+        from gpg_megatron.layout.topology import hf_shapes
 
         position = policy.position
         self._fleet = fleet
@@ -353,8 +358,8 @@ def hash_of(name: str) -> int:
 
 
 def _canary(policy: Any, fleet: Any, shape: Any) -> float:
-    from gpg_megatron.agreement import canary_sample
-    from gpg_megatron.batching import pack
+    from gpg_megatron.batching.updates import pack
+    from gpg_megatron.loop.agreement import canary_sample
     from gpg_megatron.rollout.sampling import SamplingRequest
     from gpg_megatron.types import Prompt
 
@@ -382,7 +387,7 @@ def _canary(policy: Any, fleet: Any, shape: Any) -> float:
 
 
 def _on0(action: Callable[[], Any]) -> Any:
-    from gpg_megatron.collectives import on_rank0
+    from gpg_megatron.host.collectives import on_rank0
 
     return on_rank0(action)
 

@@ -25,11 +25,11 @@ from statistics import median
 import torch
 
 from benchmarks.machine import machine
-from gpg_megatron.bridge.safetensors_files import ShardWriter
-from gpg_megatron.bridge.to_hf import megatron_to_hf
-from gpg_megatron.bridge.to_megatron import hf_to_megatron
-from gpg_megatron.bridge.topology import PolicyGrid, hf_shapes
-from gpg_megatron.hf_config import load_model_shape
+from gpg_megatron.checkpoint.safetensors_files import ShardWriter
+from gpg_megatron.checkpoint.to_hf import megatron_to_hf
+from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
+from gpg_megatron.layout.topology import PolicyGrid, hf_shapes
+from gpg_megatron.model.shape import load_model_shape
 
 QWEN2_7B = {
     "hidden_size": 3584,

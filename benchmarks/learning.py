@@ -29,10 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from gpg_megatron.algorithm_config import PRESETS
-from gpg_megatron.config import load_config
-from gpg_megatron.console import exit_codes
-from gpg_megatron.errors import UserError
+from gpg_megatron.config.algorithm import PRESETS
+from gpg_megatron.config.loading import load_config
+from gpg_megatron.errors import UserError, exit_codes
 from gpg_megatron.observe.rundir import read_metrics
 
 DEMO = Path("configs/demo_cpu.yaml")
@@ -107,7 +106,14 @@ def run(
         return result
     shutil.rmtree(folder, ignore_errors=True)  # metrics of a run that was stopped
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "gpg_megatron.train", "--config", str(config), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "gpg_megatron.start.train",
+        "--config",
+        str(config),
+        *overrides,
+    ]
     command += [f"trainer.output_dir={folder}", "logging.tensorboard=false"]
     with (folder / "stdout.log").open("w") as out, (folder / "stderr.log").open("w") as err:
         done = subprocess.run(

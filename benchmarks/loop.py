@@ -51,9 +51,9 @@ def main() -> None:
 def train(config: Path, overrides: Sequence[str], steps: int) -> list[Mapping[str, Any]]:
     """The metrics of each step of one run that are measured."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "gpg_megatron.train", "--config", str(config)]
+        command = [sys.executable, "-m", "gpg_megatron.start.train", "--config", str(config)]
         command += [*overrides, f"trainer.total_training_steps={steps}"]
-        command += [f"trainer.output_dir={folder}/run", "trainer.val_before_train=false"]
+        command += [f"trainer.output_dir={folder}/run", "validation.before_train=false"]
         command += ["checkpoint.save_freq=0", "checkpoint.hf_export=never"]
         done = subprocess.run(command, timeout=RUN_LIMIT_S, capture_output=True, text=True)
         if done.returncode:

@@ -35,11 +35,18 @@ from benchmarks.policy_batches import (
     sequence,
 )
 from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.bridge.hf_io import load_hf
-from gpg_megatron.config import Config, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
-from gpg_megatron.flops import token_costs
-from gpg_megatron.hf_config import load_model_shape
-from gpg_megatron.platform import quiet_megatron, set_threads
+from gpg_megatron.config.sections import (
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from gpg_megatron.host.device import set_threads
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.model.flops import token_costs
+from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.types import ModelShape, TrainSample
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.batching import make_update, pack
-from gpg_megatron.flops import TokenCosts
+from gpg_megatron.batching.updates import make_update, pack
+from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
 
 AGGREGATION = "group-token-mean"

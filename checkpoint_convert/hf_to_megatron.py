@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_convert.console import DTYPES, progress_bar, say_done
-from gpg_megatron.bridge.conversion import hf_bytes
-from gpg_megatron.bridge.to_megatron import hf_to_megatron
-from gpg_megatron.bridge.topology import PolicyGrid
-from gpg_megatron.config import Config, ModelConfig, PolicyConfig
-from gpg_megatron.console import exit_codes
-from gpg_megatron.errors import UserError
-from gpg_megatron.hf_config import check_policy_layout, load_model_shape, pipeline_stages
+from gpg_megatron.checkpoint.conversion import hf_bytes
+from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
+from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig
+from gpg_megatron.errors import UserError, exit_codes
+from gpg_megatron.layout.topology import PolicyGrid, policy_grid
+from gpg_megatron.model.shape import check_policy_layout, load_model_shape
 
 
 @exit_codes
@@ -50,13 +49,7 @@ def _grid(args: argparse.Namespace) -> PolicyGrid:
         data_parallel_size=args.ep,
     )
     check_policy_layout(Config(model=ModelConfig(path=str(args.hf)), policy=policy), shape)
-    return PolicyGrid(
-        tp_size=args.tp,
-        dp_size=args.ep,
-        pp_size=args.pp,
-        stage_of_layer=pipeline_stages(policy, shape.num_layers),
-        ep_size=args.ep,
-    )
+    return policy_grid(policy, shape)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpg_megatron import platform
-from gpg_megatron.batching import pack
+from gpg_megatron.batching.updates import pack
 from gpg_megatron.checkpoint.marker import HF_FILES
-from gpg_megatron.config import Config, ModelConfig, RolloutConfig, TrainerConfig
-from gpg_megatron.hf_config import load_model_shape
+from gpg_megatron.config.sections import Config, ModelConfig, RolloutConfig, TrainerConfig
+from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.types import MicroBatch, TrainSample
 
 
@@ -36,7 +36,7 @@ def hf_logprobs(hf: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]
 
 def megatron_logprobs(megatron: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same from Megatron's model in this process, which becomes a world of one rank."""
-    platform.quiet_megatron()
+    quiet_megatron()
     from gpg_megatron.policy.policy import DTYPES, Policy
 
     path = megatron / HF_FILES

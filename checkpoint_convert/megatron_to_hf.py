@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_convert.console import DTYPES, progress_bar, say_done
-from gpg_megatron.bridge.to_hf import megatron_to_hf, model_bytes
-from gpg_megatron.console import exit_codes
+from gpg_megatron.checkpoint.to_hf import megatron_to_hf, model_bytes
+from gpg_megatron.errors import exit_codes
 
 
 @exit_codes

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from checkpoint_convert.console import progress_bar
-from gpg_megatron.bridge.compare import compare
-from gpg_megatron.bridge.conversion import hf_bytes
-from gpg_megatron.console import exit_codes
+from gpg_megatron.checkpoint.compare import compare
+from gpg_megatron.checkpoint.conversion import hf_bytes
+from gpg_megatron.errors import exit_codes
 
 PROMPT_TOKENS = 32
 N_PROMPTS = 4

@@ -1,4 +1,11 @@
-"""The one exception that means "the user can mend this": one clear line, exit code 2."""
+"""What a person is told: the error that the user can mend, and the exit codes of commands."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 
 class UserError(ValueError):
@@ -7,3 +14,28 @@ class UserError(ValueError):
     The message is a single line that says what is wrong, where, and what would be right.
     Commands print it without a traceback and exit with code 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on. The message says why: it is the last thing that is printed."""
+
+    everywhere = False
+    """Whether every rank raises one, so that rank 0 alone says it."""
+
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def exit_codes(main: Main) -> Main:
+    """Wrap a command: a UserError is printed as one line on stderr (by rank 0) and returns 2."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run

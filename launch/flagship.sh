@@ -85,5 +85,5 @@ flagship() {
   if [[ "${NODE_RANK:-0}" == 0 ]]; then
     prepare_data
   fi
-  exec "$python" -m gpg_megatron.train --config "$config" "${hosts[@]}" "${keys[@]}" "$@"
+  exec "$python" -m gpg_megatron.start.train --config "$config" "${hosts[@]}" "${keys[@]}" "$@"
 }

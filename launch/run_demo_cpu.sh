@@ -22,5 +22,5 @@ phase() {
 }
 
 phase "set-up" launch/setup_cpu_env.sh
-phase "model and data" python -m gpg_megatron.demo --out runs/demo_model
+phase "model and data" python -m gpg_megatron.demo.make --out runs/demo_model
 phase "training" gpg-train --config configs/demo_cpu.yaml "$@"

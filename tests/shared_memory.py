@@ -6,7 +6,7 @@ import os
 
 import psutil
 
-from gpg_megatron.reaper import SHARED_MEMORY, open_segments
+from gpg_megatron.host.reaper import SHARED_MEMORY, open_segments
 
 
 def all_segments() -> set[str]:

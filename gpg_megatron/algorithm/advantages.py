@@ -16,7 +16,7 @@ from statistics import mean, stdev
 
 import torch
 
-from gpg_megatron.algorithm_config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Completion, Reward, ScoredGroup, TrainSample
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpg_megatron.algorithm_config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 
 LARGEST_LOG_RATIO = 20.0
 """Beyond it a ratio is as good as infinite, and its square would be in float32."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpg_megatron.algorithm.correction import correction_weights, ratio
 from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3, logprob_mismatch
-from gpg_megatron.algorithm_config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 
 SUMS = (
     "loss",

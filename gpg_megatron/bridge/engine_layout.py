@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from gpg_megatron.bridge.layout import Box
 from gpg_megatron.bridge.plan import Destination, View
+from gpg_megatron.layout.boxes import Box
 from gpg_megatron.types import ModelShape
 
 VOCAB_UNIT = 64

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_shapes
 from gpg_megatron.bridge.plan import Route, make_routes
-from gpg_megatron.bridge.topology import PolicyGrid, held_by_policy, hf_shapes
+from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

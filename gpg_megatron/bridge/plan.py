@@ -18,8 +18,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpg_megatron.bridge.layout import Box
-from gpg_megatron.bridge.topology import Held
+from gpg_megatron.layout.boxes import Box
+from gpg_megatron.layout.topology import Held
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpg_megatron.bridge.layout import Box
 from gpg_megatron.bridge.plan import Destination, View
+from gpg_megatron.layout.boxes import Box
 
 
 class _CopyRecorder(TorchDispatchMode):

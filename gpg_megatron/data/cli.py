@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpg_megatron.console import exit_codes
 from gpg_megatron.data import arithmetic
 from gpg_megatron.data.catalog import DATA_SETS, Loaded, load_split
 from gpg_megatron.data.checks import examine
 from gpg_megatron.data.schema import write_parquets
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, exit_codes
 
 CHECKS_FILE = "checks.json"
 

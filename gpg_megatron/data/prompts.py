@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gpg_megatron.config import DataConfig
+from gpg_megatron.config.sections import DataConfig
 from gpg_megatron.data.schema import Problem, read_problems
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Prompt

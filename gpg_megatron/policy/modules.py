@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from gpg_megatron.platform import has_transformer_engine
+from gpg_megatron.host.device import has_transformer_engine
 from gpg_megatron.policy.attention import PackedAttention
 
 

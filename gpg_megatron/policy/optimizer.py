@@ -7,8 +7,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from gpg_megatron.config import PolicyConfig
-from gpg_megatron.platform import Device
+from gpg_megatron.config.sections import PolicyConfig
+from gpg_megatron.host.device import Device
 
 
 def build_optimizer(

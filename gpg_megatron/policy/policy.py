@@ -22,10 +22,12 @@ from megatron.core.utils import get_model_config
 
 from gpg_megatron.algorithm.objective import N_STATISTICS, SUMS, Tokens, objective
 from gpg_megatron.algorithm.objective import metrics as objective_metrics
-from gpg_megatron.config import AlgorithmConfig, Config
-from gpg_megatron.platform import Device, define_missing_names, redirect_megatron_to_cpu
+from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.sections import Config
+from gpg_megatron.host.device import Device
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model, forward_arguments
+from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
 from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, canonical_lr
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
@@ -142,6 +144,11 @@ class Policy:
     def keep_reference(self) -> None:
         """Keep the present weights as the reference of the KL term, on the CPU."""
         self._reference = FrozenShards(self.named_shards())
+
+    def learn(self, batches: Sequence[TrainBatch]) -> list[StepResult]:
+        """The updates of one rollout batch, and what they are held against."""
+        anchors = self.anchors(batches)
+        return [self.train(b, a) for b, a in zip(batches, anchors, strict=True)]
 
     def anchors(self, batches: Sequence[TrainBatch]) -> list[Anchors]:
         """The log-probs that the updates of one rollout batch are held against; to be called

@@ -19,7 +19,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from gpg_megatron.platform import Device
+from gpg_megatron.host.device import Device
 from gpg_megatron.types import PolicyPart
 
 

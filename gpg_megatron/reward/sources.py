@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from gpg_megatron.config import RewardConfig
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.plugins import load_object
 from gpg_megatron.reward.scorers import parse_number

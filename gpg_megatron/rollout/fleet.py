@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from gpg_megatron.config import RolloutConfig
+from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.rollout.engine import GIB, Engine, EngineSpec, PauseMode, SleepLevel
 from gpg_megatron.rollout.failures import EngineDied, EngineError, with_log
 from gpg_megatron.rollout.ray_session import open_ray

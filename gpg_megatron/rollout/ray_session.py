@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpg_megatron.config import RolloutConfig
+from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.errors import UserError
 
 OBJECT_STORE_BYTES = 256 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from gpg_megatron.config import CheckpointConfig, Config, PolicyConfig, TrainerConfig
+from gpg_megatron.config.sections import CheckpointConfig, Config, PolicyConfig, TrainerConfig
 from tests.dist.problem import PROBLEMS, Layout, Problem, config_of
 
 N_STEPS = 4

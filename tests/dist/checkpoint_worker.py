@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from gpg_megatron import platform
-from gpg_megatron.bridge.hf_io import load_hf
-from gpg_megatron.hf_config import load_model_shape
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.policy.on_cpu import quiet_megatron
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
 from tests.dist.checkpoint_problem import (
     CHANGED,
@@ -35,8 +36,8 @@ from tests.dist.problem import Layout, config_of, make_samples
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    platform.quiet_megatron()
-    platform.init_process_group("cpu", 120)
+    quiet_megatron()
+    init_process_group("cpu", 120)
     size = dist.get_world_size()
     if sys.argv[2] == "first":
         for variant in EXACT:

@@ -7,6 +7,8 @@ What happened when goes to FOLDER/rank<r>.json.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import json
 import sys
 import time
@@ -18,19 +20,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gpg_megatron import platform
-from gpg_megatron.collectives import on_rank0
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.policy.on_cpu import quiet_megatron
+from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.observe.watchdog import Watchdog
 
 SLOW_S = 1.0
 
 
 def main() -> None:
-    platform.quiet_megatron()
-    from gpg_megatron.handover import Handover
-    from gpg_megatron.placement import Placement, State
+    quiet_megatron()
+    from gpg_megatron.loop.handover import Handover
+    from gpg_megatron.placement.states import Placement, State
 
-    platform.init_process_group("cpu", 120)
+    init_process_group("cpu", 120)
     rank = dist.get_rank()
     notes: list[tuple[str, float, float]] = []
 
@@ -44,13 +47,13 @@ def main() -> None:
 
     policy = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
     fleet = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
-    with Watchdog(rank=rank, limit_s=60) as watchdog:
+    with closing(Watchdog(rank=rank, limit_s=60)) as watchdog:
         handover = Handover(
-            fleet=fleet if rank == 0 else None,  # type: ignore[arg-type]
-            policy=lambda: policy,  # type: ignore[arg-type,return-value]
-            on_rank0=partial(on_rank0, group=dist.group.WORLD),
-            group=dist.group.WORLD,
-            watchdog=watchdog,
+            fleet if rank == 0 else None,  # type: ignore[arg-type]
+            lambda: policy,  # type: ignore[arg-type,return-value]
+            partial(on_rank0, group=dist.group.WORLD),
+            dist.group.WORLD,
+            watchdog,
         )
         placement = Placement("colocated", handover)
         for state in (State.POLICY, State.SYNC, State.ROLLOUT, State.POLICY):

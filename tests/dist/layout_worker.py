@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from gpg_megatron.batching import make_batches, pack
-from gpg_megatron.bridge.families import pieces_of
-from gpg_megatron.bridge.hf_io import load_hf
-from gpg_megatron.bridge.layout import Shard
-from gpg_megatron.bridge.topology import PolicyGrid, check_shards
-from gpg_megatron.config import Config
-from gpg_megatron.flops import token_costs
-from gpg_megatron.hf_config import load_model_shape, pipeline_stages
-from gpg_megatron.platform import init_process_group
+from gpg_megatron.batching.updates import make_batches, pack
+from gpg_megatron.layout.families import pieces_of
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.layout.boxes import Shard
+from gpg_megatron.layout.topology import policy_grid, check_shards
+from gpg_megatron.config.sections import Config
+from gpg_megatron.model.flops import token_costs
+from gpg_megatron.model.shape import load_model_shape, pipeline_stages
+from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import ModelShape, StepResult, TrainBatch, TrainSample
 from tests.dist.problem import (
@@ -92,13 +92,7 @@ def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
     policy = Policy(config, shape, device="cpu")
     at = policy.position
     assert (at.tp_size, at.pp_size, at.dp_size) == (layout.tp, layout.pp, layout.dp)
-    grid = PolicyGrid(
-        tp_size=layout.tp,
-        dp_size=layout.cp * layout.dp,
-        pp_size=layout.pp,
-        ep_size=layout.ep,
-        stage_of_layer=pipeline_stages(config.policy, shape.num_layers),
-    )
+    grid = policy_grid(config.policy, shape)
     shapes = {name: tuple(shard.shape) for name, shard in policy.named_shards().items()}
     check_shards(shapes, shape, grid, at.rank)
     load_hf(directory, policy.named_shards(), shape, at)

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from gpg_megatron import platform
-from gpg_megatron.config import Config, ModelConfig
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.policy.on_cpu import quiet_megatron
+from gpg_megatron.config.sections import Config, ModelConfig
 from gpg_megatron.policy.policy import Policy
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
 from tests.dist.checkpoint_run import PolicyRun
@@ -56,8 +57,8 @@ CASES = (
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    platform.quiet_megatron()
-    platform.init_process_group("cpu", 120)
+    quiet_megatron()
+    init_process_group("cpu", 120)
     for case in (case for case in CASES if case.layout.world_size == dist.get_world_size()):
         path = folder / f"{case.name}-rank{dist.get_rank()}.json"
         path.write_text(json.dumps(_compare(folder, case)))
@@ -126,8 +127,7 @@ def _state(run: PolicyRun) -> dict[str, torch.Tensor]:
 
 
 def _save(run: PolicyRun) -> None:
-    run.checkpoints.poll()
-    run.checkpoints.save(run.step, run.policy, lambda: {"step": run.step}, {})
+    run.checkpoints.save_at(run.step, run.policy, {})
 
 
 def _hand_over(run: PolicyRun, seen: dict) -> None:
@@ -140,7 +140,7 @@ def _hand_over(run: PolicyRun, seen: dict) -> None:
     published = _different(before, aliases)
     rest = policy.offload(("parameters",))
     left = _bytes_by_part(policy)
-    if run.config.saves_at(run.step):
+    if run.checkpoints.saves_at(run.step):
         policy.load(("parameters", "optimizer"))
         _save(run)
         policy.offload(("parameters", "optimizer"))

@@ -12,15 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpg_megatron.algorithm_config import from_preset
-from gpg_megatron.config import (
-    AlgorithmConfig,
-    Config,
-    ModelConfig,
-    PolicyConfig,
-    RolloutConfig,
-    TrainerConfig,
-)
+from gpg_megatron.config.algorithm import from_preset
+from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.types import TrainSample
 
 TOKENS_PER_MICRO_BATCH = 32

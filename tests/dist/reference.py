@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.micro_steps import micro_steps
-from gpg_megatron.batching import apply_alpha
-from gpg_megatron.config import AlgorithmConfig, Config, PolicyConfig
+from gpg_megatron.batching.updates import apply_alpha
+from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.types import TrainSample
 
 

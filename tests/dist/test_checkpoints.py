@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpg_megatron.bridge.to_hf import megatron_to_hf
-from gpg_megatron.bridge.to_megatron import hf_to_megatron
-from gpg_megatron.bridge.topology import PolicyGrid
+from gpg_megatron.checkpoint.to_hf import megatron_to_hf
+from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
+from gpg_megatron.layout.topology import PolicyGrid
 from tests.dist.checkpoint_problem import (
     CHANGED,
     CONVERTED,

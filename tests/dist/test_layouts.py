@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpg_megatron.batching import make_batches, split_updates
-from gpg_megatron.config import Config
-from gpg_megatron.flops import TokenCosts
+from gpg_megatron.batching.updates import make_batches, split_updates
+from gpg_megatron.config.sections import Config
+from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainBatch, TrainSample
 from tests.dist.problem import (
     LAYOUTS,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.bridge.topology import PolicyGrid, local_shapes
-from gpg_megatron.hf_config import load_model_shape
-from gpg_megatron.memory import ITEM, policy_memory
+from gpg_megatron.layout.topology import PolicyGrid, local_shapes
+from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.placement.memory import ITEM, policy_memory
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
 from tests.dist.offload_worker import CASES, PARTS, Case
 from tests.dist.problem import N_LAYERS, Layout, make_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.reaper import new_run_id
+from gpg_megatron.host.reaper import new_run_id
 from tests.stack.test_bridge import launch
 from tests.tiny import make_tiny_model
 

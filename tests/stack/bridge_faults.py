@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron import platform
+from gpg_megatron.host.device import init_process_group, set_threads
 from tests.stack.bridge_ranks import COLLECTIVE_LIMIT_S, Fleets, compare, configuration
 
 # Bucket and time limits far below the defaults: a tiny model still needs many buckets.
@@ -29,10 +29,10 @@ class Faults:
     """The policy, the bridge and the notes of one rank."""
 
     def __init__(self, job: dict[str, Any], fleet: Fleets) -> None:
-        from gpg_megatron.bridge.bridge import WeightBridge
-        from gpg_megatron.hf_config import load_model_shape
+        from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
+        from gpg_megatron.layout.topology import policy_grid
+        from gpg_megatron.model.shape import load_model_shape
         from gpg_megatron.policy.policy import Policy
-        from gpg_megatron.trainer import policy_grid
 
         self.fleet = fleet
         self.job = job
@@ -41,15 +41,18 @@ class Faults:
         config = configuration(job, {"tensor_model_parallel_size": dist.get_world_size()})
         self.shape = load_model_shape(config.model.path)
         self.policy = Policy(config, self.shape, "cpu")
-        self.bridge = WeightBridge(
+        side = PolicySide(
             shards=self.policy.named_shards(),
             model=self.shape,
-            grid=policy_grid(config, self.shape),
+            grid=policy_grid(config.policy, self.shape),
             rank=dist.get_rank(),
-            run_id=job["run_id"],
-            config=config.bridge,
+        )
+        self.bridge = WeightBridge(
+            side,
+            fleet.fleet,
+            config.bridge,
             wire_dtype=torch.float32,
-            engines=fleet.fleet,
+            run_id=job["run_id"],
             group=dist.group.WORLD,
         )
 
@@ -67,7 +70,7 @@ class Faults:
         self.notes.append({"what": what, "error": error, "result": result, "ends": ends})
 
     def publish(self, checkpoint: int) -> None:
-        from gpg_megatron.bridge.hf_io import load_hf
+        from gpg_megatron.layout.hf_io import load_hf
 
         load_hf(
             self.job["checkpoints"][checkpoint],
@@ -100,8 +103,8 @@ class Faults:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    platform.set_threads(1)
-    platform.init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    set_threads(1)
+    init_process_group("cpu", COLLECTIVE_LIMIT_S)
     fleet = Fleets(job)
     try:
         faults = Faults(job, fleet)

@@ -17,25 +17,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron import platform
+from gpg_megatron.host.device import Device, init_process_group, set_threads
+from gpg_megatron.policy.on_cpu import quiet_megatron
 
-platform.quiet_megatron()
+quiet_megatron()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from gpg_megatron.agreement import canary_sample  # noqa: E402
-from gpg_megatron.batching import pack  # noqa: E402
-from gpg_megatron.bridge.bridge import WeightBridge  # noqa: E402
-from gpg_megatron.bridge.hf_io import load_hf  # noqa: E402
+from gpg_megatron.batching.updates import pack  # noqa: E402
+from gpg_megatron.bridge.bridge import PolicySide, WeightBridge  # noqa: E402
 from gpg_megatron.bridge.protocol import BACKEND, RECEIVER  # noqa: E402
-from gpg_megatron.collectives import on_rank0  # noqa: E402
-from gpg_megatron.config import Config, load_config  # noqa: E402
-from gpg_megatron.hf_config import load_model_shape  # noqa: E402
+from gpg_megatron.config.loading import load_config  # noqa: E402
+from gpg_megatron.config.sections import Config  # noqa: E402
+from gpg_megatron.host.collectives import on_rank0  # noqa: E402
+from gpg_megatron.host.reaper import scratch_directory  # noqa: E402
+from gpg_megatron.layout.hf_io import load_hf  # noqa: E402
+from gpg_megatron.layout.topology import policy_grid  # noqa: E402
+from gpg_megatron.loop.agreement import canary_sample  # noqa: E402
+from gpg_megatron.model.shape import load_model_shape  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
-from gpg_megatron.reaper import scratch_directory  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
-from gpg_megatron.trainer import policy_grid  # noqa: E402
 from gpg_megatron.types import Completion, ModelShape, Prompt  # noqa: E402
 
 COLLECTIVE_LIMIT_S = 300
@@ -60,8 +62,8 @@ class Result:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    platform.set_threads(1)
-    platform.init_process_group(device_of(job), COLLECTIVE_LIMIT_S)
+    set_threads(1)
+    init_process_group(device_of(job), COLLECTIVE_LIMIT_S)
     fleet = Fleets(job)
     results = []
     try:
@@ -157,22 +159,25 @@ def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
     return load_config(path)
 
 
-def device_of(job: dict[str, Any]) -> platform.Device:
+def device_of(job: dict[str, Any]) -> Device:
     return job.get("device", "cpu")
 
 
 def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) -> list[Result]:
     shape = load_model_shape(config.model.path)
     policy = Policy(config, shape, device_of(job))
-    bridge = WeightBridge(
+    side = PolicySide(
         shards=policy.named_shards(),
         model=shape,
-        grid=policy_grid(config, shape),
+        grid=policy_grid(config.policy, shape),
         rank=dist.get_rank(),
-        run_id=job["run_id"],
-        config=config.bridge,
+    )
+    bridge = WeightBridge(
+        side,
+        fleet.fleet,
+        config.bridge,
         wire_dtype=torch.float32 if config.rollout.dtype == "fp32" else torch.bfloat16,
-        engines=fleet.fleet,
+        run_id=job["run_id"],
         group=dist.group.WORLD,
     )
     results = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpg_megatron.bridge.install import Installer
-from gpg_megatron.reaper import new_run_id, start_reaper
+from gpg_megatron.host.reaper import new_run_id, start_reaper
 
 
 class Extension:

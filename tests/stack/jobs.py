@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from gpg_megatron.reaper import RUN_ID_VARIABLE, open_segments, scratch_directory
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE, open_segments, scratch_directory
 from tests.shared_memory import all_segments
 
 START_LIMIT_S = 480.0

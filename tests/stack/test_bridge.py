@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
 from tests.tiny import make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]

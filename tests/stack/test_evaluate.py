@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron import evaluate_cli
+from gpg_megatron.evaluation import cli as evaluate_cli
 from tests.tiny import make_tiny_model, write_problems
 
 

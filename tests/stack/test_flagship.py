@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.config import load_config
+from gpg_megatron.config.loading import load_config
 from tests.stack import flagship
 from tests.stack.jobs import START_LIMIT_S, Job, running_job
 from tests.tiny import make_answering_model

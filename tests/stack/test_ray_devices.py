@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpg_megatron.config import RolloutConfig
+from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, scratch_directory
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, scratch_directory
 from gpg_megatron.rollout.ray_session import open_ray
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gpg_megatron.config import RolloutConfig
-from gpg_megatron.reaper import (
+from gpg_megatron.config.sections import RolloutConfig
+from gpg_megatron.host.reaper import (
     RUN_ID_VARIABLE,
     cleanup_run,
     new_run_id,

@@ -20,18 +20,22 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gpg_megatron import platform
+from gpg_megatron.policy.on_cpu import (
+    define_missing_names,
+    quiet_megatron,
+    redirect_megatron_to_cpu,
+)
 
-platform.quiet_megatron()
-platform.define_missing_names()
-platform.redirect_megatron_to_cpu()
+quiet_megatron()
+define_missing_names()
+redirect_megatron_to_cpu()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 from benchmarks.large_layouts import QWEN2_7B, QWEN25_72B  # noqa: E402
-from gpg_megatron.batching import pack  # noqa: E402
-from gpg_megatron.config import PolicyConfig  # noqa: E402
+from gpg_megatron.batching.updates import pack  # noqa: E402
+from gpg_megatron.config.sections import PolicyConfig  # noqa: E402
 from gpg_megatron.policy.model import build_model, forward_arguments  # noqa: E402
 from gpg_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from gpg_megatron.types import ModelShape, TrainSample  # noqa: E402

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gpg_megatron.bridge.topology import PolicyGrid, local_shapes
+from gpg_megatron.layout.topology import PolicyGrid, local_shapes
 from gpg_megatron.types import ModelShape
 
 PADDING = -1.0

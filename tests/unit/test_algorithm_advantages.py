@@ -17,7 +17,7 @@ from gpg_megatron.algorithm.advantages import (
     is_live,
     live_fraction,
 )
-from gpg_megatron.config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 

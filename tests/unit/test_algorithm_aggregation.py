@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import TrainSample
 
 MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])

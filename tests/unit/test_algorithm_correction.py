@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.correction import LARGEST_LOG_RATIO, correction_weights, ratio
-from gpg_megatron.config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 
 MODES = get_args(get_type_hints(AlgorithmConfig)["correction"])
 # Two responses; the ratios are 4, 1/4, 1 and 2, 2. Products 1 and 4, geometric means 1 and 2.

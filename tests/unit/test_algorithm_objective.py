@@ -16,9 +16,8 @@ from gpg_megatron.algorithm.correction import correction_weights
 from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
 from gpg_megatron.algorithm.micro_steps import micro_steps
 from gpg_megatron.algorithm.objective import N_STATISTICS, SUMS, Tokens, metrics, objective
-from gpg_megatron.algorithm_config import PRESETS, from_preset
-from gpg_megatron.batching import apply_alpha
-from gpg_megatron.config import AlgorithmConfig
+from gpg_megatron.batching.updates import apply_alpha
+from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig, from_preset
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 
 MAX_RESPONSE = 9

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.advantages import is_live
 from gpg_megatron.algorithm.redraw import RedrawsExhausted, draw_size, needs_redraw, select
-from gpg_megatron.config import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron import train
+from gpg_megatron.start import train
 from tests.tiny import make_tiny_model, write_problems
 
 

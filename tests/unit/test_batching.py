@@ -15,22 +15,16 @@ from gpg_megatron.algorithm.advantages import assign_advantages
 from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.loss import gpg_loss
 from gpg_megatron.algorithm.micro_steps import micro_steps
-from gpg_megatron.algorithm_config import from_preset
-from gpg_megatron.batching import (
+from gpg_megatron.batching.updates import (
     left_out,
     make_batches,
     make_update,
     pack,
     split_updates,
 )
-from gpg_megatron.config import (
-    AlgorithmConfig,
-    Config,
-    PolicyConfig,
-    RolloutConfig,
-    TrainerConfig,
-)
-from gpg_megatron.flops import TokenCosts
+from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
+from gpg_megatron.config.sections import Config, PolicyConfig, RolloutConfig, TrainerConfig
+from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample
 
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.01)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from gpg_megatron.batching import pack
+from gpg_megatron.batching.updates import pack
 from gpg_megatron.types import TrainSample
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpg_megatron.bridge.hf_io import check_checkpoint, index_of, load_hf
 from gpg_megatron.errors import UserError
+from gpg_megatron.layout.hf_io import check_checkpoint, index_of, load_hf
 from gpg_megatron.types import ModelShape, ParallelPosition
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 6, 8, 4, 2, 4, 300

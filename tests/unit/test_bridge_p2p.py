@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from gpg_megatron.bridge.p2p import P2PInbox, P2POutbox
-from gpg_megatron.bridge.transport import Patience, TransferError
+from gpg_megatron.bridge.transports.base import Patience, TransferError
+from gpg_megatron.bridge.transports.p2p import P2PInbox, P2POutbox
 
 BYTES = 64
 RECEIVERS = (5, 2)

@@ -22,10 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.engine_layout import PADDING, weights
 from gpg_megatron.bridge import engine_layout
 from gpg_megatron.bridge.engine_layout import Engine
-from gpg_megatron.bridge.layout import Box
 from gpg_megatron.bridge.plan import (
     Bucket,
     Destination,
@@ -37,9 +35,11 @@ from gpg_megatron.bridge.plan import (
     make_routes,
     outgoing,
 )
-from gpg_megatron.bridge.topology import Held, PolicyGrid, held_by_policy, hf_shapes
+from gpg_megatron.layout.boxes import Box
+from gpg_megatron.layout.topology import Held, PolicyGrid, held_by_policy, hf_shapes
 from gpg_megatron.types import ModelShape, MoEShape
 from tests.unit import policy_layout
+from tests.unit.engine_weights import PADDING, weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 assert PADDING == policy_layout.PADDING

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.large_layouts import CASES, LIMIT, LargeCase, Planned, buckets_of, plan
 from gpg_megatron.bridge.plan import bucket_elements, outgoing
-from gpg_megatron.bridge.topology import hf_shapes
+from gpg_megatron.layout.topology import hf_shapes
 
 # Structure is tested here, not speed: benchmarks/plan.py has the seconds.
 SLOWEST_S = 60

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from gpg_megatron.bridge.layout import Box
 from gpg_megatron.bridge.plan import Destination, View
 from gpg_megatron.bridge.record import record_loaders
+from gpg_megatron.layout.boxes import Box
 
 HF_SHAPES = {
     "embed": (6, 4),

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpg_megatron.bridge import transport
-from gpg_megatron.bridge.shm import ShmAddress, ShmInbox, ShmOutbox
-from gpg_megatron.bridge.transport import Patience, TransferError, open_inbox, open_outbox
+from gpg_megatron.bridge.transports import base as transport
+from gpg_megatron.bridge.transports.base import Patience, TransferError
+from gpg_megatron.bridge.transports.shm import ShmAddress, ShmInbox, ShmOutbox
+from gpg_megatron.bridge.transports.table import open_inbox, open_outbox
 
 BUCKET = 256
 SHM = Path("/dev/shm")

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from gpg_megatron.bridge.families import pieces_of
-from gpg_megatron.bridge.layout import Box, Shard
-from gpg_megatron.bridge.topology import (
+from gpg_megatron.config.sections import PolicyConfig
+from gpg_megatron.layout.boxes import Box, Shard
+from gpg_megatron.layout.families import pieces_of
+from gpg_megatron.layout.topology import (
     PolicyGrid,
     check_shards,
     held_by_policy,
     hf_shapes,
     local_shapes,
 )
-from gpg_megatron.config import PolicyConfig
-from gpg_megatron.hf_config import pipeline_stages
+from gpg_megatron.model.shape import pipeline_stages
 from gpg_megatron.types import ModelShape, MoEShape
 
 LAYERS = 5

@@ -8,9 +8,10 @@ import threading
 
 import pytest
 
-from gpg_megatron.collector import Collector
-from gpg_megatron.config import AlgorithmConfig, Config, RolloutConfig, TrainerConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.sections import Config, RolloutConfig, TrainerConfig
 from gpg_megatron.data.stream import PromptStream
+from gpg_megatron.loop.rollouts import Collector
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoint_convert.__main__ import main
-from gpg_megatron.bridge import to_hf
-from gpg_megatron.bridge.compare import compare
-from gpg_megatron.bridge.to_hf import megatron_to_hf
-from gpg_megatron.bridge.to_megatron import hf_to_megatron
-from gpg_megatron.bridge.topology import PolicyGrid
-from gpg_megatron.bridge.torch_dist import read_index
+from gpg_megatron.checkpoint import to_hf
+from gpg_megatron.checkpoint.compare import compare
 from gpg_megatron.checkpoint.marker import read_marker
 from gpg_megatron.checkpoint.store import relative_files
+from gpg_megatron.checkpoint.to_hf import megatron_to_hf
+from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
+from gpg_megatron.checkpoint.torch_dist import read_index
+from gpg_megatron.layout.topology import PolicyGrid
 from tests.tiny import Family, make_tiny_model
 
 FAMILIES: list[tuple[Family, bool]] = [

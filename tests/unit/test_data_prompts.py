@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.config import DataConfig
+from gpg_megatron.config.sections import DataConfig
 from gpg_megatron.data.prompts import file_labels, load_prompts
 from gpg_megatron.data.schema import make_row
-from gpg_megatron.demo_model import build_tokenizer
+from gpg_megatron.demo.model import build_tokenizer
 from gpg_megatron.errors import UserError
 
 

@@ -12,18 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from gpg_megatron import demo, demo_model
 from gpg_megatron.data import arithmetic
 from gpg_megatron.data.schema import read_problems
+from gpg_megatron.demo import model as demo_model
+from gpg_megatron.demo.make import MARKER, main, make_demo
+from gpg_megatron.demo.settings import TASK, DemoSettings
 from gpg_megatron.errors import UserError
 
-SMALL = demo.DemoSettings(warmup_steps=4, batch_size=8, train_rows=16, test_rows=8)
+SMALL = DemoSettings(warmup_steps=4, batch_size=8, train_rows=16, test_rows=8)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "made"
-    assert demo.make_demo(out, SMALL)
+    assert make_demo(out, SMALL)
     return out
 
 
@@ -71,35 +73,33 @@ def test_the_warm_up_never_sees_a_held_out_problem(made):
     train = read_problems(made / "train.parquet")
     test = read_problems(made / "test.parquet")
     assert (len(train), len(test)) == (16, 8)
-    split = arithmetic.draw(demo.TASK, seed=1, train_size=32, test_size=8)
+    split = arithmetic.draw(TASK, seed=1, train_size=32, test_size=8)
     assert [p.messages[0]["content"] for p in test] == [
-        arithmetic.TASKS[demo.TASK].question(x) for x in split.test
+        arithmetic.TASKS[TASK].question(x) for x in split.test
     ]
     assert {p.data_source for p in train + test} == {"arithmetic/largest"}
 
 
 def test_it_is_made_once_and_only_with_the_same_settings(made):
     before = (made / "model" / "model.safetensors").stat().st_mtime_ns
-    assert not demo.make_demo(made, SMALL)
+    assert not make_demo(made, SMALL)
     assert (made / "model" / "model.safetensors").stat().st_mtime_ns == before
-    other = demo.DemoSettings(
-        **{**json.loads((made / demo.MARKER).read_text())["settings"], "seed": 2}
-    )
+    other = DemoSettings(**{**json.loads((made / MARKER).read_text())["settings"], "seed": 2})
     with pytest.raises(UserError, match=r"other settings \(seed 1\)"):
-        demo.make_demo(made, other)
+        make_demo(made, other)
     assert [p.name for p in made.parent.iterdir()] == ["made"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert main(["--out", str(tmp_path)]) == 2
     assert "holds no demo" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_the_same_seed_gives_the_same_weights(made, tmp_path):
     torch.manual_seed(99)
-    demo.make_demo(tmp_path / "again", SMALL)
+    make_demo(tmp_path / "again", SMALL)
     name = "model/model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (made / name).read_bytes()
 
@@ -117,7 +117,7 @@ def test_log_probs_and_pass_rate_are_those_of_generation(made, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(made / "model").eval()
     problem = (20, 97, 31)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": arithmetic.TASKS[demo.TASK].question(problem)}],
+        [{"role": "user", "content": arithmetic.TASKS[TASK].question(problem)}],
         add_generation_prompt=True,
         return_dict=False,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpg_megatron.devices import engine_devices, visible_devices
 from gpg_megatron.errors import UserError
+from gpg_megatron.placement.devices import engine_devices, visible_devices
 
 EIGHT = tuple("01234567")
 

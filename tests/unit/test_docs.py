@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpg_megatron.config import Config
+from gpg_megatron.config.sections import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *filter(Path.exists, [ROOT / "README.md"])]

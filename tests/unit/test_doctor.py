@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from gpg_megatron import doctor
+from gpg_megatron.start import doctor
 
 CPU_ONLY = doctor.Devices(cuda_build=None, names=(), problem=None)
 ONE_GPU = doctor.Devices(cuda_build="12.9", names=("NVIDIA H100",), problem=None)

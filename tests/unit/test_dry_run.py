@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.large_layouts import CASES as LARGE
-from gpg_megatron import train
 from gpg_megatron.bridge.forecast import forecast, worker_elements
-from gpg_megatron.config import load_config
+from gpg_megatron.config.loading import load_config
 from gpg_megatron.data.schema import make_row, write_parquet
-from gpg_megatron.dry_run import GIB, _ranges, count_rows, lines, plan_run, problems
 from gpg_megatron.errors import UserError
-from gpg_megatron.reaper import RUN_ID_VARIABLE
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE
+from gpg_megatron.start import train
+from gpg_megatron.start.dry_run import GIB, _ranges, count_rows, lines, plan_run, problems
 from tests.tiny import write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +189,7 @@ def test_ranges() -> None:
 
 def test_the_command_needs_neither_weights_nor_torchrun(models: Path) -> None:
     command = [
-        sys.executable, "-m", "gpg_megatron.train", "--dry-run", "--gpu-memory-gb", "80",
+        sys.executable, "-m", "gpg_megatron.start.train", "--dry-run", "--gpu-memory-gb", "80",
         "--config", "configs/qwen2-7b_math_megatron.yaml", f"model.path={models / 'qwen2-7b'}",
         "trainer.device=cuda",
     ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.eval_metrics import (
+from gpg_megatron.evaluation.metrics import (
     Answers,
     estimate,
     majority,

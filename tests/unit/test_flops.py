@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpg_megatron.flops import TokenCosts, token_costs
-from gpg_megatron.platform import peak_flops_per_s
+from gpg_megatron.host.device import peak_flops_per_s
+from gpg_megatron.model.flops import TokenCosts, token_costs
 from gpg_megatron.types import ModelShape, MoEShape
 
 

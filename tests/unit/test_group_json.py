@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.group_json import from_json, to_json
+from gpg_megatron.loop.group_json import from_json, to_json
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 
 TEXT = st.text(max_size=8)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from gpg_megatron.config import Config, DataConfig, PolicyConfig, RolloutConfig
+from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, RolloutConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.hf_config import check_layout, load_model_shape, padded_vocab_size
+from gpg_megatron.model.shape import check_layout, load_model_shape, padded_vocab_size
 from gpg_megatron.types import ModelShape, MoEShape
 
 QWEN3 = {

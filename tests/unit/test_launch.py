@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.config import Config, PolicyConfig
+from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.launcher import launch
-from gpg_megatron.meeting import Hosts
+from gpg_megatron.start.launcher import launch
+from gpg_megatron.start.meeting import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("run_qwen2-7b_math_megatron.sh", "run_qwen2-7b_math.sh")

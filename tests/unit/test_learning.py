@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.learning import METHODS, curves, describe, over_tokens, run, summary, table
 from benchmarks.learning import main as learning_main
-from gpg_megatron.config import load_config
+from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError
 
 MINIMAL = "model: {path: m}\ndata: {train_files: [t]}\n"

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.meeting import COMPARE_S, Failure, Hosts, Meeting, cause_of
+from gpg_megatron.start.meeting import COMPARE_S, Failure, Hosts, Meeting, cause_of
 
 KILLED = Failure(text="policy rank 3 ended: killed by SIGKILL", exit_code=1, is_cause=True, host=1)
 FOLLOWED = Failure(text="policy rank 0 ended: exit code 1", exit_code=1, is_cause=False, host=0)
@@ -113,7 +113,7 @@ def test_the_watcher_sends_the_signal_once_another_fails(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signalled = threading.Event()
-    monkeypatch.setattr("gpg_megatron.meeting.os.kill", lambda pid, number: signalled.set())
+    monkeypatch.setattr("gpg_megatron.start.meeting.os.kill", lambda pid, number: signalled.set())
     first, second = both(hosts)
     first.watch()
     second.watch()
@@ -128,9 +128,9 @@ def test_the_watcher_sends_the_signal_once_another_fails(
 
 def test_a_silent_host_ends_the_others(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     signalled = threading.Event()
-    monkeypatch.setattr("gpg_megatron.meeting.os.kill", lambda pid, number: signalled.set())
-    monkeypatch.setattr("gpg_megatron.meeting.SILENT_AFTER_S", 1.5)
-    monkeypatch.setattr("gpg_megatron.meeting.LEAVE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("gpg_megatron.start.meeting.os.kill", lambda pid, number: signalled.set())
+    monkeypatch.setattr("gpg_megatron.start.meeting.SILENT_AFTER_S", 1.5)
+    monkeypatch.setattr("gpg_megatron.start.meeting.LEAVE_TIMEOUT_S", 0.5)
     first, _ = both(hosts)
     first.watch()
     assert signalled.wait(timeout=10)

@@ -13,10 +13,16 @@ from typing import Any
 import pytest
 
 from benchmarks.large_layouts import QWEN2_7B, QWEN3_30B, QWEN25_72B
-from gpg_megatron.bridge.topology import PolicyGrid, local_shapes
-from gpg_megatron.config import Config, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
-from gpg_megatron.hf_config import pipeline_stages
-from gpg_megatron.memory import (
+from gpg_megatron.config.sections import (
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from gpg_megatron.layout.topology import PolicyGrid, local_shapes
+from gpg_megatron.model.shape import pipeline_stages
+from gpg_megatron.placement.memory import (
     activation_bytes,
     engine_memory,
     logit_bytes,

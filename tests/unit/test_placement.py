@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.placement import (
+from gpg_megatron.placement.states import (
     RESIDENT,
     TRANSITIONS,
     Action,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.flops import TokenCosts
-from gpg_megatron.planning import plan_grid, run_cost, run_tokens, shared_runs
+from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
+from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainSample
 
 LINEAR = TokenCosts(per_token=1.0, per_loss_token=0.0, per_pair=0.0)

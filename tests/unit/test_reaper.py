@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron import reaper as reaper_module
-from gpg_megatron.reaper import (
+from gpg_megatron.host import reaper as reaper_module
+from gpg_megatron.host.reaper import (
     RUN_ID_VARIABLE,
     SHARED_MEMORY,
     Sampler,
@@ -30,7 +30,7 @@ LIMIT_S = 20.0
 # ignores SIGTERM and holds a segment. Each line names a process or a segment.
 OWNER = """
 import os, subprocess, sys, time
-from gpg_megatron.reaper import start_reaper
+from gpg_megatron.host.reaper import start_reaper
 print(start_reaper(sys.argv[1]), flush=True)
 child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], start_new_session=True)
 print(child.pid, flush=True)

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from gpg_megatron.checkpoint.marker import Marker, stamp, write_marker
+from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.checkpoint.store import relative_files
-from gpg_megatron.config import CheckpointConfig, Config, ModelConfig, PolicyConfig, TrainerConfig
+from gpg_megatron.config.sections import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    TrainerConfig,
+)
 from gpg_megatron.errors import UserError
-from gpg_megatron.preflight import find_resume_point
 from gpg_megatron.types import ModelShape
 from tests.unit.test_bridge_hf_io import TIED, UNTIED
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.config import RewardConfig
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.data.catalog import DATA_SETS
 from gpg_megatron.errors import UserError
 from gpg_megatron.reward.scorers import (

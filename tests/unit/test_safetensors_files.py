@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpg_megatron.bridge.safetensors_files import INDEX, RowReader, ShardWriter, places_in
+from gpg_megatron.checkpoint.safetensors_files import INDEX, RowReader, ShardWriter, places_in
 from gpg_megatron.errors import UserError
 
 TENSORS = {

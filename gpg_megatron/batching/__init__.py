@@ -1,0 +1,1 @@
+"""Training samples to optimizer steps, ranks and packed micro-batches."""

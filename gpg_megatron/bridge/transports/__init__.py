@@ -1,0 +1,1 @@
+"""The ways of a bucket from a policy rank to an engine worker."""

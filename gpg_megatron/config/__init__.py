@@ -1,0 +1,1 @@
+"""The configuration: sections and their rules, read from YAML and a.b=value overrides."""

@@ -1,0 +1,110 @@
+"""Read a YAML file and a.b=value overrides into a Config. The only file that knows OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from gpg_megatron.config.algorithm import PRESETS
+from gpg_megatron.config.rules import validate
+from gpg_megatron.config.sections import Config
+from gpg_megatron.errors import UserError
+
+_MOVED = {
+    "trainer.val_before_train": "validation.before_train",
+    "trainer.val_n": "validation.n",
+    "trainer.val_temperature": "validation.temperature",
+    "trainer.val_top_p": "validation.top_p",
+    "trainer.val_top_k": "validation.top_k",
+    "trainer.val_save_generations": "validation.save_generations",
+}
+"""What a key of an earlier version is called now; only to say so."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
+
+    Raises:
+        UserError: missing or malformed file, unknown key (the nearest known one is named),
+            wrong type, or values that do not fit together.
+    """
+    layers = {str(path): _read(path), "command line": _parse(overrides)}
+    defaults = OmegaConf.structured(Config)
+    merged = _merge(defaults, layers)
+    try:
+        # The preset lies below whatever the user sets, wherever the user names it.
+        preset = OmegaConf.create({"algorithm": dict(PRESETS[merged.algorithm.preset])})
+        config = OmegaConf.to_object(_merge(OmegaConf.merge(defaults, preset), layers))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _merge(defaults: Any, layers: Mapping[str, DictConfig]) -> Any:
+    """The layers, the last one on top; where a layer comes from -> the layer."""
+    merged = defaults
+    for where, layer in layers.items():
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except ConfigKeyError as error:
+            raise UserError(f"{where}: {_unknown(str(error.full_key))}") from None
+        except (OmegaConfBaseException, TypeError) as error:
+            raise UserError(f"{where}: {_one_line(error)}") from None
+    return merged
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; load_config reads it back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _read(path: str | Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"config file not found: {path}") from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: is a list; expected sections, for example policy: {{lr: 1e-6}}")
+    return content
+
+
+def _parse(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if not re.match(r"\w+\.\w+=", item):
+            raise UserError(f"override {item!r}: expected a.b=value, for example policy.lr=1e-6")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override: not a YAML value: {_one_line(error)}") from None
+
+
+def _unknown(key: str) -> str:
+    """ "unknown key ...", with the nearest known key or, failing that, all keys of its section."""
+    if key in _MOVED:
+        return f"unknown key {key}; it is {_MOVED[key]} now"
+    section, _, name = key.partition(".")
+    types = {f.name: type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)}
+    known = [f.name for f in dataclasses.fields(types[section])] if name else list(types)
+    near = difflib.get_close_matches(name or section, known, n=1)
+    prefix = f"{section}." if name else ""
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"unknown key {key}; {hint}"
+
+
+def _one_line(error: Exception) -> str:
+    """The message with the full key, without OmegaConf's lines of type bookkeeping."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((x.removeprefix("full_key: ") for x in lines if x.startswith("full_key: ")), "")
+    return f"{key}: {lines[0]}" if key else lines[0]

@@ -1,0 +1,1 @@
+"""A small model and its data, made on the spot."""

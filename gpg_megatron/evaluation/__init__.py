@@ -1,0 +1,1 @@
+"""Held-out accuracy: in the loop and by gpg-eval."""

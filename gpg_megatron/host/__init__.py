@@ -1,0 +1,1 @@
+"""What a process of a run needs from its host: device, collectives, network, an end."""

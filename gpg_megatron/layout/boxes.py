@@ -1,0 +1,165 @@
+"""How one Megatron shard maps onto Hugging Face tensors: lists of rectangles.
+
+A Piece says: this box of the local parameter holds that box of that Hugging Face tensor.
+Loading, saving and moving weights all intersect boxes; nobody does head arithmetic again.
+
+    Megatron shard --layout--> pieces in Hugging Face coordinates <--recording-- vLLM shard
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gpg_megatron.types import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a tensor: [start, stop) for each dimension."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box that covers a tensor of this shape."""
+        return cls(tuple((0, n) for n in shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent of each dimension."""
+        return tuple(stop - start for start, stop in self.ranges)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for start, stop in self.ranges:
+            count *= stop - start
+        return count
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """For indexing: tensor[box.slices]."""
+        return tuple(slice(start, stop) for start, stop in self.ranges)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common rectangle; None when it is empty."""
+        assert len(self.ranges) == len(other.ranges), (self, other)
+        ranges = []
+        for (a, b), (c, d) in zip(self.ranges, other.ranges, strict=True):
+            start, stop = max(a, c), min(b, d)
+            if start >= stop:
+                return None
+            ranges.append((start, stop))
+        return Box(tuple(ranges))
+
+    def relative_to(self, origin: Box) -> Box:
+        """The same rectangle in coordinates that start at origin's first corner."""
+        return Box(
+            tuple((a - o, b - o) for (a, b), (o, _) in zip(self.ranges, origin.ranges, strict=True))
+        )
+
+    def shifted(self, origin: Box) -> Box:
+        """The inverse of relative_to."""
+        return Box(
+            tuple((a + o, b + o) for (a, b), (o, _) in zip(self.ranges, origin.ranges, strict=True))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a local parameter and the box of the Hugging Face tensor that it holds."""
+
+    hf_name: str
+    hf: Box
+    local: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Where a local parameter stands: its shape, and its tensor-parallel rank."""
+
+    shape: tuple[int, ...]
+    tp_rank: int
+    tp_size: int
+
+
+Layout = Callable[[Sequence[str], Shard, ModelShape], list[Piece]]
+
+
+def split_dimension(layout: Layout) -> int | None:
+    """The dimension of a Megatron parameter that tensor parallelism cuts; None: it is copied."""
+    return _SPLIT.get(layout, 0)
+
+
+def replicated(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Every rank holds the whole tensor."""
+    whole = Box.whole(shard.shape)
+    return [Piece(names[0], whole, whole)]
+
+
+def columns(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Equal runs of columns (Megatron's row-parallel layers)."""
+    width = shard.shape[1]
+    first = shard.tp_rank * width
+    hf = Box(((0, shard.shape[0]), (first, first + width)))
+    return [Piece(names[0], hf, Box.whole(shard.shape))]
+
+
+_SPLIT: dict[Layout, int | None] = {replicated: None, columns: 1}
+
+
+def vocab_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Runs of rows of a padded vocabulary; the padding rows belong to no tensor."""
+    return _slice_rows([(names[0], 0, model.vocab_size)], shard)
+
+
+def gated_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Each rank holds [its rows of gate; its rows of up]. names = (gate, up)."""
+    half = shard.shape[0] // 2
+    first = shard.tp_rank * half
+    return [
+        Piece(
+            name,
+            _row_box(first, first + half, shard.shape),
+            _row_box(part * half, (part + 1) * half, shard.shape),
+        )
+        for part, name in enumerate(names)
+    ]
+
+
+def qkv_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Rows of the fused projection: per key-value group [its q heads; k; v].
+
+    Tensor parallelism cuts raw rows, so with more ranks than groups a rank may hold q rows
+    alone. names = (q, k, v).
+    """
+    q, k, v = names
+    d = model.head_dim
+    q_rows = model.num_heads // model.num_kv_heads * d
+    segments = []
+    for group in range(model.num_kv_heads):
+        segments += [(q, group * q_rows, q_rows), (k, group * d, d), (v, group * d, d)]
+    return _slice_rows(segments, shard)
+
+
+def _slice_rows(segments: Sequence[tuple[str, int, int]], shard: Shard) -> list[Piece]:
+    """The part of stacked segments (hf name, first hf row, rows) that one rank's rows cover."""
+    count = shard.shape[0]
+    first = shard.tp_rank * count
+    pieces = []
+    offset = 0
+    for name, hf_first, n in segments:
+        start, stop = max(offset, first), min(offset + n, first + count)
+        if start < stop:
+            hf_start = hf_first + start - offset
+            hf = _row_box(hf_start, hf_start + stop - start, shard.shape)
+            pieces.append(Piece(name, hf, _row_box(start - first, stop - first, shard.shape)))
+        offset += n
+    return pieces
+
+
+def _row_box(start: int, stop: int, shape: tuple[int, ...]) -> Box:
+    """Rows [start, stop) and everything in the other dimensions."""
+    return Box(((start, stop), *((0, n) for n in shape[1:])))

@@ -1,0 +1,226 @@
+"""Which policy rank holds which rectangle of which Hugging Face tensor: a pure function.
+
+    ModelShape + PolicyGrid --table of families.py--> {hf name: [Held, ...]}
+
+Ranks that hold the same rectangle (data-parallel copies, tensor-parallel copies of norms) stand
+together in one Held, so the result grows with the model and not with the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from gpg_megatron.config.sections import PolicyConfig
+from gpg_megatron.layout.boxes import Box, Piece, Shard, replicated, split_dimension
+from gpg_megatron.layout.families import Rule, dimensions, numberings, rules_of
+from gpg_megatron.model.shape import pipeline_stages
+from gpg_megatron.types import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGrid:
+    """How Megatron arranges the ranks: tensor-parallel neighbours first, then data-parallel
+    copies (expert-parallel within them), then pipeline stages ("tp-cp-ep-dp-pp")."""
+
+    tp_size: int
+    dp_size: int
+    stage_of_layer: tuple[int, ...]
+    """The pipeline stage of each layer."""
+    pp_size: int
+    ep_size: int = 1
+    """Divides dp_size."""
+    transformer_engine: bool = False
+    """Parameter names are those of Transformer Engine's fused modules."""
+
+    @property
+    def world_size(self) -> int:
+        """Policy ranks."""
+        return self.tp_size * self.dp_size * self.pp_size
+
+    def rank(self, *, tp: int, dp: int, pp: int) -> int:
+        """The global rank at a position."""
+        return tp + self.tp_size * (dp + self.dp_size * pp)
+
+    @cached_property
+    def _shared(self) -> dict[tuple[int, int | None, int | None], tuple[int, ...]]:
+        return {}
+
+    def holders(self, stage: int, tp: int | None, ep: int | None) -> tuple[int, ...]:
+        """Ranks of a stage at one tensor-parallel position (None: all) and, for experts, at
+        one expert-parallel position. The same tuple object for the same arguments."""
+        key = (stage, tp, ep)
+        if key not in self._shared:
+            copies = range(self.dp_size) if ep is None else range(ep, self.dp_size, self.ep_size)
+            positions = range(self.tp_size) if tp is None else (tp,)
+            self._shared[key] = tuple(
+                self.rank(tp=t, dp=d, pp=stage) for d in copies for t in positions
+            )
+        return self._shared[key]
+
+
+def policy_grid(
+    policy: PolicyConfig, model: ModelShape, *, transformer_engine: bool = False
+) -> PolicyGrid:
+    """The arrangement of all policy ranks, and the names that their parameters have.
+
+    Raises:
+        UserError: the layers do not fit the pipeline stages.
+    """
+    return PolicyGrid(
+        tp_size=policy.tensor_model_parallel_size,
+        # Ranks that share a row hold the same weights, as data-parallel ranks do.
+        dp_size=policy.context_parallel_size * policy.data_parallel_size,
+        pp_size=policy.pipeline_model_parallel_size,
+        stage_of_layer=pipeline_stages(policy, model.num_layers),
+        ep_size=policy.expert_model_parallel_size,
+        transformer_engine=transformer_engine,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A rectangle of a Hugging Face tensor and the ranks that hold it."""
+
+    hf: Box
+    parameter: str
+    """Global Megatron name."""
+    local: Box
+    """Where it lies within the parameter shard."""
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One Megatron parameter of the whole model."""
+
+    name: str
+    hf_names: tuple[str, ...]
+    rule: Rule
+    shape: tuple[int, ...]
+    """Of the whole parameter, before tensor parallelism."""
+    stage: int
+    numbers: tuple[int, ...]
+    """Its layer, or its layer and expert, in the whole model."""
+
+    @property
+    def expert(self) -> int | None:
+        """Global number of the expert it belongs to."""
+        return self.numbers[1] if self.rule.per_expert else None
+
+
+def parameters(
+    model: ModelShape, grid: PolicyGrid, *, padded_for_tp: int | None = None
+) -> Iterator[Parameter]:
+    """Every parameter of the policy, in the table's order.
+
+    padded_for_tp: the tensor parallelism for which the vocabulary is padded; None: the grid's.
+    """
+    sizes = dimensions(model, padded_for_tp or grid.tp_size)
+    last = grid.pp_size - 1
+    for rule in rules_of(model):
+        if rule.pattern.startswith("output_layer.") and model.tied and last == 0:
+            continue  # a single stage has the embedding itself
+        shape = tuple(sizes[d] for d in rule.dims)
+        pattern = rule.megatron[-1] if grid.transformer_engine else rule.pattern
+        for numbers in numberings(rule, model):
+            stage = grid.stage_of_layer[numbers[0]] if numbers else last * rule.at_end
+            yield Parameter(
+                name=pattern.format(*numbers),
+                hf_names=tuple(hf.format(*numbers) for hf in rule.hf),
+                rule=rule,
+                shape=shape,
+                stage=stage,
+                numbers=numbers,
+            )
+
+
+def local_shapes(model: ModelShape, grid: PolicyGrid, rank: int) -> dict[str, tuple[int, ...]]:
+    """Global name -> shard shape of every parameter that a rank must have."""
+    result = {}
+    dp, pp = rank // grid.tp_size % grid.dp_size, rank // (grid.tp_size * grid.dp_size)
+    for parameter in parameters(model, grid):
+        if parameter.stage != pp:
+            continue
+        if parameter.expert is not None:
+            local_experts = model.num_experts // grid.ep_size
+            if parameter.expert // local_experts != dp % grid.ep_size:
+                continue
+        result[parameter.name] = _shard_shape(parameter, grid.tp_size)
+    return result
+
+
+def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]:
+    """Hugging Face name -> the disjoint rectangles that together are the tensor.
+
+    A tied embedding that the first and the last stage both hold appears as two equal
+    rectangles with different ranks.
+    """
+    held: dict[str, list[Held]] = defaultdict(list)
+    # Layers and experts are alike: a rule's pieces are made once, with the rule's own names.
+    pieces: dict[tuple[str, int], list[Piece]] = {}
+    for parameter in parameters(model, grid):
+        rule = parameter.rule
+        copies = rule.layout is replicated
+        ep = None
+        if parameter.expert is not None:
+            ep = parameter.expert // (model.num_experts // grid.ep_size)
+        names = dict(zip(rule.hf, parameter.hf_names, strict=True))
+        for tp in range(1 if copies else grid.tp_size):
+            key = (rule.pattern, tp)
+            if key not in pieces:
+                shard = Shard(_shard_shape(parameter, grid.tp_size), tp, grid.tp_size)
+                pieces[key] = rule.layout(rule.hf, shard, model)
+            ranks = grid.holders(parameter.stage, None if copies else tp, ep)
+            for piece in pieces[key]:
+                name = names[piece.hf_name]
+                held[name].append(Held(piece.hf, parameter.name, piece.local, ranks))
+    return dict(held)
+
+
+def hf_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The shape of every Hugging Face tensor: what one rank alone would hold.
+
+    Layer by layer, so that what belongs together in an engine also arrives together.
+    """
+    alone = PolicyGrid(tp_size=1, dp_size=1, pp_size=1, stage_of_layer=(0,) * model.num_layers)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rectangles in held_by_policy(model, alone).items():
+        stops = (tuple(stop for _, stop in held.hf.ranges) for held in rectangles)
+        shapes[name] = tuple(max(dimension) for dimension in zip(*stops, strict=True))
+    return dict(sorted(shapes.items(), key=lambda item: _place(item[0])))
+
+
+def _place(hf_name: str) -> float:
+    """The layer of a tensor; before all of them for the embedding, after them for the rest."""
+    if found := re.match(r"model\.layers\.(\d+)\.", hf_name):
+        return int(found[1])
+    return -1 if hf_name == "model.embed_tokens.weight" else math.inf
+
+
+def check_shards(
+    shards: Mapping[str, tuple[int, ...]], model: ModelShape, grid: PolicyGrid, rank: int
+) -> None:
+    """What a rank really has against what the table says.
+
+    Raises:
+        ValueError: a parameter is missing, unknown, or has another shape; it is named.
+    """
+    expected = local_shapes(model, grid, rank)
+    for name in expected.keys() | shards.keys():
+        if expected.get(name) != shards.get(name):
+            raise ValueError(
+                f"policy rank {rank}: parameter {name} has shape {shards.get(name)}, and the "
+                f"table of {model.architecture} expects {expected.get(name)}"
+            )
+
+
+def _shard_shape(parameter: Parameter, tp_size: int) -> tuple[int, ...]:
+    split = split_dimension(parameter.rule.layout)
+    return tuple(
+        n // tp_size if dimension == split else n for dimension, n in enumerate(parameter.shape)
+    )

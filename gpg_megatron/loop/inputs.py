@@ -1,0 +1,99 @@
+"""Everything that can be found wrong before a process or an engine is started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpg_megatron.checkpoint.marker import HF_FILES
+from gpg_megatron.checkpoint.resume import check_marker
+from gpg_megatron.config.sections import Config
+from gpg_megatron.data.prompts import load_prompts
+from gpg_megatron.errors import UserError
+from gpg_megatron.layout.hf_io import check_checkpoint
+from gpg_megatron.model.shape import check_layout, load_model_shape
+from gpg_megatron.observe.loggers import check_logging
+from gpg_megatron.reward.sources import check_prompts
+from gpg_megatron.types import ModelShape, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The problems of a run, tokenised."""
+
+    train_prompts: tuple[Prompt, ...]
+    val_prompts: tuple[Prompt, ...]
+    per_file: tuple[int, ...]
+    """How many training prompts each file gave."""
+    n_filtered: int
+    """Training rows left out because their prompt was too long."""
+
+
+def check_output(config: Config) -> None:
+    """The run directory can be made. Nothing is written yet.
+
+    Raises:
+        UserError
+    """
+    path = Path(config.trainer.output_dir).absolute()
+    parent = next(p for p in (path, *path.parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"trainer.output_dir {path}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"trainer.output_dir {path}: {parent} is not writable")
+
+
+def is_converted(config: Config) -> bool:
+    """Whether model.path is a Megatron checkpoint and not a Hugging Face directory."""
+    return (Path(config.model.path) / HF_FILES / "config.json").is_file()
+
+
+def model_files(config: Config) -> Path:
+    """The directory with config.json and the tokenizer."""
+    path = Path(config.model.path)
+    return path / HF_FILES if is_converted(config) else path
+
+
+def check_model(config: Config) -> ModelShape:
+    """The model's shape, checked against the parallel layout and the checkpoint's tensors.
+
+    Raises:
+        UserError
+    """
+    path, converted = Path(config.model.path), is_converted(config)
+    shape = load_model_shape(model_files(config), need_weights=not converted)
+    check_layout(config, shape)
+    if converted:
+        check_marker(path, shape)
+    else:
+        check_checkpoint(path, shape)
+    return shape
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read and tokenise the data, and check that every row can be scored.
+
+    Raises:
+        UserError
+    """
+    # Importing transformers takes seconds, and only rank 0 and the launcher need it.
+    from transformers import AutoTokenizer
+
+    check_logging(config.logging)
+    path = model_files(config)
+    if not (path / "tokenizer_config.json").exists():
+        raise UserError(f"model.path: {path} has no tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    data = config.data
+    train = load_prompts(data.train_files, data, tokenizer)
+    val: tuple[Prompt, ...] = ()
+    if data.val_files:
+        val = load_prompts(data.val_files, data, tokenizer).prompts[: data.val_max_rows]
+    check_prompts((*train.prompts, *val), config.reward)
+    return Inputs(
+        train_prompts=train.prompts,
+        val_prompts=val,
+        per_file=train.per_file,
+        n_filtered=train.n_filtered,
+    )

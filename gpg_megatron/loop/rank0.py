@@ -1,0 +1,100 @@
+"""What rank 0 alone holds: the engines, the scorers, the logs, the held-out prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gpg_megatron.algorithm.advantages import AdvantageStats
+from gpg_megatron.config.sections import Config
+from gpg_megatron.evaluation.evaluate import evaluate
+from gpg_megatron.loop.inputs import Inputs
+from gpg_megatron.loop.rollouts import sampling_requests
+from gpg_megatron.observe.loggers import RunLogger
+from gpg_megatron.observe.metrics import memory_metrics
+from gpg_megatron.observe.progress import Progress
+from gpg_megatron.observe.report import write_report
+from gpg_megatron.observe.rundir import read_metrics
+from gpg_megatron.observe.summary import summary_lines
+from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
+
+CANARY_PROMPTS = 8
+CANARY_TOKENS = 32
+
+
+@dataclass(slots=True, kw_only=True)
+class Rank0:
+    """Rank 0's side of the loop. Whoever made the parts closes them."""
+
+    config: Config
+    inputs: Inputs
+    fleet: Fleet
+    pool: RewardPool
+    logger: RunLogger
+    progress: Progress
+    watchdog: Watchdog
+    pids: Sequence[int]
+    """Of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+    _has_warned: bool = field(default=False, init=False)
+
+    def canary(self) -> list[tuple[Prompt, Completion]]:
+        """A few short samples of the engines' weights, to compare with the policy's."""
+        prompts = self.inputs.train_prompts[:CANARY_PROMPTS]
+        limit = min(CANARY_TOKENS, self.config.rollout.max_response_length)
+        requests = [
+            replace(request, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
+            for request in sampling_requests(self.config, prompts, step=0, redraw=0)
+        ]
+        return list(zip(prompts, self.fleet.generate(requests), strict=True))
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out accuracy; {} without validation files. The answers go to eval/step_N.jsonl."""
+        if not self.inputs.val_prompts:
+            return {}
+        path = Path(self.config.trainer.output_dir) / "eval" / f"step_{step}.jsonl"
+        generations = path if self.config.validation.save_generations else None
+        with self.watchdog.phase("eval"):
+            return evaluate(
+                self.fleet, self.pool, self.inputs.val_prompts, self.config, generations
+            )
+
+    def message(self, text: str) -> None:
+        """One line for the person who watches."""
+        self.progress.message(text)
+
+    def report(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[ScoredGroup] = (),
+        samples: Sequence[TrainSample] = (),
+    ) -> None:
+        """Write one step everywhere; step 0 is the state before training."""
+        metrics = {**metrics, **memory_metrics(self.pids)}
+        self.logger.log(step, metrics)
+        if step:
+            self.progress.step(step, metrics)
+            self.logger.write_rollouts(step, groups, samples)
+
+    def warn_of_shaped_scores(self, step: int, stats: AdvantageStats) -> None:
+        """Once: the alpha that counts right answers by their score does not here."""
+        if self._has_warned or not stats.n_shaped or self.config.algorithm.alpha != "nonzero":
+            return
+        self._has_warned = True
+        print(
+            f"warning: step {step}: {stats.n_shaped} of {stats.n_samples} scores are neither 0 "
+            "nor 1, but algorithm.alpha=nonzero takes every score other than 0 for a right "
+            "answer; algorithm.alpha=group counts dead groups instead",
+            file=sys.stderr,
+        )
+
+    def finish(self) -> None:
+        """Write the report page of a run that came to its end, and say what there is to say."""
+        page = write_report(self.config.trainer.output_dir)
+        for line in (*summary_lines(read_metrics(page.parent)), f"report: {page}"):
+            self.message(line)

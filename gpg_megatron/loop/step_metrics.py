@@ -1,0 +1,64 @@
+"""The metrics of one step, from what its parts made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from gpg_megatron.algorithm.advantages import AdvantageStats
+from gpg_megatron.loop.rollouts import Rollout
+from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics, update_metrics
+from gpg_megatron.types import StepResult, TrainBatch, TrainSample
+
+
+def step_metrics(
+    rollout: Rollout,
+    samples: Sequence[TrainSample],
+    stats: AdvantageStats,
+    batches: Sequence[TrainBatch],
+    results: Sequence[StepResult],
+) -> dict[str, float]:
+    """The metrics of one step that do not depend on the clock."""
+    updated = [r for r in results if r.updated]
+    return {
+        **rollout_metrics(rollout.drawn),
+        **staleness_metrics(samples, results[0].version - results[0].updated),
+        **update_metrics(results),
+        **redraw_metrics(rollout),
+        "version": results[-1].version,
+        "group/alpha": stats.alpha * fmean(batch.alpha for batch in batches),
+        "group/live_fraction": stats.live_fraction,
+        "policy/loss": fmean(r.loss for r in updated) if updated else 0.0,
+        "policy/grad_norm": fmean(r.grad_norm for r in updated) if updated else 0.0,
+        "policy/lr": results[-1].lr,
+        "policy/updates_skipped": len(results) - len(updated),
+        "policy/updates_bad": sum(r.is_bad for r in results),
+        "policy/tokens": sum(b.n_computed_tokens for b in batches),
+        "policy/tokens_skipped": sum(b.n_skipped_tokens for b in batches),
+        "policy/tokens_shared": sum(b.n_shared_tokens for b in batches),
+        "policy/flops": sum(b.flops for b in batches),
+    }
+
+
+def redraw_metrics(rollout: Rollout) -> dict[str, float]:
+    """How the batch came about, all counts."""
+    selection = rollout.selection
+    return {
+        "group/redraws": rollout.redraws,
+        "group/redraws_exhausted": int(selection.exhausted),
+        "group/drawn": len(rollout.drawn),
+        "group/carried_in": rollout.n_carried,
+        "group/carried_out": len(selection.carried),
+        "group/filtered": selection.n_filtered,
+    }
+
+
+def throughput(metrics: dict[str, float], peak_flops_per_s: float) -> dict[str, float]:
+    """Tokens and operations per second of the phases that ran."""
+    flops_per_s = metrics["policy/flops"] / metrics["timing/policy_s"]
+    return {
+        "throughput/rollout_tokens_per_s": metrics["response/tokens"] / metrics["timing/rollout_s"],
+        "throughput/policy_tokens_per_s": metrics["policy/tokens"] / metrics["timing/policy_s"],
+        "throughput/policy_flops_per_s": flops_per_s,
+        "throughput/policy_mfu": flops_per_s / peak_flops_per_s,
+    }

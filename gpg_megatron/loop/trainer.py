@@ -1,0 +1,188 @@
+"""The loop. Every policy rank runs it; rank 0 also drives the engines (rank0.py).
+
+prompts -> rollout -> reward -> advantage -> batch -> policy step -> bridge -> rollout
+'------- rank 0, broadcast -----'  '------------ every rank ------------'
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
+from gpg_megatron.batching.updates import BatchPlan, make_batches
+from gpg_megatron.bridge.bridge import WeightBridge
+from gpg_megatron.config.sections import AlgorithmConfig
+from gpg_megatron.host.collectives import OnRank0
+from gpg_megatron.loop.checkpoints import RunCheckpoints
+from gpg_megatron.loop.guard import Guard
+from gpg_megatron.loop.rank0 import Rank0
+from gpg_megatron.loop.rollouts import Rollout, Rollouts
+from gpg_megatron.loop.step_metrics import step_metrics, throughput
+from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.placement.states import Placement, State
+from gpg_megatron.policy.policy import Policy
+from gpg_megatron.types import StepResult, TrainBatch, TrainSample
+
+
+def train(run: Run) -> None:
+    """Train to the end, from the resume point if there is one. Collective."""
+    run.publish()
+    run.check_engines()
+    run.evaluate_first()
+    for step in run.steps():
+        with run.place(State.ROLLOUT):
+            rollout = run.rollouts.take(step)
+        samples, stats = assign_advantages(rollout.groups, run.algorithm)
+        batches = make_batches(samples, run.plan, skipped=rollout.selection.skipped)
+        with run.place(State.POLICY), run.phase("policy"):
+            results = run.policy.learn(batches)
+        run.guard.check(step, samples, results)
+        run.publish()
+        evals = run.evaluate_at(step)
+        run.save_at(step, evals)
+        run.report(step, rollout, samples, stats, batches, results, evals)
+    run.finish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Which steps there are, and what happens after which."""
+
+    done: int
+    """Steps behind the resume point."""
+    last: int
+    evaluate_first: bool
+    """Also before the first step of a run."""
+    evaluate_every: int
+    """0: after the last step only."""
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the held-out prompts are answered after a step."""
+        every = self.evaluate_every
+        return step == self.last or (every > 0 and step % every == 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One rank's view of a run: its parts, made by build.py, and what they do together."""
+
+    schedule: Schedule
+    algorithm: AlgorithmConfig
+    plan: BatchPlan
+    policy: Policy
+    placement: Placement
+    bridge: WeightBridge
+    rollouts: Rollouts
+    checkpoints: RunCheckpoints
+    guard: Guard
+    watchdog: Watchdog
+    on_rank0: OnRank0
+    rank0: Rank0 | None
+    """None on the other ranks."""
+    peak_flops_per_s: float
+    """Of all policy ranks together."""
+    _published: int | None = field(default=None, init=False)
+    """The version that the engines have."""
+    _step_began: float = field(default=0.0, init=False)
+
+    def steps(self) -> Iterator[int]:
+        """Those that are still to be done, from 1."""
+        for step in range(self.schedule.done + 1, self.schedule.last + 1):
+            self._step_began = time.perf_counter()
+            yield step
+
+    @contextmanager
+    def place(self, state: State) -> Iterator[None]:
+        """The GPUs' memory is where the body needs it, and stays there until the next place."""
+        self.placement.enter(state)
+        yield
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """The body's time is timing/<name>_s of this step."""
+        return self.watchdog.phase(name)
+
+    def publish(self) -> None:
+        """The engines have the policy's weights. Nothing moves where they have them already."""
+        self.rollouts.drain()
+        if self.policy.version == self._published and not self.placement.must_publish:
+            return
+        with self.place(State.SYNC), self.phase("sync"):
+            self.bridge.publish(self.policy.version)
+        self._published = self.policy.version
+
+    def check_engines(self) -> None:
+        """Refuse to train when the engines do not compute what the policy computes."""
+        with self.place(State.ROLLOUT):
+            canary = self.on_rank0(lambda: self._rank0.canary())
+        with self.place(State.READ):
+            gap = self.guard.check_canary(canary, self.policy.logprobs)
+        limit = self.guard.mismatch_limit
+        self.say(f"first sync verified: log-probs agree within {gap:.1e} (limit {limit:g})")
+
+    def evaluate_first(self) -> None:
+        """The state before training, as step 0."""
+        if not self.schedule.evaluate_first or self.schedule.done:
+            return
+        metrics = self._evaluate(0, "before training")
+        if self.rank0 is not None:
+            timings = self.watchdog.pop_timings()
+            self.rank0.report(0, {"version": self.policy.version, **metrics, **timings})
+
+    def evaluate_at(self, step: int) -> dict[str, float]:
+        """Held-out accuracy where it is due; else nothing."""
+        if not self.schedule.evaluates_at(step):
+            return {}
+        return self._evaluate(step, f"after step {step}")
+
+    def save_at(self, step: int, evals: Mapping[str, float]) -> None:
+        """A checkpoint where it is due. After the last step all of them are written."""
+        if self.checkpoints.saves_at(step):
+            self.placement.enter(State.READ)
+        with self.phase("checkpoint"):
+            self.checkpoints.save_at(step, self.policy, evals)
+
+    def report(
+        self,
+        step: int,
+        rollout: Rollout,
+        samples: Sequence[TrainSample],
+        stats: AdvantageStats,
+        batches: Sequence[TrainBatch],
+        results: Sequence[StepResult],
+        evals: Mapping[str, float],
+    ) -> None:
+        """Write what a step was, on rank 0. timing/step_s is its time without the evaluation."""
+        if self.rank0 is None:
+            return
+        timings = self.watchdog.pop_timings() | dict(rollout.timings)
+        seconds = time.perf_counter() - self._step_began - timings.get("timing/eval_s", 0.0)
+        metrics = step_metrics(rollout, samples, stats, batches, results)
+        metrics |= dict(evals) | timings | {"timing/step_s": seconds}
+        metrics |= throughput(metrics, self.peak_flops_per_s)
+        self.rank0.report(step, metrics, rollout.groups, samples)
+        self.rank0.warn_of_shaped_scores(step, stats)
+
+    def finish(self) -> None:
+        """The last words of a run that came to its end."""
+        self.on_rank0(lambda: self._rank0.finish())
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        if self.rank0 is not None:
+            self.rank0.message(text)
+
+    @property
+    def _rank0(self) -> Rank0:
+        assert self.rank0 is not None, "called on rank 0 only"
+        return self.rank0
+
+    def _evaluate(self, step: int, when: str) -> dict[str, float]:
+        with self.place(State.ROLLOUT):
+            metrics = self.on_rank0(lambda: self._rank0.evaluate(step))
+        for name, value in metrics.items():
+            if not name.endswith("/ci95"):
+                self.say(f"{name} {when}: {value:.3f}")
+        return metrics

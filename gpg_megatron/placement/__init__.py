@@ -1,0 +1,1 @@
+"""Which GPUs, and which share of their memory, policy and engines have."""

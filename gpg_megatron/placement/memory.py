@@ -1,0 +1,200 @@
+"""How much memory a run needs, from shapes: pure arithmetic, in bytes.
+
+Legend: b bytes of a compute element (bf16 2, fp32 4); t tensor-parallel size; h hidden size;
+f intermediate size; H query heads and K key-value heads of d each; V rows of the vocabulary;
+T packed tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gpg_megatron.config.sections import Config
+from gpg_megatron.model.shape import padded_vocab_size, pipeline_stages
+from gpg_megatron.placement.states import RESIDENT, Mode, State
+from gpg_megatron.types import ModelShape
+
+ITEM = {"bf16": 2, "fp32": 4}
+"""Bytes of an element."""
+FP32 = 4
+POLICY_PARTS = frozenset({"parameters", "gradients", "optimizer"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyMemory:
+    """Of one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Adam's two moments and, for bf16 parameters, the fp32 master weights."""
+    activations: int
+    """Kept for the backward pass, at the most micro-batches that are under way at once."""
+    logits: int
+    """Of one micro-batch; on the last stage only."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """Of one worker of an engine."""
+
+    reserved: int
+    """Everything that the worker may take."""
+    parameters: int
+    kv_cache: int
+    """What is left of it for keys and values, the engine's own workspace not deducted."""
+    kv_bytes_per_token: int
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values fit."""
+        return max(0, self.kv_cache) // self.kv_bytes_per_token
+
+
+def policy_memory(
+    config: Config, shape: ModelShape, *, n_parameters: int, stage: int
+) -> PolicyMemory:
+    """Of a rank of a pipeline stage that holds n_parameters.
+
+    Gradients are summed in fp32 whatever the parameters are. With the distributed optimizer
+    every replica holds its share of the optimizer's state, else all of it; ranks that share the
+    tokens of a row are replicas too. Where whole layers are computed again, a token keeps one
+    hidden state for each layer, and one layer at a time is complete; recompute: attention is
+    counted as none.
+    """
+    item = ITEM[config.model.dtype]
+    p = config.policy
+    replicas = p.context_parallel_size * p.data_parallel_size
+    shares = replicas if p.use_distributed_optimizer else 1
+    master = FP32 if item < FP32 else 0
+    tokens = math.ceil(p.max_tokens_per_micro_batch / p.context_parallel_size)
+    pp = p.pipeline_model_parallel_size
+    layers = pipeline_stages(p, shape.num_layers).count(stage)
+    in_flight = min(pp - stage, micro_batches_per_update(config))
+    last = stage == pp - 1
+    complete = activation_bytes(config, shape)
+    kept = in_flight * layers * complete
+    if p.recompute == "layers":
+        kept = in_flight * layers * (item * shape.hidden_size // sequence_shares(config)) + complete
+    return PolicyMemory(
+        parameters=n_parameters * item,
+        gradients=n_parameters * FP32,
+        optimizer=n_parameters * (master + 2 * FP32) // shares,
+        activations=tokens * kept,
+        logits=logit_bytes(config, shape) if last else 0,
+    )
+
+
+def gpu_states(
+    mode: Mode, policy: PolicyMemory | None, engine: EngineMemory | None
+) -> dict[str, tuple[int, int]]:
+    """State -> (policy bytes, engine bytes) of one GPU; disaggregated, there is but one state.
+
+    A sleeping engine is counted as nothing, though its CUDA context and captured graphs stay.
+
+    Args:
+        policy, engine: of the rank and of the engine worker there; None: there is none.
+    """
+    if mode == "disaggregated":
+        return {"always": (policy.total if policy else 0, engine.reserved if engine else 0)}
+    result = {}
+    for state, resident in RESIDENT.items():
+        if state is State.START:
+            continue  # an engine as in ROLLOUT, and no policy
+        held = sum(getattr(policy, part) for part in POLICY_PARTS & resident) if policy else 0
+        if policy and state is State.POLICY:
+            held += policy.activations + policy.logits
+        awake = 0
+        if engine and "kv_cache" in resident:
+            awake = engine.reserved
+        elif engine and "weights" in resident:
+            awake = engine.parameters
+        result[state.value] = (held, awake)
+    return result
+
+
+def activation_bytes(config: Config, shape: ModelShape) -> int:
+    """Of one token in one layer: what autograd keeps of the project's own layer.
+
+        two norms                    2 x (4 h + b h + 4)   fp32 input, result before the weight
+        inputs of fc1 and of q, k, v 2 x b h
+        sines and cosines            4 b d                 for q and for k
+        attention                    b (4 H + 3 K) d / t   q, k, v as the projection gave them,
+                                     + 4 H / t             rotated q and k, the output of each
+                                                           sequence and of all; its normaliser
+        gated linear unit            5 b f / t             gate and up, up again, silu(gate), the
+                                                           product
+
+    In the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), without dropout and
+    without the score matrix. With experts f is what a token visits, and each visit keeps a
+    copy of the token. Transformer Engine's layer keeps less. The first two rows and the tables of
+    sines and cosines are divided by t under sequence parallelism.
+    """
+    item, t = ITEM[config.model.dtype], config.policy.tensor_model_parallel_size
+    d, heads, kv_heads = shape.head_dim, shape.num_heads, shape.num_kv_heads
+    whole = 2 * (FP32 + 2 * item) * shape.hidden_size + 4 * item * d + 2 * FP32
+    whole //= sequence_shares(config)
+    attention = item * (4 * heads + 3 * kv_heads) * d + FP32 * heads
+    if shape.moe is None:
+        return whole + (attention + item * 5 * shape.ffn_size) // t
+    ffn = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
+    copies = shape.moe.experts_per_token * shape.hidden_size
+    return whole + (attention + item * (5 * ffn + copies)) // t
+
+
+def sequence_shares(config: Config) -> int:
+    """Among how many ranks the tokens of norms and residuals are shared out."""
+    p = config.policy
+    return p.tensor_model_parallel_size if p.sequence_parallel else 1
+
+
+def logit_bytes(config: Config, shape: ModelShape) -> int:
+    """Of a chunk of tokens, or of all responses of a micro-batch if they are fewer: logits as the
+    projection gives them, in fp32, and their gradient."""
+    p = config.policy
+    rows = padded_vocab_size(shape, p.tensor_model_parallel_size) // p.tensor_model_parallel_size
+    responses = config.rollout.max_response_length
+    share = responses / (config.data.max_prompt_length + responses)
+    tokens = p.max_tokens_per_micro_batch / p.context_parallel_size
+    chunk = max(1, p.logits_chunk_mb * 2**20 // (FP32 * rows))
+    return min(math.ceil(tokens * share), chunk) * rows * (ITEM[config.model.dtype] + 2 * FP32)
+
+
+def micro_batches_per_update(config: Config) -> int:
+    """Of one data-parallel rank, if every sequence is live and has its full length."""
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    sequences = config.prompts_per_update * config.rollout.n
+    mine = math.ceil(sequences / config.policy.data_parallel_size)
+    together = max(1, config.policy.max_tokens_per_micro_batch // longest)
+    return math.ceil(mine / together)
+
+
+def engine_memory(
+    config: Config, shape: ModelShape, *, n_parameters: int, device_bytes: int | None
+) -> EngineMemory:
+    """Of a worker that holds n_parameters.
+
+    Args:
+        device_bytes: of its GPU; None: on CPU, where the cache has a size of its own.
+    """
+    t, item = config.rollout.tensor_model_parallel_size, ITEM[config.rollout.dtype]
+    kv_heads = max(1, shape.num_kv_heads // t)
+    parameters = n_parameters * item
+    if device_bytes is None:
+        kv_cache = int(config.rollout.kv_cache_gb * 2**30)
+        reserved = parameters + kv_cache
+    else:
+        reserved = int(config.rollout.gpu_memory_utilization * device_bytes)
+        kv_cache = reserved - parameters
+    return EngineMemory(
+        reserved=reserved,
+        parameters=parameters,
+        kv_cache=kv_cache,
+        kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * item,
+    )

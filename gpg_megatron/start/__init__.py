@@ -1,0 +1,1 @@
+"""gpg-train from the command line to the ranks; the dry run; the doctor."""

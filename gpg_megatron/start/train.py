@@ -1,0 +1,124 @@
+"""gpg-train: check everything, start torchrun with the world that the configuration asks for
+(launcher.py).
+
+Under torchrun (RANK is set) it joins that world instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from gpg_megatron.config.loading import load_config
+from gpg_megatron.config.rules import config_warnings
+from gpg_megatron.config.sections import Config
+from gpg_megatron.errors import RunError, UserError, exit_codes
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
+from gpg_megatron.loop.inputs import check_model
+from gpg_megatron.start.launcher import add_host_options, hosts_of, launch
+
+RANK0_GRACE_S = 30.0
+
+
+@exit_codes
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad input or configuration, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="gpg-train", description="Train a model with GPG.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run will do; needs config.json only"
+    )
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, default=80.0, help="of each GPU, GiB, for --dry-run"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a key")
+    add_host_options(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
+    first = os.environ.get("RANK", "0") == "0" and hosts.rank == 0
+    if first and RUN_ID_VARIABLE not in os.environ:
+        for line in config_warnings(config):
+            print(f"warning: {line}", file=sys.stderr)
+    if arguments.dry_run:
+        return dry_run(config, arguments.gpu_memory_gb)
+    if "RANK" in os.environ:
+        return run_rank(config)
+    given = [f"--config={arguments.config}", *arguments.overrides]
+    return launch(config, given, hosts)
+
+
+def dry_run(config: Config, gpu_gib: float) -> int:
+    """Print the plan of a run. Without a GPU here, trainer.device=auto is planned for CPU."""
+    from gpg_megatron.host.device import resolve_device
+    from gpg_megatron.start.dry_run import lines, plan_run
+
+    device = config.trainer.device
+    if device == "auto":
+        device = resolve_device("auto")
+    print("\n".join(lines(plan_run(config, device=device, gpu_gib=gpu_gib))))
+    return 0
+
+
+def run_rank(config: Config) -> int:
+    """One rank of the world that torchrun made."""
+    import torch.distributed as dist
+
+    from gpg_megatron.host.collectives import on_rank0
+    from gpg_megatron.host.device import (
+        init_process_group,
+        is_lost_peer,
+        resolve_device,
+        set_threads,
+    )
+    from gpg_megatron.policy.on_cpu import quiet_megatron
+
+    quiet_megatron()
+    from gpg_megatron.loop.build import build_run
+    from gpg_megatron.loop.trainer import train
+
+    # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    set_threads(config.policy.num_threads)
+    world = int(os.environ["WORLD_SIZE"])
+    if world != config.world_size:
+        raise UserError(
+            f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
+            f"{config.world_size}; expected equal numbers"
+        )
+    device = resolve_device(config.trainer.device)
+    shape = check_model(config)
+    init_process_group(device, config.policy.timeout_s)
+    try:
+        run_id = on_rank0(_own_run)
+        with build_run(config, shape, device, run_id) as run:
+            train(run)
+    except (RunError, TimeoutError) as error:
+        if dist.get_rank() and getattr(error, "everywhere", False):
+            time.sleep(RANK0_GRACE_S)  # rank 0 says it; the launcher ends this rank then
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print(f"policy rank {dist.get_rank()} lost its connection to another", file=sys.stderr)
+        return 1
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _own_run() -> str:
+    """The run that the launcher opened, or, under somebody else's torchrun, a new one."""
+    if RUN_ID_VARIABLE not in os.environ:
+        os.environ[RUN_ID_VARIABLE] = new_run_id()
+        start_reaper(os.environ[RUN_ID_VARIABLE])
+    return os.environ[RUN_ID_VARIABLE]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
