@@ -297,7 +297,7 @@ def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
     at, p = policy.position, config.policy
     return BatchPlan(
         algorithm=config.algorithm,
-        n_updates=config.updates_per_batch,
+        n_updates=config.trainer.updates_per_batch,
         max_tokens=p.max_tokens_per_micro_batch,
         max_response_length=config.rollout.max_response_length,
         dp_rank=at.dp_rank,

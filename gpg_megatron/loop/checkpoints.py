@@ -54,18 +54,16 @@ class Saving:
     """What all checkpoints of a run have in common."""
 
     config: CheckpointConfig
-    output_dir: Path
+    root: Path
+    """Where they are."""
+    export_root: Path
+    """Where the Hugging Face directories are."""
     last_step: int
     model_files: Path
     """With config.json and the tokenizer."""
     config_yaml: str
     marker: Callable[..., Marker]
     """Takes step, version, metric and files."""
-
-    @property
-    def root(self) -> Path:
-        """Where the checkpoints are."""
-        return self.output_dir / "checkpoints"
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is saved after a step."""
@@ -80,7 +78,8 @@ def saving_of(config: Config, shape: ModelShape) -> Saving:
     p = config.policy
     return Saving(
         config=config.checkpoint,
-        output_dir=Path(config.trainer.output_dir),
+        root=config.trainer.checkpoint_root,
+        export_root=Path(config.trainer.output_dir) / "hf",
         last_step=config.trainer.total_training_steps,
         model_files=model_files(config),
         config_yaml=config_yaml(config),
@@ -173,7 +172,7 @@ class RunCheckpoints:
             self._export(directory)
 
     def _export(self, directory: Path) -> None:
-        target = self._saving.output_dir / "hf" / directory.name
+        target = self._saving.export_root / directory.name
         part = target.with_name(target.name + ".part")
         for old in (part, target):
             if old.exists():

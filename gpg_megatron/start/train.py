@@ -84,10 +84,10 @@ def run_rank(config: Config) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     set_threads(config.policy.num_threads)
     world = int(os.environ["WORLD_SIZE"])
-    if world != config.world_size:
+    if world != config.policy.world_size:
         raise UserError(
             f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
-            f"{config.world_size}; expected equal numbers"
+            f"{config.policy.world_size}; expected equal numbers"
         )
     device = resolve_device(config.trainer.device)
     shape = check_model(config)

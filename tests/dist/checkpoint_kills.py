@@ -41,7 +41,7 @@ def main() -> None:
     folder, n_kills = Path(sys.argv[1]), int(sys.argv[2])
     random.seed(5)
     config = _config(folder)
-    root = Path(config.trainer.output_dir) / "checkpoints"
+    root = config.trainer.checkpoint_root
     notes = folder / "notes"
     notes.mkdir()
     resumed = incomplete = 0

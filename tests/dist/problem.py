@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpg_megatron.config.algorithm import from_preset
+from tests.presets import from_preset
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.types import TrainSample

@@ -17,8 +17,9 @@ from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
 from gpg_megatron.algorithm.micro_steps import micro_steps
 from gpg_megatron.algorithm.objective import N_STATISTICS, SUMS, Tokens, metrics, objective
 from gpg_megatron.batching.updates import apply_alpha
-from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.presets import from_preset
 
 MAX_RESPONSE = 9
 PROMPT = 2

@@ -22,10 +22,11 @@ from gpg_megatron.batching.updates import (
     pack,
     split_updates,
 )
-from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, PolicyConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample
+from tests.presets import from_preset
 
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.01)
 MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])

@@ -288,7 +288,8 @@ def test_the_best_of_three_steps_is_kept_for_its_own_metric(tmp_path: Path) -> N
     (tmp_path / "model" / "config.json").write_text("{}")
     saving = Saving(
         config=CheckpointConfig(save_freq=1, keep_last=1, keep_best=1, best_metric="eval/d/mean@1"),
-        output_dir=tmp_path,
+        root=tmp_path / "checkpoints",
+        export_root=tmp_path / "hf",
         last_step=3,
         model_files=tmp_path / "model",
         config_yaml="",
