@@ -163,10 +163,6 @@ class TrainBatch:
     micro_batches: tuple[MicroBatch, ...]
     """This rank's part; the same number on every rank. Empty when no sample of the global
     batch carries gradient: the step is skipped."""
-    n_samples: int
-    """Samples of the global batch, the ones without gradient included."""
-    n_loss_tokens: int
-    """Response tokens of the global batch, the ones without gradient included."""
     n_computed_tokens: int
     """Prompt and response tokens that go through the network, all ranks."""
     n_skipped_tokens: int
@@ -176,9 +172,9 @@ class TrainBatch:
     flops: float
     """Floating-point operations of the forward and backward pass that the computed tokens
     need, all ranks; see flops.TokenCosts."""
-    alpha: float = 1.0
-    """The factor that batching put into the advantages; the mean over the micro-steps where
-    each has its own."""
+    alpha: float
+    """The factor that the update's own alpha put into the advantages; the mean over the
+    micro-steps where each has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

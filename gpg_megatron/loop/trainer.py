@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
-from gpg_megatron.batching.updates import left_out, make_batches, pack, split_updates
+from gpg_megatron.batching.updates import BatchPlan, make_batches, pack, split_updates
 from gpg_megatron.bridge.bridge import WeightBridge
 from gpg_megatron.bridge.protocol import BACKEND, RECEIVER
 from gpg_megatron.checkpoint.marker import read_marker
@@ -295,16 +295,18 @@ class Trainer:
         self._say(f"first sync verified: log-probs agree within {gap:.1e} (limit {limit:g})")
 
     def _batches(self, rollout: Rollout, samples: Sequence[TrainSample]) -> list[TrainBatch]:
-        at = self.parallel
-        batches = make_batches(
-            samples,
-            self.config,
+        config, at = self.config, self.parallel
+        plan = BatchPlan(
+            algorithm=config.algorithm,
+            n_updates=config.updates_per_batch,
+            max_tokens=config.policy.max_tokens_per_micro_batch,
+            max_response_length=config.rollout.max_response_length,
             dp_rank=at.dp_rank,
             dp_size=at.dp_size,
             costs=self._costs,
-            can_share_prompts=not has_transformer_engine(),
+            share_prompts=config.policy.share_prompts and not has_transformer_engine(),
         )
-        return list(map(left_out, batches)) if rollout.selection.skipped else batches
+        return make_batches(samples, plan, skipped=rollout.selection.skipped)
 
     def _check_finite(
         self, step: int, samples: Sequence[TrainSample], results: Sequence[StepResult]

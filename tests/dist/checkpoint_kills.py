@@ -68,8 +68,9 @@ def main() -> None:
             if saved.complete:
                 read_marker(saved.path)
     wrong += _contradictions(notes)
-    print(json.dumps({"kills": n_kills, "resumed": resumed, "incomplete": incomplete,
-                      "wrong": wrong}))
+    print(
+        json.dumps({"kills": n_kills, "resumed": resumed, "incomplete": incomplete, "wrong": wrong})
+    )
 
 
 def _config(folder: Path) -> Config:

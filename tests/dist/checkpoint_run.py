@@ -17,6 +17,7 @@ from gpg_megatron.policy.policy import Policy
 from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of
 from gpg_megatron.types import TrainBatch
+from tests.dist.problem import plan_of
 
 
 class PolicyRun:
@@ -37,15 +38,8 @@ class PolicyRun:
             same = point.marker.layout == layout_of(config)
             self.policy.resume(point.directory, version=point.marker.version, same_ranks=same)
             self.step = point.marker.step
-        at = self.policy.position
-        self.batches = make_batches(
-            samples,
-            config,
-            dp_rank=at.dp_rank,
-            dp_size=at.dp_size,
-            costs=token_costs(shape),
-            can_share_prompts=True,
-        )
+        plan = plan_of(config, token_costs(shape), self.policy.position.dp_rank)
+        self.batches = make_batches(samples, plan)
 
     def advance(self, to_step: int, note: Callable[[PolicyRun], None] | None = None) -> list:
         """Train and save up to a step; what each update said. note is called before a save."""

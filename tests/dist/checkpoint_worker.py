@@ -1,6 +1,6 @@
 """One rank: the checkpoint tests of this world size; verdicts go to FOLDER/verdicts/.
 
-    torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed
+torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed
 """
 
 from __future__ import annotations

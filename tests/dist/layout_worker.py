@@ -36,6 +36,7 @@ from tests.dist.problem import (
     Problem,
     config_of,
     make_samples,
+    plan_of,
     problems_of,
     reference_name,
 )
@@ -136,15 +137,8 @@ def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
 def _batches(
     policy: Policy, config: Config, samples: Sequence[TrainSample], shape: ModelShape
 ) -> list[TrainBatch]:
-    at = policy.position
-    return make_batches(
-        samples,
-        config,
-        dp_rank=at.dp_rank,
-        dp_size=at.dp_size,
-        costs=token_costs(shape),
-        can_share_prompts=True,
-    )
+    plan = plan_of(config, token_costs(shape), policy.position.dp_rank)
+    return make_batches(samples, plan)
 
 
 def _train_badly(

@@ -92,9 +92,7 @@ def _compare(folder: Path, case: Case) -> dict:
 
 def _config(folder: Path, case: Case, name: str) -> Config:
     problem = problem_of(case.layout)
-    config = run_config(
-        (case.layout, case.distributed), problem, folder, f"{case.name}-{name}"
-    )
+    config = run_config((case.layout, case.distributed), problem, folder, f"{case.name}-{name}")
     return replace(config, model=ModelConfig(path=config.model.path, dtype=case.dtype))
 
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from gpg_megatron.algorithm.advantages import assign_advantages
-from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.correction import correction_weights
 from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
-from gpg_megatron.algorithm.micro_steps import micro_steps
 from gpg_megatron.algorithm.objective import N_STATISTICS, SUMS, Tokens, metrics, objective
-from gpg_megatron.batching.updates import apply_alpha
+from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig, from_preset
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.unit.amap import Answer, amap_loss
 
 MAX_RESPONSE = 9
 PROMPT = 2
@@ -97,7 +96,7 @@ def reference(groups, preset, logprobs):
 
     def corrected(members):
         n_live = sum(live[a] for a in members)
-        if preset in ("paper", "amap"):
+        if preset == "paper":
             return len(members) / n_live if n_live else 0.0
         if preset == "verl":
             return len(members) / max(1, sum(scores[g][i] != 0 for g, i in members))
@@ -116,14 +115,19 @@ def reference(groups, preset, logprobs):
         means = [sum(total[a] for a in m) / sum(length[a] for a in m) for m in by_group]
         return -alpha * fmean(means)
     if preset == "amap":
-        samples, _ = assign_advantages(groups, from_preset("amap"))
-        means = []
-        for (cell,) in micro_steps(samples, 1, ROOM):
-            members = [answers[k] for k in cell]
-            tokens = sum(length[a] for a in members)
-            if tokens:
-                means.append(corrected(members) * sum(total[a] for a in members) / tokens)
-        return -fmean(means)
+        rows = [
+            [
+                Answer(
+                    n_prompt=PROMPT,
+                    logprobs=tuple(row),
+                    advantage=advantage[g, i],
+                    live=live[g, i],
+                )
+                for i, row in enumerate(rows_of_group)
+            ]
+            for g, rows_of_group in enumerate(logprobs)
+        ]
+        return amap_loss(rows, n_ranks=1, room=ROOM)
     if preset in ("verl", "reinforce++", "dapo"):
         return -alpha * sum(total.values()) / sum(length.values())
     if preset == "grpo":
@@ -137,12 +141,12 @@ def reference(groups, preset, logprobs):
 def parts_of(groups, config):
     """The response tokens of a rollout batch as one micro-batch, in order."""
     samples, _ = assign_advantages(groups, config)
-    samples, _ = apply_alpha(samples, config, dp_size=1, max_tokens=ROOM)
-    cells = [cell for step in micro_steps(samples, 1, ROOM) for cell in step]
-    weights = aggregation_weights(samples, config.loss_aggregation, MAX_RESPONSE, cells)
+    update = weigh_update(
+        samples, config, dp_size=1, max_tokens=ROOM, max_response_length=MAX_RESPONSE
+    )
     rows = [
         (s.advantage, w, k, x)
-        for k, (s, w) in enumerate(zip(samples, weights, strict=True))
+        for k, (s, w) in enumerate(zip(update.samples, update.weights, strict=True))
         for x in s.rollout_logprobs
     ]
     advantages, per_token, responses, rollout = zip(*rows, strict=True)
