@@ -75,6 +75,8 @@ def make_samples(options: argparse.Namespace, vocab_size: int, dead: float) -> l
                     rollout_logprobs=(-10.0,) * n,
                     advantage=(0.5 if index % 2 else -0.5) if group < n_live else 0.0,
                     version=0,
+                    live=group < n_live,
+                    score=float(index % 2),
                 )
             )
     return samples

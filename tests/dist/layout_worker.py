@@ -92,7 +92,8 @@ def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
     config, shape = config_of(problem, layout, directory), load_model_shape(directory)
     policy = Policy(config, shape, device="cpu")
     at = policy.position
-    assert (at.tp_size, at.pp_size, at.dp_size) == (layout.tp, layout.pp, layout.dp)
+    n_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    assert (at.tp_size, n_stages, at.dp_size) == (layout.tp, layout.pp, layout.dp)
     grid = policy_grid(config.policy, shape)
     shapes = {name: tuple(shard.shape) for name, shard in policy.named_shards().items()}
     check_shards(shapes, shape, grid, at.rank)
@@ -148,7 +149,7 @@ def _train_badly(
     spoilt = [replace(samples[0], advantage=math.nan), *samples[1:]]
     batch = _batches(policy, config, spoilt, shape)[0]
     before = {name: shard.clone() for name, shard in policy.named_shards().items()}
-    result = policy.train(batch, policy.anchors([batch])[0])
+    (result,) = policy.learn([batch])
     now = policy.named_shards()
     told = result.is_bad and not result.updated and result.version == policy.version == 0
     return [*(["what it says"] if not told else []), *(n for n in now if _differs(now, before, n))]

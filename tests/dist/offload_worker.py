@@ -135,9 +135,9 @@ def _hand_over(run: PolicyRun, seen: dict) -> None:
     before = {name: shard.clone() for name, shard in policy.named_shards().items()}
     aliases = policy.named_shards()  # as the bridge holds them
     resident = _bytes_by_part(policy)
-    first = policy.offload(("gradients", "optimizer"))
+    policy.offload(("gradients", "optimizer"))
     published = _different(before, aliases)
-    rest = policy.offload(("parameters",))
+    policy.offload(("parameters",))
     left = _bytes_by_part(policy)
     if run.config.saves_at(run.step):
         policy.load(("parameters", "optimizer"))
@@ -147,7 +147,6 @@ def _hand_over(run: PolicyRun, seen: dict) -> None:
     seen.setdefault("published", []).extend(published)
     seen.setdefault("changed_by_moving", []).extend(_different(before, aliases))
     seen["resident"], seen["left"] = resident, left
-    seen["freed"] = first + rest
     gradients = [p.main_grad for p in policy._ddp.module.parameters()]
     seen["gradients_left"] = any(bool(gradient.any()) for gradient in gradients)
 

@@ -341,6 +341,7 @@ def _sample(
         advantage=advantage,
         version=0,
         live=live,
+        score=advantage,
     )
 
 

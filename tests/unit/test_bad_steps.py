@@ -34,6 +34,8 @@ def sample(name: str) -> TrainSample:
         rollout_logprobs=(-1.0, -1.0),
         advantage=0.5,
         version=4,
+        live=True,
+        score=1.0,
     )
 
 

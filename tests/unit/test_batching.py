@@ -27,32 +27,18 @@ from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import (
     Completion,
-    MicroBatch,
     Prompt,
     Reward,
     ScoredGroup,
     TrainBatch,
     TrainSample,
 )
+from tests.samples import train_sample
 from tests.unit.amap import Answer, amap_loss
 
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.01)
 MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])
 MAX_RESPONSE = 12
-
-
-def sample(group=0, index=0, prompt=(1, 2), response=(3, 4), advantage=1.0):
-    """Log-probs are a function of the token, so the packed ones can be checked by token."""
-    return TrainSample(
-        prompt_id=f"toy/{group}",
-        group=group,
-        index=index,
-        prompt_token_ids=tuple(prompt),
-        response_token_ids=tuple(response),
-        rollout_logprobs=tuple(-0.125 * token for token in response),
-        advantage=advantage,
-        version=0,
-    )
 
 
 def plan(
@@ -102,12 +88,12 @@ def rollout_batches(draw, max_groups=5):
             n_response = draw(st.integers(0, MAX_RESPONSE))
             first = 1000 * (len(samples) + 1)
             samples.append(
-                sample(
-                    group,
-                    index,
+                train_sample(
                     range(100 * group, 100 * group + n_prompt),
                     range(first, first + n_response),
-                    draw(st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.25])),
+                    group=group,
+                    index=index,
+                    advantage=draw(st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.25])),
                 )
             )
     return samples
@@ -139,12 +125,12 @@ def direct_loss(samples, mode, dp_size=1, max_tokens=100):
 
 
 def micro_batch_loss(mb):
+    # advantages and weights are 0 outside the mask
     logprobs = [token_logprob(label) for label in mb.labels_T.tolist()]
     return gpg_loss(
         torch.tensor(logprobs, dtype=torch.float64),
         mb.advantages_T.double(),
         mb.weights_T.double(),
-        mb.loss_mask_T,
     ).item()
 
 
@@ -274,7 +260,9 @@ def test_the_order_of_the_samples_within_a_rollout_batch_does_not_matter(
 
 
 def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
-    batches = update([sample(response=(3, 4, 5)), sample(index=1, advantage=0.0)], dp_size=3)
+    batches = update(
+        [train_sample(response=(3, 4, 5)), train_sample(index=1, advantage=0.0)], dp_size=3
+    )
     assert [len(batch.micro_batches) for batch in batches] == [1, 1, 1]
     assert batches[0].micro_batches[0].loss_mask_T.sum() == 3
     for batch in batches[1:]:
@@ -288,7 +276,7 @@ def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
 
 
 def test_no_live_sample_means_no_micro_batch_on_any_rank():
-    dead = [sample(advantage=0.0), sample(index=1, response=(), advantage=3.0)]
+    dead = [train_sample(advantage=0.0), train_sample(index=1, response=(), advantage=3.0)]
     for batch in update(dead, dp_size=2):
         assert batch.micro_batches == ()
         assert (batch.n_computed_tokens, batch.n_skipped_tokens) == (0, 6)
@@ -298,7 +286,7 @@ def test_no_live_sample_means_no_micro_batch_on_any_rank():
 
 
 def test_updates_are_runs_of_whole_groups():
-    samples = [sample(group, index) for group in range(4) for index in range(2)]
+    samples = [train_sample(group=group, index=index) for group in range(4) for index in range(2)]
     batches = split_updates(samples, 2)
     assert [[(s.group, s.index) for s in batch] for batch in batches] == [
         [(0, 0), (0, 1), (1, 0), (1, 1)],
@@ -310,7 +298,7 @@ def test_updates_are_runs_of_whole_groups():
     ("n_groups", "sizes"), [(8, [4, 4]), (9, [5, 4]), (16, [8, 8]), (3, [2, 1]), (1, [1]), (0, [])]
 )
 def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(n_groups, sizes):
-    samples = [sample(group) for group in range(n_groups)]
+    samples = [train_sample(group=group) for group in range(n_groups)]
     assert list(map(len, split_updates(samples, 2))) == sizes
     assert [
         len(sequences(batch.micro_batches[0])) for batch in make_batches(samples, plan(n_updates=2))
@@ -320,10 +308,10 @@ def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(n_
 @pytest.mark.parametrize("mode", MODES)
 def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode):
     samples = [
-        sample(0, 0, response=(3, 4, 5)),
-        sample(0, 1, response=(3,), advantage=-1.0),
-        sample(1, 0, response=(3, 4)),
-        sample(1, 1, response=(3, 4), advantage=0.0),
+        train_sample(group=0, index=0, response=(3, 4, 5)),
+        train_sample(group=0, index=1, response=(3,), advantage=-1.0),
+        train_sample(group=1, index=0, response=(3, 4)),
+        train_sample(group=1, index=1, response=(3, 4), advantage=0.0),
     ]
     first, second = make_batches(samples, plan(100, mode, n_updates=2))
     assert packed_loss([first]) == pytest.approx(direct_loss(samples[:2], mode), abs=1e-6)
@@ -332,9 +320,9 @@ def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode):
 
 def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator():
     samples = [
-        sample(0, 0, response=(3, 4, 5)),
-        sample(0, 1, response=(3,), advantage=-1.0),
-        sample(1, 0, response=(3, 4, 5, 6), advantage=0.0),
+        train_sample(group=0, index=0, response=(3, 4, 5)),
+        train_sample(group=0, index=1, response=(3,), advantage=-1.0),
+        train_sample(group=1, index=0, response=(3, 4, 5, 6), advantage=0.0),
     ]
     (batch,) = make_batches(samples, plan(100, "token-mean"))
     (mb,) = batch.micro_batches

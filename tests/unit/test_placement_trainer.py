@@ -99,11 +99,8 @@ class World:
             version=0,
             position=ParallelPosition(
                 rank=0,
-                world_size=1,
                 tp_rank=0,
                 tp_size=1,
-                pp_rank=0,
-                pp_size=1,
                 dp_rank=0,
                 dp_size=1,
             ),
