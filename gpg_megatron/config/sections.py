@@ -12,6 +12,9 @@ from typing import Literal, Optional
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.ranges import ranged
 
+MIB, GIB = 2**20, 2**30
+"""What keys that end in _mb and _gb are counted in, in bytes."""
+
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
 
 Scorer = Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"]

@@ -29,6 +29,8 @@ def canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
         rollout_logprobs=completion.logprobs,
         advantage=1.0,
         version=0,
+        live=True,
+        score=1.0,
     )
 
 

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping
 import torch
 
 from gpg_megatron.batching.updates import make_batches
-from gpg_megatron.layout.hf_io import load_hf
-from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.config.sections import Config
+from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of, saving_of
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
-from gpg_megatron.checkpoint.resume import find_resume_point
-from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of, saving_of
 from gpg_megatron.types import TrainBatch
+from tests.dist.problem import plan_of
 
 
 class PolicyRun:
@@ -38,15 +39,8 @@ class PolicyRun:
             same = point.marker.layout == layout_of(config.policy)
             self.policy.resume(point.directory, version=point.marker.version, same_ranks=same)
             self.step = point.marker.step
-        at = self.policy.position
-        self.batches = make_batches(
-            samples,
-            config,
-            dp_rank=at.dp_rank,
-            dp_size=at.dp_size,
-            costs=token_costs(shape),
-            can_share_prompts=True,
-        )
+        plan = plan_of(config, token_costs(shape), self.policy.position.dp_rank)
+        self.batches = make_batches(samples, plan)
 
     def advance(self, to_step: int, note: Callable[[PolicyRun], None] | None = None) -> list:
         """Train and save up to a step; what each update said. note is called before a save."""

@@ -7,12 +7,11 @@ What happened when goes to FOLDER/rank<r>.json.
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gpg_megatron.host.device import init_process_group
-from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.host.device import init_process_group
 from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.policy.on_cpu import quiet_megatron
 
 SLOW_S = 1.0
 

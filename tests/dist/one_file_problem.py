@@ -8,7 +8,13 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
+from gpg_megatron.config.sections import (
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 
 TP_SIZE = 2
 VOCAB_SIZE = 320

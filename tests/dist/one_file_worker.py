@@ -3,8 +3,8 @@
     torchrun ... -m tests.dist.one_file_worker FOLDER
 
 FOLDER/model is the Hugging Face directory; rank 0 writes FOLDER/policy.pt, a list with a
-dictionary for each update: alpha, n_micro_batches, loss, grad_norm, and grads (after clipping) and weights as whole
-tensors under their Hugging Face names.
+dictionary for each update: alpha, n_micro_batches, loss, grad_norm, and grads (after clipping)
+and weights as whole tensors under their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import torch.distributed as dist
 
 from gpg_megatron.algorithm.advantages import assign_advantages
 from gpg_megatron.batching.updates import make_batches
+from gpg_megatron.config.sections import Config
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.hf_io import load_hf
-from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.topology import hf_shapes
-from gpg_megatron.config.sections import Config
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import Completion, ModelShape, Prompt, Reward, ScoredGroup, VersionSpan
 from tests.dist.one_file_problem import Rollout, config_of, rollouts
+from tests.dist.problem import plan_of
 
 
 def main() -> None:
@@ -48,10 +49,8 @@ def main() -> None:
 def _update(policy: Policy, config: Config, shape: ModelShape, rollout: Rollout) -> dict[str, Any]:
     groups = [_group(rollout, index) for index in range(len(rollout.prompts))]
     samples, stats = assign_advantages(groups, config.algorithm)
-    (batch,) = make_batches(
-        samples, config, dp_rank=0, dp_size=1, costs=token_costs(shape), can_share_prompts=True
-    )
-    result = policy.train(batch)
+    (batch,) = make_batches(samples, plan_of(config, token_costs(shape), 0))
+    (result,) = policy.learn([batch])
     shards = policy.named_shards()
     # Megatron clips in place, and clears gradients only when the next update begins.
     parameters = policy._ddp.module.parameters()

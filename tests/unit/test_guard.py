@@ -37,6 +37,8 @@ def sample(name: str, *, group: int = 0, version: int = 4) -> TrainSample:
         rollout_logprobs=(-1.0, -1.0),
         advantage=0.5,
         version=version,
+        live=True,
+        score=1.0,
     )
 
 

@@ -65,6 +65,8 @@ def rollout(n_groups: int, size: int) -> tuple[list[ScoredGroup], list[TrainSamp
                 rollout_logprobs=c.logprobs,
                 advantage=10.0 * g + c.index,
                 version=4,
+                live=True,
+                score=0.5 * c.index,
             )
             for c in completions
         ]
