@@ -12,6 +12,9 @@ from typing import Literal, Optional
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.ranges import ranged
 
+MIB, GIB = 2**20, 2**30
+"""What keys that end in _mb and _gb are counted in, in bytes."""
+
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
 
 Scorer = Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"]
@@ -155,7 +158,7 @@ class BridgeConfig:
     """shm: policy ranks and engines share a host; gloo: any hosts, through host memory; nccl:
     any hosts, between GPUs; cuda_ipc: rank and engine share a GPU."""
     bucket_mb: int = ranged(16, at_least=1)
-    """Bytes moved per message, MiB; each sender and each receiver holds two."""
+    """Bytes moved per message, MiB; each sender holds two."""
     verify: Literal["never", "first", "always"] = "first"
     """Which publishes are read back from the engines' parameters and compared by checksum."""
     timeout_s: int = ranged(300, at_least=1)
@@ -310,10 +313,3 @@ class Config:
         if self.bridge.canary_tolerance is not None:
             return self.bridge.canary_tolerance
         return 1e-4 if self.model.dtype == self.rollout.dtype == "fp32" else 0.25
-
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is saved after a step."""
-        c, last = self.checkpoint, self.trainer.total_training_steps
-        if c.save_freq and step % c.save_freq == 0:
-            return True
-        return step == last and (c.save_freq > 0 or c.hf_export != "never")

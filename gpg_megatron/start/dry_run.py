@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 
 from gpg_megatron.bridge.engine_layout import Engine
 from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
-from gpg_megatron.config.sections import Config
+from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes, policy_grid
 from gpg_megatron.model.shape import check_layout, load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
-    ITEM,
     EngineMemory,
     PolicyMemory,
     engine_memory,
@@ -29,9 +28,8 @@ from gpg_megatron.placement.memory import (
     micro_batches_per_update,
     policy_memory,
 )
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import DTYPES, ModelShape
 
-GIB = 2**30
 DEFAULT_GPU_GIB = 80.0
 
 
@@ -315,7 +313,7 @@ def _state_lines(plan: RunPlan) -> list[str]:
 
 
 def _bridge_lines(plan: RunPlan) -> list[str]:
-    f, item = plan.publish, ITEM[plan.config.rollout.dtype]
+    f, item = plan.publish, DTYPES[plan.config.rollout.dtype].itemsize
     n_engines = plan.config.rollout.num_engines
     return [
         f"bridge     {plan.config.bridge.transport}: {_gib(f.sent * item)} per publish "
