@@ -11,6 +11,7 @@ import yaml
 
 from gpg_megatron.config.ranges import ranges
 from gpg_megatron.config.sections import Config
+from tests.import_graph import file_graph, picture, room_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *filter(Path.exists, [ROOT / "README.md"])]
@@ -58,6 +59,11 @@ def test_the_configuration_page_begins_with_the_range_of_a_number(key: str, allo
     section, _, name = key.partition(".")
     legal = documented(section)[name]["legal"]
     assert re.match(rf"{re.escape(allowed)}($|[,;:] )", legal), f"{legal}; expected {allowed}"
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code() -> None:
+    drawn = "\n".join(picture(room_graph(file_graph())))
+    assert drawn in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

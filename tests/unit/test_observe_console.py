@@ -118,7 +118,7 @@ def test_a_phase_that_fails_is_timed_and_over() -> None:
 def test_the_watchdog_names_the_innermost_phase_and_the_rank() -> None:
     stream = io.StringIO()
     watchdog = Watchdog(rank=3, limit_s=1.0, stream=stream)
-    with watchdog, watchdog.phase("step"), watchdog.phase("rollout"):
+    with closing(watchdog), watchdog.phase("step"), watchdog.phase("rollout"):
         deadline = time.monotonic() + 20
         while not stream.getvalue():
             assert time.monotonic() < deadline, "waited 20 s for the watchdog's line"
