@@ -156,11 +156,12 @@ def load_all(model: GPTModel, optimizer: MegatronOptimizer, directory: Path) -> 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Megatron writes the parameters in place: the shards alias them."""
     try:
-        return dist_checkpointing.load(
+        loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED
         )
     except (CheckpointingException, CheckpointException, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{directory} cannot be loaded: {_cause(error)}") from None
+    return loaded
 
 
 def _sharded_state(

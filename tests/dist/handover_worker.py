@@ -45,12 +45,14 @@ def main() -> None:
 
     policy = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
     fleet = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
+    group = dist.group.WORLD
+    assert group is not None
     with Watchdog(rank=rank, limit_s=60) as watchdog:
         handover = Handover(
             fleet=fleet if rank == 0 else None,  # type: ignore[arg-type]
             policy=lambda: policy,  # type: ignore[arg-type,return-value]
-            on_rank0=partial(on_rank0, group=dist.group.WORLD),
-            group=dist.group.WORLD,
+            on_rank0=partial(on_rank0, group=group),
+            group=group,
             watchdog=watchdog,
         )
         placement = Placement("colocated", handover)
