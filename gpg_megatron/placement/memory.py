@@ -171,7 +171,7 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
 def micro_batches_per_update(config: Config) -> int:
     """Of one data-parallel rank, if every sequence is live and has its full length."""
     longest = config.data.max_prompt_length + config.rollout.max_response_length
-    sequences = config.prompts_per_update * config.rollout.n
+    sequences = config.trainer.prompts_per_update * config.rollout.n
     mine = math.ceil(sequences / config.policy.data_parallel_size)
     together = max(1, config.policy.max_tokens_per_micro_batch // longest)
     return math.ceil(mine / together)

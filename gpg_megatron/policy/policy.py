@@ -87,7 +87,7 @@ class Policy:
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
         self._optimizer = build_optimizer(p, self._ddp, DTYPES[config.model.dtype], device)
-        self._scheduler = build_scheduler(p, self._optimizer, config.total_updates)
+        self._scheduler = build_scheduler(p, self._optimizer, config.trainer.total_updates)
         self._residence = Residence(self._ddp, self._optimizer, device)
 
     def offload(self, parts: Sequence[PolicyPart]) -> None:

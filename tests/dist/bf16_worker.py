@@ -17,11 +17,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches
-from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.config.sections import Config, ModelConfig
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import TrainBatch
 from tests.dist.problem import PROBLEMS, Layout, config_of, make_samples, plan_of

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.checkpoint.marker import MARKER, read_marker
 from gpg_megatron.checkpoint.store import list_saved
 from gpg_megatron.config.sections import CheckpointConfig, Config
+from gpg_megatron.policy.on_cpu import quiet_megatron
 from tests.dist.checkpoint_problem import problem_of, run_config
 from tests.dist.problem import Layout, make_samples
 
@@ -42,7 +42,7 @@ def main() -> None:
     folder, n_kills = Path(sys.argv[1]), int(sys.argv[2])
     random.seed(5)
     config = _config(folder)
-    root = config.checkpoint_root
+    root = config.trainer.checkpoint_root
     notes = folder / "notes"
     notes.mkdir()
     resumed = incomplete = 0

@@ -20,14 +20,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches, pack
+from gpg_megatron.config.sections import Config
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.hf_io import load_hf
-from gpg_megatron.layout.boxes import Shard
-from gpg_megatron.layout.topology import policy_grid, check_shards
-from gpg_megatron.config.sections import Config
+from gpg_megatron.layout.topology import check_shards, policy_grid
 from gpg_megatron.model.flops import token_costs
-from gpg_megatron.model.shape import load_model_shape, pipeline_stages
-from gpg_megatron.host.device import init_process_group
+from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import ModelShape, StepResult, TrainBatch, TrainSample
 from tests.dist.problem import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from gpg_megatron.config.sections import Config, ModelConfig
 from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.config.sections import Config, ModelConfig
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import PolicyPart, StepResult
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
@@ -34,7 +34,7 @@ PARTS: tuple[PolicyPart, ...] = ("parameters", "gradients", "optimizer")
 class Case:
     """How a policy is laid out."""
 
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     distributed: bool = False
     """The optimizer."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -126,8 +126,7 @@ def _state(run: PolicyRun) -> dict[str, torch.Tensor]:
 
 
 def _save(run: PolicyRun) -> None:
-    run.checkpoints.poll()
-    run.checkpoints.save(run.step, run.policy, lambda: {"step": run.step}, {})
+    run.checkpoints.save_at(run.step, run.policy, {})
 
 
 def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
@@ -140,7 +139,7 @@ def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
     published = _different(before, aliases)
     policy.offload(("parameters",))
     left = _bytes_by_part(policy)
-    if run.config.saves_at(run.step):
+    if run.checkpoints.saves_at(run.step):
         policy.load(("parameters", "optimizer"))
         _save(run)
         policy.offload(("parameters", "optimizer"))

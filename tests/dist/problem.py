@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpg_megatron.batching.updates import BatchPlan
-from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import (
     Config,
     ModelConfig,
@@ -23,6 +23,7 @@ from gpg_megatron.config.sections import (
 )
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainSample
+from tests.presets import from_preset
 
 TOKENS_PER_MICRO_BATCH = 32
 MAX_RESPONSE = 34
@@ -294,7 +295,7 @@ def plan_of(config: Config, costs: TokenCosts, dp_rank: int) -> BatchPlan:
     """Of one data-parallel rank of a run."""
     return BatchPlan(
         algorithm=config.algorithm,
-        n_updates=config.updates_per_batch,
+        n_updates=config.trainer.updates_per_batch,
         max_tokens=config.policy.max_tokens_per_micro_batch,
         max_response_length=config.rollout.max_response_length,
         dp_rank=dp_rank,

@@ -41,7 +41,9 @@ def test_small_steps_add_up(seen: list[dict[str, Any]], optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "distributed"])
-def test_gradients_are_added_and_reduced_in_fp32(seen: list[dict[str, Any]], optimizer: str) -> None:
+def test_gradients_are_added_and_reduced_in_fp32(
+    seen: list[dict[str, Any]], optimizer: str
+) -> None:
     for rank in seen:
         assert rank[optimizer]["gradient dtypes"] == ["torch.float32"]
         assert rank[optimizer]["cosine"] > 0.99

@@ -7,7 +7,6 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,12 +34,11 @@ from tests.dist.ranks import run_ranks
 TOLERANCE = 1e-5
 N_KILLS = 24
 
+
 class Read(Protocol):
     """(name, layout) -> what each rank saw."""
 
-    def __call__(
-        self, name: str, layout: Layout, phase: str = "first"
-    ) -> list[dict[str, Any]]: ...
+    def __call__(self, name: str, layout: Layout, phase: str = "first") -> list[dict[str, Any]]: ...
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ from gpg_megatron.algorithm.advantages import (
     live_fraction,
     normalised_rewards,
 )
-from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample, VersionSpan
+from tests.presets import from_preset
 
 
 def group(

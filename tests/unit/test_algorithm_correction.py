@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.correction import LARGEST_LOG_RATIO, correction_weights, ratio
-from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import AlgorithmConfig
+from tests.presets import from_preset
 
 MODES = get_args(get_type_hints(AlgorithmConfig)["correction"])
 # Two responses; the ratios are 4, 1/4, 1 and 2, 2. Products 1 and 4, geometric means 1 and 2.

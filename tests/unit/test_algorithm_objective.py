@@ -16,8 +16,9 @@ from gpg_megatron.algorithm.correction import correction_weights
 from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
 from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, metrics, objective
 from gpg_megatron.algorithm.update import weigh_update
-from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.presets import from_preset
 from tests.unit.amap import Answer, amap_loss
 
 MAX_RESPONSE = 9

@@ -23,7 +23,7 @@ from gpg_megatron.batching.updates import (
     pack,
     split_updates,
 )
-from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import (
     Completion,
@@ -34,6 +34,7 @@ from gpg_megatron.types import (
     TrainBatch,
     TrainSample,
 )
+from tests.presets import from_preset
 from tests.samples import train_sample
 from tests.unit.amap import Answer, amap_loss
 

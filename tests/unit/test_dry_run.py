@@ -68,7 +68,7 @@ def test_the_flagship_by_the_numbers(models: Path) -> None:
 
 def test_the_flagship_fits_eight_gpus_of_80_gib(models: Path) -> None:
     config = flagship(models)
-    assert config.world_size == 8
+    assert config.policy.world_size == 8
     assert problems(plan_run(config, device="cuda", gpu_gib=80)) == []
 
 
