@@ -50,10 +50,10 @@ from gpg_megatron.observe.progress import Progress
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.devices import engine_devices, visible_devices
 from gpg_megatron.placement.states import Placement, State
-from gpg_megatron.policy.policy import DTYPES, Policy
+from gpg_megatron.policy.policy import Policy
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import DTYPES, ModelShape
 
 Part = TypeVar("Part", RewardPool, RunLogger, Progress)
 WATCHDOG_LIMIT_S = 300.0
