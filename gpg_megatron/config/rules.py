@@ -31,14 +31,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "rollout.max_response_length rollout.max_num_seqs rollout.startup_timeout_s "
         "rollout.generate_timeout_s bridge.bucket_mb bridge.timeout_s reward.num_workers "
         "trainer.total_training_steps trainer.train_batch_size trainer.mini_batch_size "
-        "trainer.max_bad_steps trainer.val_n rollout.n checkpoint.keep_last",
+        "trainer.max_bad_steps validation.n rollout.n checkpoint.keep_last",
     ),
     (
         "at least 0",
         lambda v: v >= 0,
         "policy.lr_warmup_steps policy.min_lr policy.weight_decay policy.clip_grad "
         "algorithm.max_redraws algorithm.alpha_max algorithm.f_norm_eps algorithm.kl_coef "
-        "algorithm.entropy_coef trainer.seed trainer.test_freq trainer.val_temperature "
+        "algorithm.entropy_coef trainer.seed trainer.test_freq validation.temperature "
         "logging.rollout_samples checkpoint.save_freq checkpoint.keep_best",
     ),
     (
@@ -53,10 +53,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v <= 1,
         "rollout.top_p rollout.gpu_memory_utilization algorithm.clip_low",
     ),
-    ("at least 1", lambda v: v >= 1, "reward.memory_limit_mb trainer.val_top_k"),
+    ("at least 1", lambda v: v >= 1, "reward.memory_limit_mb validation.top_k"),
     ("at least 0", lambda v: v >= 0, "reward.overlong_buffer"),
     ("0 or 1", lambda v: v in (0, 1), "trainer.max_staleness"),
-    ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "trainer.val_top_p"),
+    ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "validation.top_p"),
     ("a finite number", lambda v: True, "reward.timeout_score"),
     ("between 0 and 1", lambda v: 0 <= v <= 1, "algorithm.beta_th"),
     ("at least 0 and less than 1", lambda v: 0 <= v < 1, "policy.adam_beta1 policy.adam_beta2"),
@@ -114,9 +114,9 @@ def validate(config: Config) -> None:
         "false",
     )
     _require(
-        t.val_temperature > 0 or t.val_n == 1,
-        "trainer.val_n",
-        f"is {t.val_n} with trainer.val_temperature=0, where all answers are the same",
+        config.validation.temperature > 0 or config.validation.n == 1,
+        "validation.n",
+        f"is {config.validation.n} with validation.temperature=0, where all answers are the same",
         "1",
     )
     _validate_reward(config.reward, config.rollout.max_response_length)

@@ -206,17 +206,24 @@ class TrainerConfig:
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
     """colocated: policy ranks and engines share GPUs and hand their memory to each other;
     disaggregated: each has GPUs of its own, and on CPU nothing is moved."""
-    val_before_train: bool = True
     test_freq: int = 0
     """Evaluate every N steps; 0: only before the first and after the last step."""
-    val_n: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """How the held-out prompts are answered."""
+
+    before_train: bool = True
+    """Evaluate before the first step, too."""
+    n: int = 1
     """Samples per held-out prompt."""
-    val_temperature: float = 1.0
+    temperature: float = 1.0
     """0: the most likely token."""
-    val_top_p: float = 1.0
-    val_top_k: int = -1
+    top_p: float = 1.0
+    top_k: int = -1
     """-1: all tokens."""
-    val_save_generations: bool = True
+    save_generations: bool = True
     """Write the held-out answers of every evaluation to eval/step_N.jsonl."""
 
 
@@ -264,6 +271,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -73,9 +73,8 @@ class Conductor:
         """Held-out accuracy; {} without validation files. The answers go to eval/step_N.jsonl."""
         if not self._val_prompts:
             return {}
-        trainer = self._config.trainer
-        path = Path(trainer.output_dir) / "eval" / f"step_{step}.jsonl"
-        generations = path if trainer.val_save_generations else None
+        path = Path(self._config.trainer.output_dir) / "eval" / f"step_{step}.jsonl"
+        generations = path if self._config.validation.save_generations else None
         with self._watchdog.phase("eval"):
             return evaluate(self.fleet, self._pool, self._val_prompts, self._config, generations)
 

@@ -112,7 +112,7 @@ class Trainer:
         self._publish()
         self._check_canary()
         done = self._resume_point.marker.step if self._resume_point else 0
-        if self.config.trainer.val_before_train and not done:
+        if self.config.validation.before_train and not done:
             self._evaluate(0)
         for step in range(done + 1, self.config.trainer.total_training_steps + 1):
             begin = time.perf_counter()

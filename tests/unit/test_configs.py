@@ -72,7 +72,7 @@ def test_overrides_replace_file_values(minimal: Path) -> None:
         "rollout.stop=[a,'b c']",
         "data.train_files=[x.parquet,y.jsonl]",
         "trainer.mini_batch_size=16",
-        "trainer.val_before_train=false",
+        "validation.before_train=false",
         "trainer.output_dir=runs/a=b",
         "policy.lr=3e-6",
     ]
@@ -81,7 +81,7 @@ def test_overrides_replace_file_values(minimal: Path) -> None:
     assert config.rollout.stop == ("a", "b c")
     assert config.data.train_files == ("x.parquet", "y.jsonl")
     assert config.trainer.mini_batch_size == 16
-    assert config.trainer.val_before_train is False
+    assert config.validation.before_train is False
     assert config.trainer.output_dir == "runs/a=b"
     assert load_config(minimal, ["trainer.mini_batch_size=null"]).trainer.mini_batch_size is None
 
@@ -104,6 +104,10 @@ def test_derived_sizes() -> None:
     ("text", "parts"),
     [
         ("policy: {lrr: 1}", ("policy.lrr", "did you mean policy.lr?")),
+        (
+            "trainer: {val_before_train: false}",
+            ("unknown key trainer.val_before_train; it is validation.before_train now",),
+        ),
         ("polcy: {lr: 1}", ("unknown key polcy", "did you mean policy?")),
         ("rollout: {max_respons_length: 1}", ("did you mean rollout.max_response_length?",)),
         ("policy: {xyzzy: 1}", ("unknown key policy.xyzzy", "known: ", "clip_grad")),
@@ -158,6 +162,7 @@ def test_an_override_without_the_right_form(minimal: Path, item: str) -> None:
     [
         ("policy.lrr=1", "command line: unknown key policy.lrr; did you mean policy.lr?"),
         ("polcy.lr=1", "did you mean policy?"),
+        ("trainer.val_n=4", "command line: unknown key trainer.val_n; it is validation.n now"),
         ("policy.lr=[1", "not a YAML value"),
         ("policy.lr=", "policy.lr"),
         ("data.train_files=x.parquet", "data.train_files"),
@@ -178,13 +183,15 @@ rollout: n num_engines tensor_model_parallel_size max_response_length max_num_se
 rollout: startup_timeout_s generate_timeout_s
 bridge: bucket_mb timeout_s
 reward: memory_limit_mb num_workers
-trainer: val_top_k total_training_steps train_batch_size mini_batch_size max_bad_steps val_n
+trainer: total_training_steps train_batch_size mini_batch_size max_bad_steps
+validation: n top_k
 checkpoint: keep_last
 """
 AT_LEAST_ZERO = """
 policy: lr_warmup_steps min_lr weight_decay clip_grad
 algorithm: max_redraws alpha_max f_norm_eps kl_coef entropy_coef
-trainer: seed test_freq val_temperature
+trainer: seed test_freq
+validation: temperature
 logging: rollout_samples
 checkpoint: save_freq keep_best
 reward: overlong_buffer
@@ -204,7 +211,7 @@ OUTSIDE: list[tuple[str, str, float]] = [
         (AT_LEAST_ZERO, (-1,)),
         (ABOVE_ZERO, (0, -1, math.nan, math.inf)),
         ("rollout: top_p gpu_memory_utilization\nalgorithm: clip_low", (1.01,)),
-        ("trainer: val_top_p", (0, 1.01)),
+        ("validation: top_p", (0, 1.01)),
         ("trainer: max_staleness", (-1, 2)),
         ("algorithm: beta_th", (-0.01, 1.01, math.nan)),
         ("policy: adam_beta1 adam_beta2", (-0.01, 1.0)),
@@ -234,7 +241,8 @@ def test_a_value_outside_of_its_range(section: str, key: str, value: float) -> N
         ("rollout", {"top_p": 0.5, "top_k": 1}),
         ("policy", {"clip_grad": 0.0, "min_lr": 0.0, "lr": 1e-9}),
         ("policy", {"data_parallel_size": 4, "expert_model_parallel_size": 4}),
-        ("trainer", {"train_batch_size": 6, "mini_batch_size": 3, "val_temperature": 0.0}),
+        ("trainer", {"train_batch_size": 6, "mini_batch_size": 3}),
+        ("validation", {"temperature": 0.0}),
     ],
 )
 def test_values_at_the_edge_of_their_range(section: str, values: dict[str, Any]) -> None:
@@ -293,8 +301,8 @@ def test_every_number_has_a_range() -> None:
             "policy.min_lr (1e-05) exceeds policy.lr (1e-06); expected at most lr",
         ),
         (
-            {"trainer": {"val_n": 4, "val_temperature": 0.0}},
-            "trainer.val_n is 4 with trainer.val_temperature=0, where all answers are the same; "
+            {"validation": {"n": 4, "temperature": 0.0}},
+            "validation.n is 4 with validation.temperature=0, where all answers are the same; "
             "expected 1",
         ),
     ],

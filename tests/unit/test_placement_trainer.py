@@ -19,6 +19,7 @@ from gpg_megatron.config.sections import (
     DataConfig,
     ModelConfig,
     TrainerConfig,
+    ValidationConfig,
 )
 from gpg_megatron.loop import trainer as module
 from gpg_megatron.loop.rollouts import Rollout
@@ -192,17 +193,19 @@ def run(
     placement: str = "colocated",
     live: Callable[[int], bool] = lambda step: True,
     resumed_at: int | None = None,
+    before_train: bool = False,
     **trainer: Any,
 ) -> list[str]:
     """What the trainer asks for in a run of one rank; two samples to each of two prompts."""
     save_freq = trainer.pop("save_freq", 0)
-    settings = {"total_training_steps": 2, "val_before_train": False} | trainer
+    settings = {"total_training_steps": 2} | trainer
     config = Config(
         data=DataConfig(train_files=("unused",), val_files=("unused",)),
         model=ModelConfig(path="unused", dtype="fp32"),
         trainer=TrainerConfig(
             train_batch_size=2, placement=placement, output_dir=str(folder), **settings
         ),
+        validation=ValidationConfig(before_train=before_train),
         checkpoint=CheckpointConfig(save_freq=save_freq),
     )
     config = replace(config, rollout=replace(config.rollout, n=2, max_response_length=4))
@@ -263,7 +266,7 @@ def test_a_step_that_learns_nothing_publishes_what_the_engines_dropped(
 
 def test_evaluations_and_saves_between_the_steps(one_rank, monkeypatch, tmp_path) -> None:
     calls = run(
-        monkeypatch, tmp_path, total_training_steps=3, val_before_train=True, test_freq=2,
+        monkeypatch, tmp_path, total_training_steps=3, before_train=True, test_freq=2,
         save_freq=1,
     )  # fmt: skip
     only_optimizer = ["engines sleep 1", "load optimizer"]
