@@ -63,11 +63,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def validate(config: Config) -> None:
-    """Rules that need no file besides the configuration. Raises UserError."""
+def validate(config: Config, *, trains: bool = True) -> None:
+    """Rules that need no file besides the configuration. Raises UserError.
+
+    trains: False for a command that only evaluates and needs no training files."""
     t = config.trainer
     _require(bool(config.model.path), "model.path", "is not set", "a Hugging Face directory")
-    _require(bool(config.data.train_files), "data.train_files", "is empty", "at least one file")
+    has_files = bool(config.data.train_files)
+    _require(has_files or not trains, "data.train_files", "is empty", "at least one file")
     for right, test, keys in _RANGES:
         for key in keys.split():
             section, name = key.split(".")

@@ -22,10 +22,10 @@ from gpg_megatron.observe.summary import summary_lines
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.rollout.sampling import canary_params, validation_params
 from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
 
 CANARY_PROMPTS = 8
-CANARY_TOKENS = 32
 
 
 class Conductor:
@@ -62,9 +62,9 @@ class Conductor:
 
     def canary(self) -> list[tuple[Prompt, Completion]]:
         """A few short samples of the engines' weights, to compare with the policy's."""
-        limit = min(CANARY_TOKENS, self._config.rollout.max_response_length)
+        rollout = self._config.rollout
         requests = [
-            replace(request, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
+            replace(request, params=canary_params(rollout, seed=request.params.seed))
             for request in sampling_requests(self._config, self._canary_prompts, step=0, redraw=0)
         ]
         return list(zip(self._canary_prompts, self.fleet.generate(requests), strict=True))
@@ -73,10 +73,12 @@ class Conductor:
         """Held-out accuracy; {} without validation files. The answers go to eval/step_N.jsonl."""
         if not self._val_prompts:
             return {}
-        path = Path(self._config.trainer.output_dir) / "eval" / f"step_{step}.jsonl"
-        generations = path if self._config.validation.save_generations else None
+        trainer, validation = self._config.trainer, self._config.validation
+        params = validation_params(validation, self._config.rollout, seed=trainer.seed)
+        path = Path(trainer.output_dir) / "eval" / f"step_{step}.jsonl"
+        generations = path if validation.save_generations else None
         with self._watchdog.phase("eval"):
-            return evaluate(self.fleet, self._pool, self._val_prompts, self._config, generations)
+            return evaluate(self.fleet, self._pool, self._val_prompts, params, generations)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""

@@ -57,7 +57,8 @@ class PendingCalls:
         self.answers(timeout_s)
 
     def answers(self, timeout_s: float) -> list[Any]:
-        """[engine], for one call to each of some engines. May be asked again; raises as wait does."""
+        """[engine], for one call to each of some engines; the same when it is asked again. Raises
+        as wait does."""
         open_calls = PendingCalls(self._what, self._logs, self._pending)
         deadline = time.monotonic() + timeout_s
         answers: dict[int, Any] = {}

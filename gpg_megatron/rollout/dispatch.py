@@ -1,7 +1,7 @@
 """Which engine answers which request.
 
-    requests that the engines can run at once --spread----> engine 0 .. N-1
-    more than that                            --handed out, as engines have room-->
+requests that the engines can run at once --spread----> engine 0 .. N-1
+more than that                            --handed out, as engines have room-->
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The fleet of engines that rank 0 drives. Every wait has a time-out (calls.py).
 
-    requests --dispatch.py--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
+requests --dispatch.py--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from gpg_megatron.config.sections import (
 from gpg_megatron.loop import trainer as module
 from gpg_megatron.loop.rollouts import Rollout
 from gpg_megatron.loop.trainer import Trainer
+from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.types import (
     Anchors,
     Completion,
@@ -84,9 +85,9 @@ class World:
     def note(self, text: str, result: Any = None) -> Callable[..., Any]:
         return lambda *_, **__: self.calls.append(text) or result
 
-    def fleet(self, **options: Any) -> SimpleNamespace:
+    def fleet(self, spec: EngineSpec, **_: Any) -> SimpleNamespace:
         self.calls.append("engines start")
-        self.gives_memory_back = options["give_memory_back"]
+        self.gives_memory_back = spec.gives_memory_back
         return SimpleNamespace(
             wait_ready=self.note("engines ready"),
             sleep=lambda level: self.calls.append(f"engines sleep {level}"),
