@@ -17,6 +17,13 @@ class UserError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run cannot go on. The message says why: it is the last thing that is printed."""
+
+    everywhere = False
+    """Whether every rank raises one, so that rank 0 alone says it."""
+
+
 class Main(Protocol):
     """A command: its arguments, or those of the process -> its exit code."""
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.data.catalog import DATA_SETS, load_split
 from gpg_megatron.data.prompts import LoadedPrompts, file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
-from gpg_megatron.errors import UserError, exit_codes
+from gpg_megatron.errors import RunError, UserError, exit_codes
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
 from gpg_megatron.reward.pool import RewardPool
@@ -31,7 +32,6 @@ CONFIG_FILE = "config.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad input (one line on stderr), 1 an engine failed."""
     from gpg_megatron.reward.sources import check_prompts
-    from gpg_megatron.rollout.failures import EngineError
 
     args = _parser().parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides, trains=False)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare(out, config)
     try:
         sets = _run(config, modes, loaded.prompts, out)
-    except (EngineError, TimeoutError) as error:
+    except (RunError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     path = out / RESULT_FILE
@@ -103,7 +103,7 @@ def _run(
     fleet = None
     try:
         fleet = Fleet.start(spec, run_id=run_id, log_dir=out / "logs")
-        with RewardPool(config.reward, max_response_length=longest) as pool:
+        with closing(RewardPool(config.reward, max_response_length=longest)) as pool:
             fleet.wait_ready()
             return _answer(fleet, pool, modes, prompts, out / GENERATIONS_FILE)
     finally:

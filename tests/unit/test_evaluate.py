@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def groups() -> list[ScoredGroup]:
         item(["#### 1", "#### 2", "#### 3", "#### 4"], "5", "gsm8k"),
         item(["\\boxed{\\frac12}", "\\boxed{1/2}", "\\boxed{2}", "2"], "0.5", "math"),
     ]
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         return pool.score(items)
 
 
@@ -68,7 +69,7 @@ def test_in_the_loop(tmp_path: Path) -> None:
         n=2, temperature=0.6, top_p=0.95, top_k=20, max_tokens=9, stop=(), seed=7
     )
     path = tmp_path / "eval" / "step_0.jsonl"
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         metrics = evaluate(fleet, pool, prompts, params, path)
     assert metrics == {
         "eval/gsm8k/mean@2": 0.75,
