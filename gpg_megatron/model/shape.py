@@ -138,6 +138,11 @@ def _experts(raw: dict[str, Any], family: Family) -> MoEShape:
 def check_layout(config: Config, shape: ModelShape) -> None:
     """The parallel sizes against the model. Raises UserError with the legal values."""
     check_policy_layout(config, shape)
+    check_engines(config, shape)
+
+
+def check_engines(config: Config, shape: ModelShape) -> None:
+    """The engines' parallel size and the longest sequence. Raises UserError with what is legal."""
     _check_tensor_parallel("rollout", config.rollout.tensor_model_parallel_size, shape, engine=True)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > shape.max_position_embeddings:
