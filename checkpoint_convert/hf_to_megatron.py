@@ -20,7 +20,8 @@ from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
 from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig
 from gpg_megatron.errors import UserError, exit_codes
 from gpg_megatron.layout.topology import PolicyGrid, policy_grid
-from gpg_megatron.model.shape import check_policy_layout, load_model_shape
+from gpg_megatron.model.layout_rules import check_policy_layout
+from gpg_megatron.model.shape import load_model_shape
 
 
 @exit_codes
