@@ -67,18 +67,19 @@ def _free(*types: type, default: object = None) -> Key:
     return Key(types=types, default=default)
 
 
-# Declared by transformers' class of every family; the first rows by its base class.
+# Declared by transformers' class of every family. The first rows are the base class's, which does
+# not check their types.
 COMMON: dict[str, Key] = {
-    "transformers_version": _free(str, NoneType),
-    "architectures": _free(list, NoneType),
+    "transformers_version": FREE,
+    "architectures": FREE,
     "dtype": DTYPE,
-    "output_hidden_states": _free(bool, NoneType, default=False),
-    "return_dict": _free(bool, NoneType, default=True),
-    "chunk_size_feed_forward": _free(int, default=0),
-    "is_encoder_decoder": NO_FLAG,
+    "output_hidden_states": FREE,
+    "return_dict": FREE,
+    "chunk_size_feed_forward": FREE,
+    "is_encoder_decoder": NO,
     "id2label": _free(dict, NoneType),
-    "label2id": _free(dict, NoneType),
-    "problem_type": Key(types=(str, NoneType), only=(None,)),
+    "label2id": FREE,
+    "problem_type": FREE,
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
