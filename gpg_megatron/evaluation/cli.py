@@ -150,9 +150,11 @@ def _prompts(args: argparse.Namespace, config: Config) -> tuple[list[Prompt], in
     """(prompts, how many were left out because they are too long)."""
     from transformers import AutoTokenizer
 
-    from gpg_megatron.model.shape import load_model_shape
+    from gpg_megatron.model.shape import load_model_shape, shape_warnings
 
     shape = load_model_shape(args.model)
+    for line in shape_warnings(args.model):
+        print(f"warning: {line}", file=sys.stderr)
     longest = args.max_prompt_length + args.max_response_length
     if longest > shape.max_position_embeddings:
         raise UserError(

@@ -51,5 +51,10 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def plain(value: object) -> str:
+    """As `shown`, but a text without its quotes."""
+    return shown(value).strip('"')
+
+
 def _no_number(name: str) -> Never:
     raise ValueError(f"{name} is not a number in JSON")

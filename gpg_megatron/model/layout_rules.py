@@ -6,11 +6,18 @@ from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import ModelShape
 
+QUOTIENT_HEADS = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
+
 
 def check_layout(config: Config, shape: ModelShape) -> None:
-    """The parallel sizes against the model. Raises UserError with the legal values."""
+    """The parallel sizes and the longest sequence against the model.
+
+    Raises:
+        UserError: with the legal values.
+    """
     check_policy_layout(config, shape)
     _check_tensor_parallel("rollout", config.rollout.tensor_model_parallel_size, shape, engine=True)
+    _check_engine_heads(shape)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > shape.max_position_embeddings:
         raise UserError(
@@ -24,6 +31,16 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
     _check_tensor_parallel("policy", config.policy.tensor_model_parallel_size, shape, engine=False)
     _check_expert_parallel(config.policy, shape)
     pipeline_stages(config.policy, shape.num_layers)
+
+
+def _check_engine_heads(shape: ModelShape) -> None:
+    """vLLM's code of these families does not read head_dim. Raises UserError."""
+    quotient = shape.hidden_size // shape.num_heads
+    if shape.architecture in QUOTIENT_HEADS and shape.head_dim != quotient:
+        raise UserError(
+            f"model.path: head_dim in config.json is {shape.head_dim}; for {shape.architecture} "
+            f"the engine knows only hidden_size / num_attention_heads = {quotient}"
+        )
 
 
 def _check_tensor_parallel(section: str, size: int, shape: ModelShape, *, engine: bool) -> None:

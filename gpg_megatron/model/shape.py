@@ -17,7 +17,7 @@ from typing import Any
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
-from gpg_megatron.model.json_file import read_object, shown
+from gpg_megatron.model.json_file import plain, read_object, shown
 from gpg_megatron.types import ModelShape, MoEShape
 
 DEFAULT_THETA = 10000.0
@@ -58,7 +58,7 @@ def shape_warnings(path: str | Path) -> list[str]:
     _, unknown = _resolve(path)
     if not unknown:
         return []
-    names = ", ".join(map(_plain, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+    names = ", ".join(map(plain, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
     return [f"{Path(path) / 'config.json'}: unknown keys, which have no effect here: {names}"]
 
 
@@ -97,7 +97,7 @@ def _family_of(raw: Mapping[str, Any]) -> tuple[str, Family]:
     architecture = names[0]
     if architecture not in FAMILIES:
         raise _Refusal(
-            f"architecture {_plain(architecture)} is not supported; known: {', '.join(FAMILIES)}"
+            f"architecture {plain(architecture)} is not supported; known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
     if raw.get("model_type") != family.model_type:
@@ -145,7 +145,7 @@ def _option(name: str, value: Any, key: Key) -> str:
         return f"{name} ({key.what})"
     if neutral is None:
         return f"{name} {shown(value)} (other than null)"
-    return name if neutral in (False, [], {}) else f"{name} other than {_plain(neutral)}"
+    return name if neutral in (False, [], {}) else f"{name} other than {plain(neutral)}"
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -165,13 +165,13 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     name, rope = _rope(raw)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise _Refusal(f"rope type {_plain(kind)} is not supported")
+        raise _Refusal(f"rope type {plain(kind)} is not supported")
     if not _same(rope.get("partial_rotary_factor", 1), 1):
         raise _Refusal(f"{name}.partial_rotary_factor other than 1 is not supported")
     for key, value in rope.items():
         # Angles by position in an image, or by kind of layer.
         if key.endswith("_section") or isinstance(value, dict):
-            raise _Refusal(f"{name}.{_plain(key)} is not supported")
+            raise _Refusal(f"{name}.{plain(key)} is not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta", DEFAULT_THETA))
     if not _is_number(theta) or not 0 < theta <= sys.float_info.max:
         raise _Refusal(f"rope_theta is {shown(theta)}; expected a number above 0")
@@ -259,11 +259,6 @@ def _is_number(value: object) -> bool:
 def _same(value: object, other: object) -> bool:
     """Equal, where true is not 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _plain(value: object) -> str:
-    """As `shown`, but a text without its quotes."""
-    return shown(value).strip('"')
 
 
 def padded_vocab_size(shape: ModelShape, tensor_parallel_size: int) -> int:
