@@ -121,8 +121,7 @@ def _values(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         longest, length = values["max_position_embeddings"], raw[name]
         if length is not None and not (_is_number(length) and length >= longest):
             raise _Refusal(
-                f"{name} {shown(length)}, other than max_position_embeddings {longest}, is not "
-                f"supported"
+                f"{name} is {shown(length)}; expected max_position_embeddings {longest} or more"
             )
     return values
 

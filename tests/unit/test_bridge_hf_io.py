@@ -335,9 +335,58 @@ def test_a_truncated_file(tmp_path) -> None:
     assert file.name in refusal(tmp_path, UNTIED)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
-def test_a_broken_index(tmp_path, text) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ":1: Expecting property name"),
+        ("{}", ": expected a JSON object with a weight_map"),
+        ("[]", ": expected a JSON object"),
+        ('{"weight_map": ["a"]}', ": expected a JSON object with a weight_map"),
+        ('{"weight_map": {"a": 3}}', ": a is in 3; expected a *.safetensors"),
+        ('{"weight_map": {"a": "b.bin"}}', ': a is in "b.bin"; expected a *.safetensors'),
+        ('{"weight_map": {"a": "b\\u0000.safetensors"}}', ": a is in "),
+        ("version https://git-lfs.github.com/spec/v1", ": a git-lfs pointer"),
+        ("[" * 100_000, ": nested too deeply"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', ": a lone surrogate"),
+    ],
+)
+def test_a_broken_index(tmp_path, text, words) -> None:
     save(tmp_path, checkpoint())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
-    assert index.name in refusal(tmp_path, UNTIED)
+    assert refusal(tmp_path, UNTIED).startswith(f"{index}{words}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a git-lfs pointer"),
+        (b"", "not a readable safetensors file"),
+        (b"\xff" * 40, "not a readable safetensors file"),
+        ((8).to_bytes(8, "little") + b'{"a":\n}}', "not a readable safetensors file"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path, content, words) -> None:
+    save(tmp_path, checkpoint())
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(content)
+    assert refusal(tmp_path, UNTIED).startswith(f"{file}: {words}")
+
+
+def test_old_llama_files_have_buffers(tmp_path) -> None:
+    """What follows from rope_theta is neither missed nor read."""
+    names = [f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(LAYERS)]
+    tensors = checkpoint() | {name: torch.ones(HEAD_DIM // 2) for name in names}
+    check_checkpoint(save(tmp_path, tensors, files=2), UNTIED)
+    other = {"model.layers.0.self_attn.rotary_emb.scale": torch.ones(1)}
+    assert "has unknown 1 tensors" in refusal(save(tmp_path, tensors | other), UNTIED)
+
+
+def test_weights_of_integers(tmp_path) -> None:
+    """Quantised, though config.json does not say so."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = checkpoint()
+    directory = save(tmp_path, tensors | {name: tensors[name].to(torch.int8)})
+    assert f"{name} is of type I8: quantised weights are not supported" in refusal(
+        directory, UNTIED
+    )

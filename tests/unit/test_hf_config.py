@@ -11,7 +11,7 @@ import pytest
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES
-from gpg_megatron.model.shape import load_model_shape, shape_warnings
+from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.types import ModelShape, MoEShape
 
 QWEN3 = {

@@ -239,3 +239,12 @@ def test_the_longest_sequence_against_max_position_embeddings() -> None:
 )
 def test_padded_vocab_size(vocab, tp, expected) -> None:
     assert padded_vocab_size(model(vocab_size=vocab), tp) == expected
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen2MoeForCausalLM"])
+def test_heads_of_a_size_that_the_engine_does_not_read(architecture) -> None:
+    assert problem(layout(), model(architecture=architecture, head_dim=12)) is None
+    assert problem(layout(), model(architecture=architecture, head_dim=16)) == (
+        f"model.path: head_dim in config.json is 16; for {architecture} the engine knows only "
+        f"hidden_size / num_attention_heads = 12"
+    )
