@@ -26,7 +26,6 @@ from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.topology import policy_grid, check_shards
 from gpg_megatron.config.sections import Config
 from gpg_megatron.model.flops import token_costs
-from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy

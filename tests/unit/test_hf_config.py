@@ -100,13 +100,13 @@ def refusal(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_every_field(tmp_path) -> None:
+def test_every_field(tmp_path: Path) -> None:
     assert load_model_shape(write(tmp_path, QWEN3)) == SHAPE
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", FLAGS)
-def test_what_transformers_writes(tmp_path, architecture, tied) -> None:
+def test_what_transformers_writes(tmp_path: Path, architecture: Any, tied: Any) -> None:
     import transformers
 
     family = architecture.removesuffix("ForCausalLM")
@@ -146,7 +146,7 @@ def test_what_transformers_writes(tmp_path, architecture, tied) -> None:
         ({"hidden_act": "silu"}, "ffn_size", 80),
     ],
 )
-def test_variants(tmp_path, change, field, value) -> None:
+def test_variants(tmp_path: Path, change: Any, field: Any, value: Any) -> None:
     shape = load_model_shape(write(tmp_path, QWEN3 | change))
     assert shape == dataclasses.replace(SHAPE, **{field: value})
 
@@ -164,7 +164,9 @@ def test_variants(tmp_path, change, field, value) -> None:
         (QWEN3, "rope_theta", "rope_theta", 1e4),
     ],
 )
-def test_defaults_of_absent_keys(tmp_path, raw, absent, field, value) -> None:
+def test_defaults_of_absent_keys(
+    tmp_path: Path, raw: Any, absent: Any, field: Any, value: Any
+) -> None:
     """Those of each family: Qwen3 has heads of 128, Qwen3-MoE four heads of keys."""
     shape = load_model_shape(write(tmp_path, {k: v for k, v in raw.items() if k != absent}))
     expected = load_model_shape(write(tmp_path, raw))
@@ -182,13 +184,13 @@ def test_defaults_of_absent_keys(tmp_path, raw, absent, field, value) -> None:
         ({"qkv_bias": True, "router_aux_loss_coef": 0.1}, "num_experts", 12),
     ],
 )
-def test_variants_of_experts(tmp_path, change, field, value) -> None:
+def test_variants_of_experts(tmp_path: Path, change: Any, field: Any, value: Any) -> None:
     """Qwen3-MoE has no shared expert, whatever its file says."""
     shape = load_model_shape(write(tmp_path, QWEN3_MOE | change))
     assert shape.moe == dataclasses.replace(EXPERTS, **{field: value})
 
 
-def test_defaults_of_absent_keys_of_experts(tmp_path) -> None:
+def test_defaults_of_absent_keys_of_experts(tmp_path: Path) -> None:
     """transformers does not scale the weights unless it is told to."""
     raw = {k: v for k, v in QWEN3_MOE.items() if k not in ("norm_topk_prob", "intermediate_size")}
     shape = load_model_shape(write(tmp_path, raw))
@@ -206,7 +208,7 @@ def test_defaults_of_absent_keys_of_experts(tmp_path) -> None:
         "num_attention_heads",
     ],
 )
-def test_a_missing_key_of_experts_is_named(tmp_path, key) -> None:
+def test_a_missing_key_of_experts_is_named(tmp_path: Path, key: Any) -> None:
     raw = {name: value for name, value in QWEN2_MOE.items() if name != key}
     assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: key '{key}' is missing"
 
@@ -223,7 +225,7 @@ def test_a_missing_key_of_experts_is_named(tmp_path, key) -> None:
         "max_position_embeddings",
     ],
 )
-def test_a_missing_key_is_named(tmp_path, key) -> None:
+def test_a_missing_key_is_named(tmp_path: Path, key: Any) -> None:
     raw = {name: value for name, value in QWEN3.items() if name != key}
     message = refusal(write(tmp_path, raw))
     assert str(tmp_path / "config.json") in message and f"key '{key}' is missing" in message
@@ -241,7 +243,7 @@ def test_a_missing_key_is_named(tmp_path, key) -> None:
         ({"hidden_act": "gelu"}, "hidden_act other than silu"),
     ],
 )
-def test_an_unsupported_option_is_named(tmp_path, change, words) -> None:
+def test_an_unsupported_option_is_named(tmp_path: Path, change: Any, words: Any) -> None:
     message = refusal(write(tmp_path, QWEN3 | change))
     assert message == f"{tmp_path / 'config.json'}: {words} is not supported"
 
@@ -263,18 +265,18 @@ def test_an_unsupported_option_is_named(tmp_path, change, words) -> None:
         (QWEN2_MOE | {"use_sliding_window": True}, "use_sliding_window"),
     ],
 )
-def test_an_unsupported_option_of_a_family(tmp_path, raw, words) -> None:
+def test_an_unsupported_option_of_a_family(tmp_path: Path, raw: Any, words: Any) -> None:
     message = refusal(write(tmp_path, raw))
     assert message == f"{tmp_path / 'config.json'}: {words} is not supported"
 
 
-def test_mistral_slides_unless_told_not_to(tmp_path) -> None:
+def test_mistral_slides_unless_told_not_to(tmp_path: Path) -> None:
     """Without the key transformers' own default is a window of 4096."""
     raw = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
     assert "sliding_window 4096" in refusal(write(tmp_path, raw))
 
 
-def test_one_expert_per_token_without_scaling(tmp_path) -> None:
+def test_one_expert_per_token_without_scaling(tmp_path: Path) -> None:
     raw = QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": False}
     shape = load_model_shape(write(tmp_path, raw))
     assert shape.moe is not None and shape.moe.experts_per_token == 1
@@ -289,13 +291,13 @@ def test_one_expert_per_token_without_scaling(tmp_path) -> None:
         (None, "(none)"),
     ],
 )
-def test_an_unsupported_architecture(tmp_path, architectures, name) -> None:
+def test_an_unsupported_architecture(tmp_path: Path, architectures: Any, name: Any) -> None:
     message = refusal(write(tmp_path, QWEN3 | {"architectures": architectures}))
     assert f"architecture {name} is not supported" in message
     assert all(known in message for known in FLAGS)
 
 
-def test_what_is_missing_on_disk(tmp_path) -> None:
+def test_what_is_missing_on_disk(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert refusal(nowhere) == f"model.path: no such directory: {nowhere}"
     assert refusal(tmp_path) == f"model.path: {tmp_path} has no config.json"
@@ -304,10 +306,10 @@ def test_what_is_missing_on_disk(tmp_path) -> None:
     assert refusal(tmp_path) == f"model.path: {tmp_path} has no *.safetensors files"
 
 
-def test_broken_json_says_the_line(tmp_path) -> None:
+def test_broken_json_says_the_line(tmp_path: Path) -> None:
     message = refusal(write(tmp_path, '{\n  "vocab_size": 5,\n  oops\n}'))
     assert message.startswith(f"{tmp_path / 'config.json'}:3: ")
 
 
-def test_a_config_that_is_no_object(tmp_path) -> None:
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
     assert "config.json" in refusal(write(tmp_path, [QWEN3]))

@@ -120,7 +120,9 @@ def write(directory: Path, content: bytes | dict[str, Any]) -> Path:
         (SMOLLM2_135M, 64, 1e5, True),
     ],
 )
-def test_a_published_file(tmp_path, raw, head_dim, rope_theta, tied) -> None:
+def test_a_published_file(
+    tmp_path: Path, raw: Any, head_dim: Any, rope_theta: Any, tied: Any
+) -> None:
     shape = load_model_shape(write(tmp_path, raw), need_weights=False)
     assert shape_warnings(tmp_path) == []
     assert (shape.head_dim, shape.rope_theta, shape.tied) == (head_dim, rope_theta, tied)
@@ -186,18 +188,18 @@ def refusal(directory: Path) -> str:
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries; num_hidden_layers is 36"),
     ],
 )
-def test_a_value_that_cannot_be_meant(tmp_path, change, message) -> None:
+def test_a_value_that_cannot_be_meant(tmp_path: Path, change: Any, message: Any) -> None:
     assert refusal(write(tmp_path, QWEN3_8B | change)) == f": {message}"
 
 
-def test_of_two_ropes_the_older_name_counts(tmp_path) -> None:
+def test_of_two_ropes_the_older_name_counts(tmp_path: Path) -> None:
     """As in transformers: rope_scaling, and in it the file's rope_theta."""
     both = {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"rope_type": "default"}}
     shape = load_model_shape(write(tmp_path, QWEN3_8B | both), need_weights=False)
     assert shape.rope_theta == 1e6
 
 
-def test_a_model_type_and_a_default_that_are_not_there(tmp_path) -> None:
+def test_a_model_type_and_a_default_that_are_not_there(tmp_path: Path) -> None:
     raw = {k: v for k, v in QWEN3_8B.items() if k != "model_type"}
     words = ': model_type is missing; expected "qwen3" for Qwen3ForCausalLM'
     assert refusal(write(tmp_path, raw)) == words
@@ -206,7 +208,7 @@ def test_a_model_type_and_a_default_that_are_not_there(tmp_path) -> None:
     assert refusal(write(tmp_path, raw | {"num_attention_heads": 40})) == words
 
 
-def test_unknown_keys_are_named_once(tmp_path) -> None:
+def test_unknown_keys_are_named_once(tmp_path: Path) -> None:
     own = {"zebra": 1, "a\nb": {}, "rope_scaling": {"type": "default", "factor": 4.0}}
     assert shape_warnings(write(tmp_path, QWEN3_8B | own)) == [
         f"{tmp_path / 'config.json'}: unknown keys, which have no effect here: "
@@ -230,16 +232,16 @@ def test_unknown_keys_are_named_once(tmp_path) -> None:
         (b"[1]", ": expected a JSON object"),
     ],
 )
-def test_a_file_that_is_no_object(tmp_path, content, message) -> None:
+def test_a_file_that_is_no_object(tmp_path: Path, content: Any, message: Any) -> None:
     assert refusal(write(tmp_path, content)).startswith(message)
 
 
-def test_a_directory_in_its_place(tmp_path) -> None:
+def test_a_directory_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     assert refusal(tmp_path) == ": cannot be read: Is a directory"
 
 
-def test_a_quantisation_beside_it(tmp_path) -> None:
+def test_a_quantisation_beside_it(tmp_path: Path) -> None:
     (write(tmp_path, QWEN3_8B) / "hf_quant_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"hf_quant_config\.json: quantised weights are not"):
         load_model_shape(tmp_path, need_weights=False)

@@ -78,7 +78,9 @@ SECTIONS = pytest.mark.parametrize("section", ["policy", "rollout"])
         (8, 8, 30, 4, ["intermediate_size 30"]),
     ],
 )
-def test_tensor_parallel_refusals(section, heads, kv_heads, ffn, size, words) -> None:
+def test_tensor_parallel_refusals(
+    section: Any, heads: Any, kv_heads: Any, ffn: Any, size: Any, words: Any
+) -> None:
     message = problem(
         tp_config(section, size), model(num_heads=heads, num_kv_heads=kv_heads, ffn_size=ffn)
     )
@@ -93,7 +95,9 @@ def test_tensor_parallel_refusals(section, heads, kv_heads, ffn, size, words) ->
     ("heads", "kv_heads", "ffn", "size"),
     [(12, 4, 48, 1), (12, 4, 48, 2), (12, 4, 48, 4), (12, 4, 48, 12), (7, 7, 49, 7)],
 )
-def test_legal_tensor_parallel_sizes(section, heads, kv_heads, ffn, size) -> None:
+def test_legal_tensor_parallel_sizes(
+    section: Any, heads: Any, kv_heads: Any, ffn: Any, size: Any
+) -> None:
     shape = model(num_heads=heads, num_kv_heads=kv_heads, ffn_size=ffn, head_dim=12)
     assert problem(tp_config(section, size), shape) is None
 
@@ -102,7 +106,9 @@ def test_legal_tensor_parallel_sizes(section, heads, kv_heads, ffn, size) -> Non
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "ffn"), [(14, 2, 4864), (9, 3, 1536), (12, 2, 8960), (28, 4, 18944)]
 )
-def test_sizes_called_legal_are_those_accepted(section, heads, kv_heads, ffn) -> None:
+def test_sizes_called_legal_are_those_accepted(
+    section: Any, heads: Any, kv_heads: Any, ffn: Any
+) -> None:
     """Real models: Qwen2.5 0.5B, SmolLM2 135M, Qwen2.5 1.5B and 7B."""
     shape = model(num_heads=heads, num_kv_heads=kv_heads, ffn_size=ffn, head_dim=64)
     message = problem(tp_config(section, 5), shape)
@@ -131,7 +137,9 @@ def test_a_policy_size_that_does_not_divide_the_fused_projection() -> None:
         ({"shared_ffn_size": 10}, 4, "shared_expert_intermediate_size 10"),
     ],
 )
-def test_tensor_parallel_refusals_of_experts(section, experts, size, words) -> None:
+def test_tensor_parallel_refusals_of_experts(
+    section: Any, experts: Any, size: Any, words: Any
+) -> None:
     moe = dataclasses.replace(EXPERTS, **experts)
     message = problem(tp_config(section, size), model(num_kv_heads=4, moe=moe))
     assert message == (
@@ -141,7 +149,7 @@ def test_tensor_parallel_refusals_of_experts(section, experts, size, words) -> N
 
 
 @SECTIONS
-def test_the_dense_size_of_a_model_with_experts_is_not_used(section) -> None:
+def test_the_dense_size_of_a_model_with_experts_is_not_used(section: Any) -> None:
     shape = model(num_kv_heads=4, ffn_size=3, moe=EXPERTS)
     assert problem(tp_config(section, 4), shape) is None
 
@@ -185,7 +193,7 @@ def stages_exist(layers: int, pp: int, first: int | None, last: int | None) -> b
 
 
 @pytest.mark.parametrize("pp", [2, 3, 4])
-def test_pipeline_stages_against_brute_force(pp) -> None:
+def test_pipeline_stages_against_brute_force(pp: Any) -> None:
     ends = (None, 1, 2, 3, 4)
     outcomes = set()
     for layers, first, last in product(range(1, 11), ends, ends):
@@ -237,12 +245,12 @@ def test_the_longest_sequence_against_max_position_embeddings() -> None:
         (49152, 8, 49152),
     ],
 )
-def test_padded_vocab_size(vocab, tp, expected) -> None:
+def test_padded_vocab_size(vocab: Any, tp: Any, expected: Any) -> None:
     assert padded_vocab_size(model(vocab_size=vocab), tp) == expected
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen2MoeForCausalLM"])
-def test_heads_of_a_size_that_the_engine_does_not_read(architecture) -> None:
+def test_heads_of_a_size_that_the_engine_does_not_read(architecture: Any) -> None:
     assert problem(layout(), model(architecture=architecture, head_dim=12)) is None
     assert problem(layout(), model(architecture=architecture, head_dim=16)) == (
         f"model.path: head_dim in config.json is 16; for {architecture} the engine knows only "
