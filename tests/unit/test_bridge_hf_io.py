@@ -85,7 +85,7 @@ def checkpoint(model: ModelShape = UNTIED, dtype: torch.dtype = torch.float32) -
 def save(directory: Path, tensors: Tensors, *, files: int = 1, index: bool = False) -> Path:
     """Spread the tensors over files in turn."""
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(files):
         part = {name: tensors[name].contiguous() for name in names[number::files]}
         file = f"model-{number + 1:05}-of-{files:05}.safetensors"

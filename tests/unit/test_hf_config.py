@@ -14,7 +14,7 @@ from gpg_megatron.model.hf_keys import FAMILIES
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.types import ModelShape, MoEShape
 
-QWEN3 = {
+QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "num_hidden_layers": 3,
@@ -54,7 +54,7 @@ EXPERT_KEYS = {
 EXPERTS = MoEShape(
     num_experts=12, experts_per_token=2, ffn_size=24, shared_ffn_size=0, renormalised=True
 )
-FLAGS = {
+FLAGS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
     "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
@@ -67,7 +67,7 @@ FLAGS = {
     "Qwen3MoeForCausalLM": {"qkv_bias": False, "qk_norm": True, "moe": EXPERTS},
 }
 # What a family's configuration has besides the common keys.
-OWN_KEYS = {
+OWN_KEYS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": None},
     "Qwen2MoeForCausalLM": EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
     "Qwen3MoeForCausalLM": EXPERT_KEYS,
