@@ -132,7 +132,7 @@ def run_rank(args: argparse.Namespace) -> int:
     from gpg_megatron.policy.on_cpu import quiet_megatron
 
     quiet_megatron()
-    from gpg_megatron.bridge.bridge import WeightBridge
+    from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
     from gpg_megatron.bridge.protocol import BACKEND
     from gpg_megatron.host.collectives import on_rank0
     from gpg_megatron.host.reaper import RUN_ID_VARIABLE, scratch_directory
@@ -172,15 +172,18 @@ def run_rank(args: argparse.Namespace) -> int:
         shards = policy.named_shards()
         load_hf(config.model.path, shards, shape, policy.position)
         on_rank0(lambda: fleet[0].wait_ready())
-        bridge = WeightBridge(
+        side = PolicySide(
             shards=shards,
             model=shape,
             grid=policy_grid(config.policy, shape),
             rank=rank,
-            run_id=run_id,
-            config=config.bridge,
+        )
+        bridge = WeightBridge(
+            side,
+            fleet[0] if fleet else None,
+            config.bridge,
             wire_dtype=torch.float32,
-            engines=fleet[0] if fleet else None,
+            run_id=run_id,
             group=dist.group.WORLD,
         )
         report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)

@@ -53,7 +53,7 @@ def train(config: Path, overrides: Sequence[str], steps: int) -> list[Mapping[st
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "gpg_megatron.start.train", "--config", str(config)]
         command += [*overrides, f"trainer.total_training_steps={steps}"]
-        command += [f"trainer.output_dir={folder}/run", "trainer.val_before_train=false"]
+        command += [f"trainer.output_dir={folder}/run", "validation.before_train=false"]
         command += ["checkpoint.save_freq=0", "checkpoint.hf_export=never"]
         done = subprocess.run(command, timeout=RUN_LIMIT_S, capture_output=True, text=True)
         if done.returncode:

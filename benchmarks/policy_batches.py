@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.batching.updates import make_update, pack
+from gpg_megatron.batching.updates import BatchPlan, make_update, pack
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
 
@@ -74,6 +75,8 @@ def make_samples(options: argparse.Namespace, vocab_size: int, dead: float) -> l
                     rollout_logprobs=(-10.0,) * n,
                     advantage=(0.5 if index % 2 else -0.5) if group < n_live else 0.0,
                     version=0,
+                    live=group < n_live,
+                    score=float(index % 2),
                 )
             )
     return samples
@@ -88,16 +91,17 @@ def make_batch(
     """The update of a variant over samples, on one rank."""
     share = not variant.unshared
     longest = max(len(sequence(sample)) for sample in samples)
-    batch = make_update(
-        samples,
-        aggregation=AGGREGATION,
-        max_response_length=options.response_tokens,
+    plan = BatchPlan(
+        algorithm=AlgorithmConfig(loss_aggregation=AGGREGATION),
+        n_updates=1,
         max_tokens=options.micro_batch_tokens,
+        max_response_length=options.response_tokens,
         dp_rank=0,
         dp_size=1,
         costs=costs,
         share_prompts=share,
     )
+    batch = make_update(samples, plan)
     micro_batches = list(batch.micro_batches)
     if variant.dead:
         micro_batches = _with_dead(samples, options, share)

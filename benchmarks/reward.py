@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from typing import Any
 
 import psutil
@@ -54,7 +55,7 @@ def measure(scorer: str, source: str, n_answers: int) -> dict[str, Any]:
         _item(truths[i % n], [solutions[i % n], solutions[(i + 1) % n]], name)
         for i in range(n_answers // 2)
     ]
-    with RewardPool(RewardConfig(scorer=scorer)) as pool:
+    with closing(RewardPool(RewardConfig(scorer=scorer))) as pool:
         pool.score(items[:8])  # starts up outside of the measurement
         (worker,) = psutil.Process().children()
         before, begin = _cpu_seconds(worker), time.perf_counter()

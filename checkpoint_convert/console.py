@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from gpg_megatron.checkpoint.conversion import Converted
+from gpg_megatron.types import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CASTS = {**DTYPES, "fp16": torch.float16}
+"""--dtype -> what tensors are cast to."""
 
 
 @contextmanager

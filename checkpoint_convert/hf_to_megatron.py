@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_convert.console import DTYPES, progress_bar, say_done
+from checkpoint_convert.console import CASTS, progress_bar, say_done
 from gpg_megatron.checkpoint.conversion import hf_bytes
 from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
 from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"warning: {line}", file=sys.stderr)
     with progress_bar("to Megatron", hf_bytes(args.hf)) as progress:
         result = hf_to_megatron(
-            args.hf, args.megatron, grid=grid, dtype=DTYPES.get(args.dtype), progress=progress
+            args.hf, args.megatron, grid=grid, dtype=CASTS.get(args.dtype), progress=progress
         )
     say_done(result, args.megatron, begin)
     return 0
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
     parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="cast all tensors; default: keep")
+    parser.add_argument("--dtype", choices=list(CASTS), help="cast all tensors; default: keep")
     return parser
 
 

@@ -13,7 +13,7 @@ from gpg_megatron.checkpoint.marker import HF_FILES
 from gpg_megatron.config.sections import Config, ModelConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.types import MicroBatch, TrainSample
+from gpg_megatron.types import DTYPES, MicroBatch, TrainSample
 
 
 def prompts(hf: Path, count: int, length: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def hf_logprobs(hf: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]
 def megatron_logprobs(megatron: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same from Megatron's model in this process, which becomes a world of one rank."""
     quiet_megatron()
-    from gpg_megatron.policy.policy import DTYPES, Policy
+    from gpg_megatron.policy.policy import Policy
 
     path = megatron / HF_FILES
     name = next((n for n, d in DTYPES.items() if d == dtype), "fp32")
@@ -69,6 +69,8 @@ def _batch(ids: torch.Tensor) -> MicroBatch:
             rollout_logprobs=(0.0,) * len(rest),
             advantage=1.0,
             version=0,
+            live=True,
+            score=1.0,
         )
         for number, (first, *rest) in enumerate(ids.tolist())
     ]

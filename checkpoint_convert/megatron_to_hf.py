@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_convert.console import DTYPES, progress_bar, say_done
+from checkpoint_convert.console import CASTS, progress_bar, say_done
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf, model_bytes
 from gpg_megatron.errors import exit_codes
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad input (one line on stderr)."""
     begin = time.perf_counter()
     args = _parser().parse_args(argv)
-    dtype = DTYPES.get(args.dtype)
+    dtype = CASTS.get(args.dtype)
     with progress_bar("to Hugging Face", model_bytes(args.megatron, dtype)) as progress:
         result = megatron_to_hf(args.megatron, args.hf, dtype=dtype, progress=progress)
     say_done(result, args.hf, begin)
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hf", type=Path, required=True, metavar="DIR", help="new or empty directory"
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="cast all tensors; default: keep")
+    parser.add_argument("--dtype", choices=list(CASTS), help="cast all tensors; default: keep")
     return parser
 
 

@@ -16,6 +16,13 @@ class UserError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run cannot go on. The message says why: it is the last thing that is printed."""
+
+    everywhere = False
+    """Whether every rank raises one, so that rank 0 alone says it."""
+
+
 Main = Callable[[Sequence[str] | None], int]
 
 

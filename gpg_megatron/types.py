@@ -18,6 +18,8 @@ from typing import Literal
 
 import torch
 
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The names of the configuration -> what parameters are stored and computed in."""
 FinishReason = Literal["stop", "length"]
 PolicyPart = Literal["parameters", "gradients", "optimizer"]
 """What a policy rank holds between its updates. optimizer: moments and fp32 master weights."""
@@ -110,12 +112,12 @@ class TrainSample:
     """[L] from the engine."""
     advantage: float
     """alpha * (r_i - baseline) / F_norm; exactly 0.0 for a sample that carries no gradient.
-    Where alpha counts over less than the rollout batch, batching multiplies it in."""
+    Where alpha counts over less than the rollout batch, each update multiplies in its own."""
     version: int
     """The oldest weight version that sampled a token of the response."""
-    live: bool = True
+    live: bool
     """Its group has answers of different worth."""
-    score: float = 0.0
+    score: float
     """r_i."""
 
 
@@ -163,10 +165,6 @@ class TrainBatch:
     micro_batches: tuple[MicroBatch, ...]
     """This rank's part; the same number on every rank. Empty when no sample of the global
     batch carries gradient: the step is skipped."""
-    n_samples: int
-    """Samples of the global batch, the ones without gradient included."""
-    n_loss_tokens: int
-    """Response tokens of the global batch, the ones without gradient included."""
     n_computed_tokens: int
     """Prompt and response tokens that go through the network, all ranks."""
     n_skipped_tokens: int
@@ -176,9 +174,9 @@ class TrainBatch:
     flops: float
     """Floating-point operations of the forward and backward pass that the computed tokens
     need, all ranks; see flops.TokenCosts."""
-    alpha: float = 1.0
-    """The factor that batching put into the advantages; the mean over the micro-steps where
-    each has its own."""
+    alpha: float
+    """The factor that the update's own alpha put into the advantages; the mean over the
+    micro-steps where each has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,11 +218,9 @@ class ParallelPosition:
     """Where one policy rank stands in the parallel grid."""
 
     rank: int
-    world_size: int
+    """Among all policy ranks."""
     tp_rank: int
     tp_size: int
-    pp_rank: int
-    pp_size: int
     dp_rank: int
     dp_size: int
 

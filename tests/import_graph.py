@@ -79,12 +79,17 @@ def room_graph(files: Graph) -> dict[str, frozenset[str]]:
     for module, imported in files.items():
         room = room_of(place_of(module))
         rooms.setdefault(room, set()).update(room_of(place_of(x)) for x in imported)
-    return {room: frozenset(found - {room, ""}) for room, found in rooms.items() if room}
+    outside = {"", "benchmarks"}
+    return {
+        room: frozenset(found - outside - {room})
+        for room, found in rooms.items()
+        if room not in outside
+    }
 
 
 def picture(rooms: Graph) -> list[str]:
     """A line for each room, below all that it imports. Raises graphlib.CycleError: a circle."""
-    order = list(TopologicalSorter(rooms).static_order())
+    order = list(TopologicalSorter({x: sorted(rooms[x]) for x in sorted(rooms)}).static_order())
     width = max(map(len, order))
     return [
         f"{room:{width}} <- {' '.join(x for x in order if x in rooms[room])}".rstrip(" <-")

@@ -18,7 +18,7 @@ import torch
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import Completion, Reward, ScoredGroup, TrainSample
+from gpg_megatron.types import Reward, ScoredGroup, TrainSample
 
 DEAD_TOLERANCE = 1e-6
 LARGEST_REWARD = torch.finfo(torch.float32).max
@@ -29,16 +29,12 @@ class AdvantageStats:
     """What assign_advantages saw in one rollout batch."""
 
     alpha: float
-    """The factor in every advantage; 1.0 when batching chooses it. 0.0 when dead groups are
+    """The factor in every advantage; 1.0 when each update has its own. 0.0 when dead groups are
     counted and no group is live."""
     live_fraction: float
     """Share of groups that are live, in [0, 1]; 0.0 without groups."""
-    n_groups: int
-    n_live_groups: int
     n_samples: int
     """B."""
-    n_dead_samples: int
-    """M, samples in dead groups."""
     n_shaped: int
     """Samples with a score that is neither 0 nor 1."""
 
@@ -148,14 +144,10 @@ def assign_advantages(
     plain = _without_alpha(groups, config)
     whole = config.alpha_scope == "batch"
     factor = alpha(plain, config.alpha, config.alpha_max) if whole else 1.0
-    live = [group for group in groups if is_live(group, config.dead_by)]
     stats = AdvantageStats(
         alpha=factor,
         live_fraction=live_fraction(groups, config.dead_by),
-        n_groups=len(groups),
-        n_live_groups=len(live),
         n_samples=len(plain),
-        n_dead_samples=len(plain) - sum(len(group.completions) for group in live),
         n_shaped=sum(sample.score not in (0.0, 1.0) for sample in plain),
     )
     return [scaled(sample, factor) for sample in plain], stats
@@ -182,30 +174,27 @@ def check_dead_by(groups: Sequence[ScoredGroup], dead_by: str) -> None:
 
 
 def _without_alpha(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> list[TrainSample]:
+    # An empty response has no token that could be stale: it takes the batch's newest version.
     newest = max((s.version for g in groups for c in g.completions for s in c.versions), default=0)
     samples = []
     for index, (group, row) in enumerate(zip(groups, centred_rewards(groups, config), strict=True)):
         live = is_live(group, config.dead_by)
         taught = live or config.dead_by == "none"
         for completion, reward, x in zip(group.completions, group.rewards, row, strict=True):
-            advantage = x if taught and completion.token_ids else 0.0
-            sample = _sample(group, index, completion, newest)
-            samples.append(replace(sample, advantage=advantage, live=live, score=reward.score))
+            sample = TrainSample(
+                prompt_id=group.prompt.id,
+                group=index,
+                index=completion.index,
+                prompt_token_ids=group.prompt.token_ids,
+                response_token_ids=completion.token_ids,
+                rollout_logprobs=completion.logprobs,
+                advantage=x if taught and completion.token_ids else 0.0,
+                version=min((span.version for span in completion.versions), default=newest),
+                live=live,
+                score=reward.score,
+            )
+            samples.append(sample)
     return samples
-
-
-def _sample(group: ScoredGroup, index: int, completion: Completion, newest: int) -> TrainSample:
-    # An empty response has no token that could be stale: it takes the batch's newest version.
-    return TrainSample(
-        prompt_id=group.prompt.id,
-        group=index,
-        index=completion.index,
-        prompt_token_ids=group.prompt.token_ids,
-        response_token_ids=completion.token_ids,
-        rollout_logprobs=completion.logprobs,
-        advantage=0.0,
-        version=min((span.version for span in completion.versions), default=newest),
-    )
 
 
 def _check(group: ScoredGroup) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpg_megatron.algorithm.correction import correction_weights, ratio
-from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3, logprob_mismatch
+from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
 from gpg_megatron.config.algorithm import AlgorithmConfig
 
 SUMS = (
@@ -30,8 +30,9 @@ SUMS = (
     "kl",
     "entropy",
 )
-"""What statistics holds: sums over tokens, in this order, then the largest gap."""
-N_STATISTICS = len(SUMS) + 1
+"""The statistics that are added up over micro-batches and ranks, in the order of the reduction."""
+MAXIMA = ("gap_max",)
+"""Those of which the largest is taken; none is negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class Tokens:
 
 def objective(
     logprobs_N: Tensor, entropy_N: Tensor | None, tokens: Tokens, config: AlgorithmConfig
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch and the parts of its metrics.
 
     loss = policy gradient + kl_coef * sum w * k3 - entropy_coef * sum w * entropy, where w are
@@ -68,11 +69,11 @@ def objective(
         config: what the loss is made of.
 
     Returns:
-        scalar loss; fp32 [N_STATISTICS], detached, to be given to `metrics` when added up.
+        scalar loss; fp32 scalars under the names of SUMS and MAXIMA, detached, to be given to
+        `metrics` when reduced.
     """
     assert (tokens.reference is not None) == (config.kl_coef > 0), "KL without its reference"
     assert (entropy_N is not None) == (config.entropy_coef > 0), "a bonus without the entropy"
-    everything_N = torch.ones_like(logprobs_N, dtype=torch.bool)
     current_N = logprobs_N.detach()
     old_N = current_N if tokens.old is None else tokens.old
     if config.old_logprobs == "rollout":
@@ -83,15 +84,11 @@ def objective(
     weights_N = tokens.weights * factors_N
     clipped_N = torch.zeros_like(cut_N)
     if config.loss == "gpg":
-        loss = gpg_loss(logprobs_N, tokens.advantages, weights_N, everything_N)
+        loss = gpg_loss(logprobs_N, tokens.advantages, weights_N)
     else:
+        low, high = config.clip_low, config.clip_high
         loss, clipped_N = clip_loss(
-            logprobs_N,
-            old_N,
-            tokens.advantages,
-            weights_N,
-            low=config.clip_low,
-            high=config.clip_high,
+            logprobs_N, old_N, tokens.advantages, weights_N, low=low, high=high
         )
     kl_N = bonus_N = torch.zeros_like(current_N)
     if tokens.reference is not None:
@@ -100,26 +97,29 @@ def objective(
     if entropy_N is not None:
         bonus_N = entropy_N
         loss = loss - config.entropy_coef * (bonus_N * tokens.weights).sum()
-    gap = logprob_mismatch(logprobs_N, tokens.rollout, everything_N)
-    rho_N = ratio(current_N if config.old_logprobs == "rollout" else behind_N, tokens.rollout)
-    sums = {
-        "loss": loss,
-        "tokens": gap.n_tokens,
-        "gap": gap.abs_sum,
-        "k1": (tokens.rollout - current_N).sum(),
-        "k3": kl_k3(tokens.rollout, current_N).sum(),
+    measured_N = current_N if config.old_logprobs == "rollout" else behind_N
+    terms = {"cut": cut_N, "clipped": clipped_N, "kl": kl_N, "entropy": bonus_N}
+    statistics = {"loss": loss, **{name: term_N.sum() for name, term_N in terms.items()}}
+    statistics |= _distances(current_N, measured_N, tokens.rollout)
+    return loss, {name: value.detach().float() for name, value in statistics.items()}
+
+
+def _distances(current_N: Tensor, measured_N: Tensor, engine_N: Tensor) -> dict[str, Tensor]:
+    """How far the policy's log-probs are from the engine's, and the ratios of measured_N."""
+    gap_N, rho_N = (current_N - engine_N).abs(), ratio(measured_N, engine_N)
+    return {
+        "tokens": gap_N.new_tensor(len(gap_N)),
+        "gap": gap_N.sum(),
+        "gap_max": gap_N.amax() if len(gap_N) else gap_N.new_zeros(()),
+        "k1": (engine_N - current_N).sum(),
+        "k3": kl_k3(engine_N, current_N).sum(),
         "ratio": rho_N.sum(),
         "squared_ratio": rho_N.square().sum(),
-        "cut": cut_N.sum(),
-        "clipped": clipped_N.sum(),
-        "kl": kl_N.sum(),
-        "entropy": bonus_N.sum(),
     }
-    return loss, torch.stack([*(sums[k].detach().float() for k in SUMS), gap.abs_max.float()])
 
 
 def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[str, float]:
-    """Added-up statistics ("gap_max": the largest) -> metrics under their names.
+    """The reduced statistics of `objective` -> metrics under their names.
 
     mismatch/kl_k1 and kl_k3 estimate KL(engine || policy) from the engine's samples
     (joschu.net/blog/kl-approx.html). correction/ess is the effective sample size over the

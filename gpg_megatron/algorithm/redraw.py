@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from gpg_megatron.algorithm.advantages import is_live
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.errors import RunError
 from gpg_megatron.types import ScoredGroup
 
 
-class RedrawsExhausted(RuntimeError):
+class RedrawsExhausted(RunError):
     """Too few groups are live after max_redraws, and on_exhausted is error."""
 
 

@@ -1,6 +1,6 @@
 """Training samples to packed micro-batches, balanced over data-parallel ranks.
 
-    rollout batch -> updates (whole groups) -> alpha and weights over each update
+    rollout batch -> updates (whole groups) -> alpha and weights (algorithm/update.py)
                   -> drop samples without gradient -> plan (planning.py) -> pack
 
 Everything is pure and deterministic: each rank computes the same grid and takes its own row,
@@ -13,89 +13,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 
 import torch
 
-from gpg_megatron.algorithm.advantages import alpha, scaled
-from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.algorithm.micro_steps import micro_steps
+from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
 from gpg_megatron.config.algorithm import AlgorithmConfig
-from gpg_megatron.config.sections import Config
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How every rollout batch of a run is cut up, and which part of it is this rank's."""
+
+    algorithm: AlgorithmConfig
+    n_updates: int
+    """Optimizer steps for each rollout batch."""
+    max_tokens: int
+    """Budget of a micro-batch, in packed tokens."""
+    max_response_length: int
+    """Tokens."""
+    dp_rank: int
+    """0 .. dp_size - 1, whose part it is."""
+    dp_size: int
+    """Data-parallel ranks."""
+    costs: TokenCosts
+    """Of the model; what ranks and micro-batches are balanced by."""
+    share_prompts: bool
+    """Neighbours with the same prompt compute it once; the policy's attention has to know it."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.dp_rank < self.dp_size, (self.dp_rank, self.dp_size)
+
+
 def make_batches(
-    samples: Sequence[TrainSample],
-    config: Config,
-    *,
-    dp_rank: int,
-    dp_size: int,
-    costs: TokenCosts,
-    can_share_prompts: bool,
+    samples: Sequence[TrainSample], plan: BatchPlan, *, skipped: bool = False
 ) -> list[TrainBatch]:
     """One TrainBatch for each optimizer step of a rollout batch.
 
-    The groups, in order of their index, are divided among
-    train_batch_size / prompts_per_update updates; a group is never split. That is
-    prompts_per_update groups each; where redrawing changed the number of groups the updates
-    stay as many and share them evenly, the earlier ones taking one more. Fewer groups than
+    The groups, in order of their index, are divided among plan.n_updates updates, as evenly as
+    they can be, the earlier ones taking one more; a group is never split. Fewer groups than
     updates: one group each.
 
     Args:
         samples: all samples of the rollout batch, zero advantages included.
-        config: aggregation, token budget and batch sizes.
-        dp_rank: 0 .. dp_size - 1, whose part to return.
-        dp_size: data-parallel ranks.
-        costs: of the model; what ranks and micro-batches are balanced by.
-        can_share_prompts: whether the policy's attention knows segments with a shared prompt.
+        skipped: no update is to be made: the batches have nothing to compute.
     """
-    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    max_tokens = config.policy.max_tokens_per_micro_batch
-    batches = []
-    for update in split_updates(samples, config.updates_per_batch):
-        corrected, factor = apply_alpha(
-            update, config.algorithm, dp_size=dp_size, max_tokens=max_tokens
-        )
-        batch = make_update(
-            corrected,
-            aggregation=config.algorithm.loss_aggregation,
-            max_response_length=config.rollout.max_response_length,
-            max_tokens=max_tokens,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            every_sample=config.algorithm.needs_every_sample,
-            costs=costs,
-            share_prompts=can_share_prompts and config.policy.share_prompts,
-        )
-        batches.append(replace(batch, alpha=factor))
-    return batches
-
-
-def apply_alpha(
-    samples: Sequence[TrainSample], algorithm: AlgorithmConfig, *, dp_size: int, max_tokens: int
-) -> tuple[list[TrainSample], float]:
-    """The samples of an update with the alpha of their mini-batch or micro-step.
-
-    Returns:
-        the samples, as they are where alpha counts over the rollout batch, and the factor: the
-        mean of those that are not 0, where there are several.
-    """
-    if algorithm.alpha_scope == "batch":
-        return list(samples), 1.0
-    scopes = [list(range(len(samples)))]
-    if algorithm.alpha_scope == "micro-batch":
-        steps = micro_steps(samples, dp_size, max_tokens)
-        scopes = [[i for cell in step for i in cell] for step in steps]
-    corrected, factors = list(samples), []
-    for scope in scopes:
-        members = [samples[i] for i in scope]
-        factors.append(alpha(members, algorithm.alpha, algorithm.alpha_max))
-        for i in scope:
-            corrected[i] = scaled(samples[i], factors[-1])
-    return corrected, fmean([factor for factor in factors if factor] or [0.0])
+    updates = split_updates(samples, plan.n_updates)
+    return [make_update(update, plan, skipped=skipped) for update in updates]
 
 
 def split_updates(samples: Sequence[TrainSample], n_updates: int) -> list[list[TrainSample]]:
@@ -114,75 +80,60 @@ def split_updates(samples: Sequence[TrainSample], n_updates: int) -> list[list[T
 
 
 def make_update(
-    samples: Sequence[TrainSample],
-    *,
-    aggregation: str,
-    max_response_length: int,
-    max_tokens: int,
-    dp_rank: int,
-    dp_size: int,
-    costs: TokenCosts,
-    share_prompts: bool,
-    every_sample: bool = False,
+    samples: Sequence[TrainSample], plan: BatchPlan, *, skipped: bool = False
 ) -> TrainBatch:
-    """The part of rank dp_rank in one optimizer step over samples.
+    """The part of one rank in one optimizer step over samples.
 
-    Weights are counted over all samples; those with zero advantage or an empty response are
-    then dropped, since they add exactly nothing to the gradient. With every_sample, when the
-    loss has more terms than the policy gradient, only empty responses are dropped. Every rank
-    gets the same number of micro-batches, none where no sample is left. A rank that runs out of
-    samples gets fillers: a single token with a False mask, there so that collectives match.
+    alpha and weights are counted over all samples; those with zero advantage or an empty
+    response are then dropped, since they add exactly nothing to the gradient. When the loss has
+    more terms than the policy gradient, only empty responses are dropped. Every rank gets the
+    same number of micro-batches, none where no sample is left. A rank that runs out of samples
+    gets fillers: a single token with a False mask, there so that collectives match.
     """
-    cells: list[list[int]] = []
-    if aggregation == "micro-batch-token-mean":
-        cells = [cell for step in micro_steps(samples, dp_size, max_tokens) for cell in step]
-    weights = aggregation_weights(samples, aggregation, max_response_length, cells)
-    live = [
-        i
-        for i, s in enumerate(samples)
-        if s.response_token_ids and (every_sample or s.advantage != 0.0)
-    ]
-    chosen, chosen_weights = [samples[i] for i in live], [weights[i] for i in live]
+    weighed = weigh_update(
+        samples,
+        plan.algorithm,
+        dp_size=plan.dp_size,
+        max_tokens=plan.max_tokens,
+        max_response_length=plan.max_response_length,
+    )
+    computed = [] if skipped else [i for i, s in enumerate(weighed.samples) if _counts(s, plan)]
+    chosen = [weighed.samples[i] for i in computed]
+    weights = [weighed.weights[i] for i in computed]
+    share, costs = plan.share_prompts, plan.costs
     grid = plan_grid(
-        chosen, dp_size=dp_size, max_tokens=max_tokens, costs=costs, share=share_prompts
+        chosen, dp_size=plan.dp_size, max_tokens=plan.max_tokens, costs=costs, share=share
     )
     runs = [
         run
         for row in grid
         for cell in row
-        for run in shared_runs([chosen[i] for i in cell], share=share_prompts)
+        for run in shared_runs([chosen[i] for i in cell], share=share)
     ]
     n_fillers = sum(not cell for row in grid for cell in row)
-    n_live_tokens = sum(map(_n_tokens, chosen))
+    n_chosen_tokens = sum(map(_n_tokens, chosen))
     n_packed_tokens = sum(map(run_tokens, runs))
     return TrainBatch(
         micro_batches=tuple(
             pack(
                 [chosen[i] for i in cell] or [_filler(chosen[0])],
-                [chosen_weights[i] for i in cell] or [0.0],
-                share_prompts=share_prompts,
+                [weights[i] for i in cell] or [0.0],
+                share_prompts=share,
             )
-            for cell in grid[dp_rank]
+            for cell in grid[plan.dp_rank]
         ),
-        n_samples=len(samples),
-        n_loss_tokens=sum(len(s.response_token_ids) for s in samples),
         n_computed_tokens=n_packed_tokens + n_fillers,
-        n_skipped_tokens=sum(map(_n_tokens, samples)) - n_live_tokens,
-        n_shared_tokens=n_live_tokens - n_packed_tokens,
+        n_skipped_tokens=sum(map(_n_tokens, samples)) - n_chosen_tokens,
+        n_shared_tokens=n_chosen_tokens - n_packed_tokens,
         flops=sum(run_cost(run, costs) for run in runs),
+        alpha=weighed.alpha,
     )
 
 
-def left_out(batch: TrainBatch) -> TrainBatch:
-    """The batch of a step that is skipped: the same samples, and nothing to compute."""
-    return replace(
-        batch,
-        micro_batches=(),
-        n_computed_tokens=0,
-        n_shared_tokens=0,
-        n_skipped_tokens=batch.n_skipped_tokens + batch.n_computed_tokens + batch.n_shared_tokens,
-        flops=0.0,
-    )
+def _counts(sample: TrainSample, plan: BatchPlan) -> bool:
+    """Whether a sample adds to the gradient."""
+    has_gradient = sample.advantage != 0.0 or plan.algorithm.needs_every_sample
+    return has_gradient and bool(sample.response_token_ids)
 
 
 def pack(

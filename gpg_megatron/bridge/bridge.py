@@ -33,7 +33,6 @@ from gpg_megatron.bridge.protocol import (
     Engines,
     Pending,
     Update,
-    WorkerLayout,
 )
 from gpg_megatron.bridge.transports.base import SLOTS, Outbox, Patience, TransferError
 from gpg_megatron.bridge.transports.table import open_outbox
@@ -53,6 +52,17 @@ class PublishResult:
     """Sent by this rank."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySide:
+    """What one policy rank brings."""
+
+    shards: Mapping[str, torch.Tensor]
+    """Global Megatron name -> local parameter; read at every publish."""
+    model: ModelShape
+    grid: PolicyGrid
+    rank: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Message:
     """One bucket on its way to one worker."""
@@ -68,28 +78,26 @@ class WeightBridge:
 
     def __init__(
         self,
-        *,
-        shards: Mapping[str, torch.Tensor],
-        model: ModelShape,
-        grid: PolicyGrid,
-        rank: int,
-        run_id: str,
-        config: BridgeConfig,
-        wire_dtype: torch.dtype,
+        policy: PolicySide,
         engines: Engines | None,
+        config: BridgeConfig,
+        *,
+        wire_dtype: torch.dtype,
+        run_id: str,
         group: dist.ProcessGroup,
     ) -> None:
         """Collective over the policy ranks.
 
         Args:
-            shards: global Megatron name -> local parameter; read at every publish.
-            wire_dtype: of the elements on their way; the engines' parameter type.
             engines: on rank 0, the control plane; None elsewhere.
+            wire_dtype: of the elements on their way; the engines' parameter type.
+            run_id: unique among the runs of a host.
             group: of all policy ranks, on the host; its limit covers what engines may take.
 
         Raises:
             ValueError: policy, table and engine disagree about a parameter, which is named.
         """
+        shards, model, grid, rank = policy.shards, policy.model, policy.grid, policy.rank
         assert (engines is not None) == (rank == 0)
         self._shards = shards
         self._rank = rank
@@ -176,8 +184,7 @@ class WeightBridge:
         answers = self._engines.call_workers(
             "bridge_layout", [request] * n_engines, timeout_s=self._config.timeout_s
         )
-        layouts: list[list[WorkerLayout]] = [[pickle.loads(r) for r in e] for e in answers]
-        wanted = [[layout.destinations for layout in engine] for engine in layouts]
+        wanted = [[pickle.loads(answer) for answer in engine] for engine in answers]
         for engine, other in enumerate(wanted):
             if other != wanted[0]:
                 raise ValueError(f"engine {engine} lays out its parameters unlike engine 0")

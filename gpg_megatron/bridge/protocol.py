@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gpg_megatron.bridge.plan import Destination, Route
+from gpg_megatron.bridge.plan import Route
 from gpg_megatron.bridge.transports.base import TransportName
 
 BACKEND = "gpg"
@@ -20,17 +20,6 @@ RECEIVER = "gpg_megatron.bridge.receiver.BridgeReceiver"
 CHECKSUM_BYTES = 8
 """At the end of every message: CRC-32 of the bytes before it, begun with the number of the
 message among those of its sender to its receiver; an 8-byte integer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLayout:
-    """What one engine worker says of itself."""
-
-    destinations: Sequence[Destination]
-    policies: Mapping[str, str]
-    """Module -> how new weights take effect there (install.py)."""
-    parameter_bytes: int
-    """Of all parameters that are written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import functools
 import pickle
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from gpg_megatron.bridge.install import Installer
-from gpg_megatron.bridge.plan import Bucket, bucket_elements, incoming
+from gpg_megatron.bridge.plan import Bucket, Destination, bucket_elements, incoming
 from gpg_megatron.bridge.protocol import (
     BACKEND,
     CHECKSUM_BYTES,
     Connection,
     Update,
-    WorkerLayout,
 )
 from gpg_megatron.bridge.transports.base import Inbox, Patience, TransferError
 from gpg_megatron.bridge.transports.table import open_inbox
@@ -191,18 +190,12 @@ class BridgeReceiver:
     """Worker extension; every name starts with bridge_ so that none collides with vLLM's."""
 
     @_remote
-    def bridge_layout(self: Any, hf_shapes: Mapping[str, tuple[int, ...]]) -> WorkerLayout:
+    def bridge_layout(self: Any, hf_shapes: Mapping[str, tuple[int, ...]]) -> Sequence[Destination]:
         """Probe the model and say where each Hugging Face element lives in this worker."""
         engine: TransferEngine = self.weight_transfer_engine
         engine.worker = self.rank
         engine.installer = Installer(self.model_runner.get_model())
-        destinations = engine.installer.record(hf_shapes)
-        item = self.model_config.dtype.itemsize
-        return WorkerLayout(
-            destinations=destinations,
-            policies=engine.installer.policies,
-            parameter_bytes=sum(d.hf.numel for d in destinations) * item,
-        )
+        return engine.installer.record(hf_shapes)
 
     def bridge_forget_update(self: Any) -> None:
         """An interrupted update leaves vLLM's session open; a new one must be able to start."""

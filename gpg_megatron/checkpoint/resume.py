@@ -27,7 +27,7 @@ def find_resume_point(config: Config, shape: ModelShape) -> tuple[ResumePoint | 
         UserError: the checkpoint is incomplete, damaged, without optimizer state, or of another
             model.
     """
-    directory, warnings = find_resume(config.checkpoint_root, config.checkpoint.resume)
+    directory, warnings = find_resume(config.trainer.checkpoint_root, config.checkpoint.resume)
     if directory is None:
         return None, warnings
     marker = check_marker(directory, shape)

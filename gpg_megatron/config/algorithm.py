@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpg_megatron.errors import UserError
+from gpg_megatron.config.ranges import ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class AlgorithmConfig:
 
     loss: Literal["gpg", "clip"] = "gpg"
     """gpg: -log pi * A; clip: PPO's clipped surrogate."""
-    clip_low: float = 0.2
+    clip_low: float = ranged(0.2, above=0, at_most=1)
     """The ratio is clipped from below at 1 - clip_low; read by loss: clip."""
-    clip_high: float = 0.2
+    clip_high: float = ranged(0.2, above=0)
     """The ratio is clipped from above at 1 + clip_high; read by loss: clip."""
     old_logprobs: Literal["current", "policy", "rollout"] = "current"
     """The ratio's denominator, read by loss: clip. current: the log-probs of the update itself,
@@ -39,7 +39,7 @@ class AlgorithmConfig:
     f_norm: Literal["one", "std", "batch-std"] = "one"
     """Divisor of score - baseline: 1, or its standard deviation in the group or in the rollout
     batch."""
-    f_norm_eps: float = 1e-6
+    f_norm_eps: float = ranged(1e-6, at_least=0)
     """Added to a standard deviation."""
     dead_by: str = "accuracy"
     """What decides that a group is dead: accuracy, score, or a part that the scorer names. none:
@@ -52,8 +52,8 @@ class AlgorithmConfig:
     alpha_scope: Literal["batch", "mini-batch", "micro-batch"] = "batch"
     """Over what alpha counts: the rollout batch, the optimizer step, or one micro-batch of all
     data-parallel ranks."""
-    alpha_max: float = 0.0
-    """Upper limit of alpha; 0: none."""
+    alpha_max: float = ranged(0.0, at_least=1, or_value=0)
+    """Upper limit of alpha, which is 1 or more; 0: none."""
 
     loss_aggregation: Literal[
         "token-mean",
@@ -64,12 +64,12 @@ class AlgorithmConfig:
         "micro-batch-token-mean",
     ] = "group-token-mean"
 
-    beta_th: float = 0.0
+    beta_th: float = ranged(0.0, at_least=0, at_most=1)
     """Smallest share of live groups in a batch; more prompts are drawn until it is met.
     0 turns the rule off."""
     filter_groups: bool = False
     """Draw until the batch is full of live groups, and leave the dead ones out of it."""
-    max_redraws: int = 4
+    max_redraws: int = ranged(4, at_least=0)
     """Rounds of drawing more prompts in one step."""
     on_exhausted: Literal["train", "skip", "error"] = "train"
     """After max_redraws rounds: train on what there is, make no update and keep the live groups
@@ -80,14 +80,14 @@ class AlgorithmConfig:
     ] = "none"
     """Weight of a token for having been sampled by another distribution, from the ratio policy /
     engine."""
-    correction_min: float = 0.5
+    correction_min: float = ranged(0.5, above=0)
     """Smallest ratio that is kept; read by mask-token and reject-sequence."""
-    correction_max: float = 2.0
+    correction_max: float = ranged(2.0, above=0)
     """Largest weight (truncate-*), or largest ratio that is kept (the others)."""
 
-    kl_coef: float = 0.0
+    kl_coef: float = ranged(0.0, at_least=0)
     """Of the KL term to the model that training began with; 0: off."""
-    entropy_coef: float = 0.0
+    entropy_coef: float = ranged(0.0, at_least=0)
     """Of the entropy bonus; 0: off."""
 
     @property
@@ -139,30 +139,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def from_preset(preset: str, **explicit: Any) -> AlgorithmConfig:
-    """The knobs of a preset, with those that are given explicitly in their place."""
-    return AlgorithmConfig(**{"preset": preset} | dict(PRESETS[preset]) | explicit)
-
-
-def check_algorithm(
+def algorithm_rules(
     a: AlgorithmConfig, *, n_updates: int, truncates: bool, group_size: int
-) -> None:
-    """Rules about keys that do not fit together.
+) -> Iterator[tuple[bool, str]]:
+    """Rules about keys that do not fit together: whether one is broken, and the message.
 
     Args:
         n_updates: optimizer steps for each rollout batch.
         truncates: whether top_p or top_k cut the distribution that is sampled.
         group_size: answers to each prompt.
-
-    Raises:
-        UserError: the first that is broken.
     """
-    for broken, message in (
-        *_about_groups(a, group_size),
-        *_about_ratios(a, n_updates, truncates),
-    ):
-        if broken:
-            raise UserError(f"algorithm.{message}")
+    for rules in (_about_groups(a, group_size), _about_ratios(a, n_updates, truncates)):
+        for broken, message in rules:
+            yield broken, f"algorithm.{message}"
 
 
 def _about_groups(a: AlgorithmConfig, group_size: int) -> Iterator[tuple[bool, str]]:
@@ -213,10 +202,6 @@ def _about_ratios(
         a.correction_min > a.correction_max,
         f"correction_min ({a.correction_min}) exceeds algorithm.correction_max "
         f"({a.correction_max}); expected at most correction_max",
-    )
-    yield (
-        0.0 < a.alpha_max < 1.0,
-        f"alpha_max is {a.alpha_max}; expected 0 (no limit) or at least 1, which alpha always is",
     )
 
 

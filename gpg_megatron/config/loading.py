@@ -18,6 +18,16 @@ from gpg_megatron.config.rules import validate
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
 
+_MOVED = {
+    "trainer.val_before_train": "validation.before_train",
+    "trainer.val_n": "validation.n",
+    "trainer.val_temperature": "validation.temperature",
+    "trainer.val_top_p": "validation.top_p",
+    "trainer.val_top_k": "validation.top_k",
+    "trainer.val_save_generations": "validation.save_generations",
+}
+"""What a key of an earlier version is called now; only to say so."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
@@ -82,6 +92,8 @@ def _parse(overrides: Sequence[str]) -> DictConfig:
 
 def _unknown(key: str) -> str:
     """ "unknown key ...", with the nearest known key or, failing that, all keys of its section."""
+    if key in _MOVED:
+        return f"unknown key {key}; it is {_MOVED[key]} now"
     section, _, name = key.partition(".")
     types = {f.name: type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)}
     known = [f.name for f in dataclasses.fields(types[section])] if name else list(types)

@@ -1,154 +1,53 @@
-"""What a configuration must be besides well typed: ranges, and keys that fit together."""
+"""What a configuration must be besides well typed: within its ranges, and of one piece.
+
+A rule is a pair: whether it is broken, and the message. What one key may be by itself stands on
+its field, see ranges.py.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from collections.abc import Iterator
+from itertools import chain
+from typing import get_args
 
-from gpg_megatron.config.algorithm import check_algorithm, warnings_about
+from gpg_megatron.config.algorithm import algorithm_rules, warnings_about
+from gpg_megatron.config.ranges import ranges
+from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, RewardConfig, Scorer
 from gpg_megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from gpg_megatron.config.sections import Config, RewardConfig
 
 REWARD_PARTS = ("answer", "format", "overlong", "length")
 """What reward.weights may name."""
 
-# (what is right, test, keys). A key whose value is None is not judged.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "at least 1",
-        lambda v: v >= 1,
-        "policy.tensor_model_parallel_size policy.pipeline_model_parallel_size "
-        "policy.context_parallel_size "
-        "policy.data_parallel_size policy.expert_model_parallel_size "
-        "policy.max_tokens_per_micro_batch policy.timeout_s "
-        "policy.num_layers_in_first_pipeline_stage policy.num_layers_in_last_pipeline_stage "
-        "policy.num_threads policy.logits_chunk_mb data.max_prompt_length data.val_max_rows "
-        "rollout.top_k rollout.num_engines rollout.tensor_model_parallel_size "
-        "rollout.max_response_length rollout.max_num_seqs rollout.startup_timeout_s "
-        "rollout.generate_timeout_s bridge.bucket_mb bridge.timeout_s reward.num_workers "
-        "trainer.total_training_steps trainer.train_batch_size trainer.mini_batch_size "
-        "trainer.max_bad_steps trainer.val_n rollout.n checkpoint.keep_last",
-    ),
-    (
-        "at least 0",
-        lambda v: v >= 0,
-        "policy.lr_warmup_steps policy.min_lr policy.weight_decay policy.clip_grad "
-        "algorithm.max_redraws algorithm.alpha_max algorithm.f_norm_eps algorithm.kl_coef "
-        "algorithm.entropy_coef trainer.seed trainer.test_freq trainer.val_temperature "
-        "logging.rollout_samples checkpoint.save_freq checkpoint.keep_best",
-    ),
-    (
-        "greater than 0",
-        lambda v: v > 0,
-        "policy.lr policy.adam_eps rollout.temperature rollout.kv_cache_gb "
-        "bridge.canary_tolerance reward.timeout_s algorithm.clip_high algorithm.correction_min "
-        "algorithm.correction_max",
-    ),
-    (
-        "greater than 0 and at most 1",
-        lambda v: 0 < v <= 1,
-        "rollout.top_p rollout.gpu_memory_utilization algorithm.clip_low",
-    ),
-    ("at least 1", lambda v: v >= 1, "reward.memory_limit_mb trainer.val_top_k"),
-    ("at least 0", lambda v: v >= 0, "reward.overlong_buffer"),
-    ("0 or 1", lambda v: v in (0, 1), "trainer.max_staleness"),
-    ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "trainer.val_top_p"),
-    ("a finite number", lambda v: True, "reward.timeout_score"),
-    ("between 0 and 1", lambda v: 0 <= v <= 1, "algorithm.beta_th"),
-    ("at least 0 and less than 1", lambda v: 0 <= v < 1, "policy.adam_beta1 policy.adam_beta2"),
-)
-
 
 def validate(config: Config) -> None:
     """Rules that need no file besides the configuration. Raises UserError."""
-    t = config.trainer
-    _require(bool(config.model.path), "model.path", "is not set", "a Hugging Face directory")
-    _require(bool(config.data.train_files), "data.train_files", "is empty", "at least one file")
-    for right, test, keys in _RANGES:
-        for key in keys.split():
-            section, name = key.split(".")
-            value = getattr(getattr(config, section), name)
-            unset = value is None or (name.endswith("top_k") and value == -1)
-            fits = unset or (math.isfinite(value) and test(value))
-            _require(fits, key, f"is {value}", right)
-    update = config.prompts_per_update
-    _require(
-        t.train_batch_size % update == 0,
-        "trainer.mini_batch_size",
-        f"({update}) does not divide trainer.train_batch_size ({t.train_batch_size})",
-        "a divisor of it",
-    )
-    p = config.policy
-    _require(
-        p.data_parallel_size % p.expert_model_parallel_size == 0,
-        "policy.expert_model_parallel_size",
-        f"({p.expert_model_parallel_size}) does not divide policy.data_parallel_size "
-        f"({p.data_parallel_size})",
-        "a divisor of it",
-    )
-    _check_checkpoints(config)
-    colocated, transport = t.placement == "colocated", config.bridge.transport
-    _require(
-        not (colocated and t.max_staleness),
-        "trainer.max_staleness",
-        f"is {t.max_staleness} with trainer.placement=colocated, where engines sleep while the "
-        "policy learns",
-        "0, or disaggregated",
-    )
-    _require(
-        transport != ("nccl" if colocated else "cuda_ipc"),
-        "bridge.transport",
-        f"is {transport} with trainer.placement={t.placement}",
-        "shm, gloo or cuda_ipc: NCCL refuses two processes on one GPU"
-        if colocated
-        else "shm, gloo or nccl: rank and engine have different GPUs",
-    )
-    _require(
-        p.tensor_model_parallel_size > 1 or not p.sequence_parallel,
-        "policy.sequence_parallel",
-        "is true, but policy.tensor_model_parallel_size is 1",
-        "false",
-    )
-    _require(
-        t.val_temperature > 0 or t.val_n == 1,
-        "trainer.val_n",
-        f"is {t.val_n} with trainer.val_temperature=0, where all answers are the same",
-        "1",
-    )
-    _validate_reward(config.reward, config.rollout.max_response_length)
-    weights, files = config.data.train_weights, config.data.train_files
-    _require(
-        not weights or len(weights) == len(files),
-        "data.train_weights",
-        f"has {len(weights)} entries for {len(files)} training files",
-        "one for each, or none",
-    )
-    _require(
-        all(math.isfinite(w) and w > 0 for w in weights),
-        "data.train_weights",
-        f"is {list(weights)}",
-        "numbers greater than 0",
-    )
-    _require(
-        p.min_lr <= p.lr, "policy.min_lr", f"({p.min_lr}) exceeds policy.lr ({p.lr})", "at most lr"
-    )
-    check_algorithm(
-        config.algorithm,
-        n_updates=config.updates_per_batch,
-        truncates=config.rollout.truncates,
-        group_size=config.rollout.n,
-    )
+    for key, allowed, value in ranges(config):
+        if value is not None and value not in allowed:
+            raise UserError(f"{key} is {value}; expected {allowed}")
+    for broken, message in chain(
+        _about_model_and_data(config.model.path, config.data),
+        _about_the_policy(config.policy),
+        _about_the_loop(config),
+        _about_checkpoints(config),
+        _about_rewards(config.reward, config.rollout.max_response_length),
+        algorithm_rules(
+            config.algorithm,
+            n_updates=config.trainer.updates_per_batch,
+            truncates=config.rollout.truncates,
+            group_size=config.rollout.n,
+        ),
+    ):
+        if broken:
+            raise UserError(message)
 
 
 def config_warnings(config: Config) -> list[str]:
     """What is legal and yet likely not meant, one line each."""
     found = warnings_about(
         config.algorithm,
-        n_updates=config.updates_per_batch,
+        n_updates=config.trainer.updates_per_batch,
         stale=config.trainer.max_staleness > 0,
     )
     reward = config.reward
@@ -165,56 +64,120 @@ def config_warnings(config: Config) -> list[str]:
     return found
 
 
-def _check_checkpoints(config: Config) -> None:
+def _about_model_and_data(path: str, d: DataConfig) -> Iterator[tuple[bool, str]]:
+    yield not path, "model.path is not set; expected a Hugging Face directory"
+    yield not d.train_files, "data.train_files is empty; expected at least one file"
+    n_weights, n_files = len(d.train_weights), len(d.train_files)
+    yield (
+        n_weights not in (0, n_files),
+        f"data.train_weights has {n_weights} entries for {n_files} training files; expected one "
+        "for each, or none",
+    )
+    yield (
+        not all(math.isfinite(w) and w > 0 for w in d.train_weights),
+        f"data.train_weights is {list(d.train_weights)}; expected numbers greater than 0",
+    )
+
+
+def _about_the_policy(p: PolicyConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        p.data_parallel_size % p.expert_model_parallel_size != 0,
+        f"policy.expert_model_parallel_size ({p.expert_model_parallel_size}) does not divide "
+        f"policy.data_parallel_size ({p.data_parallel_size}); expected a divisor of it",
+    )
+    yield (
+        p.sequence_parallel and p.tensor_model_parallel_size == 1,
+        "policy.sequence_parallel is true, but policy.tensor_model_parallel_size is 1; expected "
+        "false",
+    )
+    yield (
+        p.min_lr > p.lr,
+        f"policy.min_lr ({p.min_lr}) exceeds policy.lr ({p.lr}); expected at most lr",
+    )
+
+
+def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
+    t, v, transport = config.trainer, config.validation, config.bridge.transport
+    yield (
+        t.train_batch_size % t.prompts_per_update != 0,
+        f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
+        f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
+    )
+    colocated = t.placement == "colocated"
+    yield (
+        colocated and t.max_staleness > 0,
+        f"trainer.max_staleness is {t.max_staleness} with trainer.placement=colocated, where "
+        "engines sleep while the policy learns; expected 0, or disaggregated",
+    )
+    yield (
+        colocated and transport == "nccl",
+        "bridge.transport is nccl with trainer.placement=colocated; expected shm, gloo or "
+        "cuda_ipc: NCCL refuses two processes on one GPU",
+    )
+    yield (
+        not colocated and transport == "cuda_ipc",
+        "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected shm, gloo "
+        "or nccl: rank and engine have different GPUs",
+    )
+    yield (
+        v.temperature == 0 and v.n > 1,
+        f"validation.n is {v.n} with validation.temperature=0, where all answers are the same; "
+        "expected 1",
+    )
+
+
+def _about_checkpoints(config: Config) -> Iterator[tuple[bool, str]]:
     c, test_freq = config.checkpoint, config.trainer.test_freq
-    if c.keep_best:
-        _require(
-            c.keep_last is not None and c.best_metric is not None,
-            "checkpoint.keep_best",
-            f"is {c.keep_best} without checkpoint.keep_last and checkpoint.best_metric",
-            "all three or none",
-        )
-        measured = bool(config.data.val_files) and test_freq > 0 and c.save_freq % test_freq == 0
-        _require(
-            measured and str(c.best_metric).startswith("eval/"),
-            "checkpoint.best_metric",
-            f"({c.best_metric}) is not measured at every save",
-            "an eval/ metric, data.val_files, and a trainer.test_freq that divides "
-            "checkpoint.save_freq",
-        )
+    if not c.keep_best:
+        return
+    yield (
+        c.keep_last is None or c.best_metric is None,
+        f"checkpoint.keep_best is {c.keep_best} without checkpoint.keep_last and "
+        "checkpoint.best_metric; expected all three or none",
+    )
+    measured = bool(config.data.val_files) and test_freq > 0 and c.save_freq % test_freq == 0
+    yield (
+        not measured or not str(c.best_metric).startswith("eval/"),
+        f"checkpoint.best_metric ({c.best_metric}) is not measured at every save; expected an "
+        "eval/ metric, data.val_files, and a trainer.test_freq that divides checkpoint.save_freq",
+    )
 
 
-def _validate_reward(reward: RewardConfig, max_response_length: int) -> None:
-    """Names, and keys that only make sense together. Raises UserError."""
-    scorers = get_args(get_type_hints(type(reward))["scorer"])[1:]
-    for pattern, name in reward.by_source.items():
-        key = "reward.by_source"
-        _require(name in scorers, key, f"gives {pattern!r} {name!r}", ", ".join(scorers))
-    for part, weight in reward.weights.items():
+def _about_rewards(r: RewardConfig, max_response_length: int) -> Iterator[tuple[bool, str]]:
+    scorers = get_args(Scorer)[1:]
+    for pattern, name in r.by_source.items():
+        yield (
+            name not in scorers,
+            f"reward.by_source gives {pattern!r} {name!r}; expected {', '.join(scorers)}",
+        )
+    for part, weight in r.weights.items():
         key = f"reward.weights.{part}"
-        _require(part in REWARD_PARTS, key, "is unknown", ", ".join(REWARD_PARTS))
-        _require(math.isfinite(weight), key, f"is {weight}", "a finite number")
-    uses_custom = "custom" in (reward.scorer, *reward.by_source.values())
-    _require(
-        uses_custom == (reward.custom_function is not None),
-        "reward.custom_function",
-        "is not set" if uses_custom else "is set, but nothing uses it",
-        "FILE.py:NAME" if uses_custom else "reward.scorer=custom, or custom in reward.by_source",
+        yield part not in REWARD_PARTS, f"{key} is unknown; expected {', '.join(REWARD_PARTS)}"
+        yield not math.isfinite(weight), f"{key} is {weight}; expected a finite number"
+    uses_custom = "custom" in (r.scorer, *r.by_source.values())
+    yield (
+        uses_custom and r.custom_function is None,
+        "reward.custom_function is not set; expected FILE.py:NAME",
     )
-    buffer = reward.overlong_buffer
-    _require(
-        bool(reward.weights.get("overlong")) == bool(buffer) and buffer <= max_response_length,
-        "reward.overlong_buffer",
-        f"is {buffer}",
-        "from 1 to rollout.max_response_length with reward.weights.overlong, else 0",
+    yield (
+        not uses_custom and r.custom_function is not None,
+        "reward.custom_function is set, but nothing uses it; expected reward.scorer=custom, or "
+        "custom in reward.by_source",
     )
-    if reward.format_pattern is not None:
-        try:
-            re.compile(reward.format_pattern)
-        except re.error as error:
-            raise UserError(f"reward.format_pattern: not a regular expression: {error}") from None
+    yield (
+        bool(r.weights.get("overlong")) != bool(r.overlong_buffer)
+        or r.overlong_buffer > max_response_length,
+        f"reward.overlong_buffer is {r.overlong_buffer}; expected from 1 to "
+        "rollout.max_response_length with reward.weights.overlong, else 0",
+    )
+    problem = _not_an_expression(r.format_pattern or "")
+    yield bool(problem), f"reward.format_pattern: not a regular expression: {problem}"
 
 
-def _require(condition: bool, key: str, problem: str, right: str) -> None:
-    if not condition:
-        raise UserError(f"{key} {problem}; expected {right}")
+def _not_an_expression(pattern: str) -> str:
+    """What is wrong with a regular expression; empty: nothing."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return ""

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.ranges import ranged
+
+MIB, GIB = 2**20, 2**30
+"""What keys that end in _mb and _gb are counted in, in bytes."""
 
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
+
+Scorer = Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +38,12 @@ class DataConfig:
     apply_chat_template: bool = True
     """False: the contents of the messages are joined as they are and tokenised without
     special tokens (base models, completion-style prompts)."""
-    max_prompt_length: int = 1024
+    max_prompt_length: int = ranged(1024, at_least=1)
     """Tokens."""
     overlong_prompts: Literal["error", "filter"] = "error"
     """What happens to a prompt of more than max_prompt_length tokens."""
     shuffle: bool = True
-    val_max_rows: Optional[int] = None
+    val_max_rows: Optional[int] = ranged(None, at_least=1)
     """Evaluate on the first N rows only; None: all."""
 
 
@@ -55,15 +61,15 @@ class ModelConfig:
 class PolicyConfig:
     """The Megatron ranks: parallel layout, optimizer, micro-batches."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: int = ranged(1, at_least=1)
+    pipeline_model_parallel_size: int = ranged(1, at_least=1)
+    context_parallel_size: int = ranged(1, at_least=1)
     """Ranks that share the tokens of each packed row, for long responses."""
-    data_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    data_parallel_size: int = ranged(1, at_least=1)
+    expert_model_parallel_size: int = ranged(1, at_least=1)
     """Data-parallel ranks that share the experts of each layer; 1 for models without experts."""
-    num_layers_in_first_pipeline_stage: Optional[int] = None
-    num_layers_in_last_pipeline_stage: Optional[int] = None
+    num_layers_in_first_pipeline_stage: Optional[int] = ranged(None, at_least=1)
+    num_layers_in_last_pipeline_stage: Optional[int] = ranged(None, at_least=1)
     sequence_parallel: bool = False
     """Tensor-parallel ranks share out the tokens in norms and residuals, where each would hold
     all of them. Models with experts do it always."""
@@ -75,59 +81,65 @@ class PolicyConfig:
     recompute: Literal["none", "attention", "layers"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, the attention of each
     layer, or whole layers."""
-    max_tokens_per_micro_batch: int = 16384
+    max_tokens_per_micro_batch: int = ranged(16384, at_least=1)
     """Token budget of one packed micro-batch; a single longer sequence goes alone."""
     share_prompts: bool = True
     """The prompt of samples of one group is computed once per micro-batch. Transformer Engine's
     attention cannot do it: there the key changes nothing."""
-    logits_chunk_mb: int = 256
+    logits_chunk_mb: int = ranged(256, at_least=1)
     """Limit of the logits that each rank holds at once, MiB; log-probs are computed by chunks
     of as many tokens as fit, and computed again in the backward pass."""
-    lr: float = 1e-6
+    lr: float = ranged(1e-6, above=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr_warmup_steps: int = ranged(0, at_least=0)
+    min_lr: float = ranged(0.0, at_least=0)
+    weight_decay: float = ranged(0.0, at_least=0)
+    adam_beta1: float = ranged(0.9, at_least=0, below=1)
+    adam_beta2: float = ranged(0.999, at_least=0, below=1)
+    adam_eps: float = ranged(1e-8, above=0)
+    clip_grad: float = ranged(1.0, at_least=0)
     """Global gradient-norm limit; 0 turns clipping off."""
-    timeout_s: int = 1800
+    timeout_s: int = ranged(1800, at_least=1)
     """Limit of every collective among the policy ranks, in seconds."""
-    num_threads: Optional[int] = None
+    num_threads: Optional[int] = ranged(None, at_least=1)
     """CPU threads of each rank; None: the machine's cores shared among its ranks."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: TP * CP * PP * DP."""
+        model_parallel = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return model_parallel * self.context_parallel_size * self.data_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The vLLM engines and how they sample."""
 
-    n: int = 8
+    n: int = ranged(8, at_least=1)
     """G, samples per prompt. A group of one carries no gradient, except where nothing is compared
     with it (algorithm.dead_by: none)."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
+    temperature: float = ranged(1.0, above=0)
+    top_p: float = ranged(1.0, above=0, at_most=1)
+    top_k: int = ranged(-1, at_least=1, or_value=-1)
     """-1: all tokens."""
-    max_response_length: int = 1024
+    max_response_length: int = ranged(1024, at_least=1)
     """Tokens."""
     stop: tuple[str, ...] = ()
     """Strings that end a response. The stop string stays part of the response."""
-    num_engines: int = 1
-    tensor_model_parallel_size: int = 1
+    num_engines: int = ranged(1, at_least=1)
+    tensor_model_parallel_size: int = ranged(1, at_least=1)
     """Of each engine; independent of the policy's."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    gpu_memory_utilization: float = 0.6
+    gpu_memory_utilization: float = ranged(0.6, above=0, at_most=1)
     """Share of each GPU that an engine may reserve. Not used on CPU."""
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: float = ranged(1.0, above=0)
     """Key-value cache of each worker of an engine on CPU, GiB."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = ranged(256, at_least=1)
     """Sequences that an engine decodes at once."""
     enforce_eager: bool = False
     """True: no compilation and no graph capture; starts faster."""
-    startup_timeout_s: int = 600
-    generate_timeout_s: int = 3600
+    startup_timeout_s: int = ranged(600, at_least=1)
+    generate_timeout_s: int = ranged(3600, at_least=1)
     """Limit of one rollout batch, in seconds."""
     ray_address: Optional[str] = None
     """None: a private Ray inside rank 0; otherwise the address of a cluster to join."""
@@ -145,13 +157,13 @@ class BridgeConfig:
     transport: Literal["shm", "gloo", "nccl", "cuda_ipc"] = "shm"
     """shm: policy ranks and engines share a host; gloo: any hosts, through host memory; nccl:
     any hosts, between GPUs; cuda_ipc: rank and engine share a GPU."""
-    bucket_mb: int = 16
-    """Bytes moved per message, MiB; each sender and each receiver holds two."""
+    bucket_mb: int = ranged(16, at_least=1)
+    """Bytes moved per message, MiB; each sender holds two."""
     verify: Literal["never", "first", "always"] = "first"
     """Which publishes are read back from the engines' parameters and compared by checksum."""
-    timeout_s: int = 300
+    timeout_s: int = ranged(300, at_least=1)
     """Limit of every wait between a policy rank and an engine worker, in seconds."""
-    canary_tolerance: Optional[float] = None
+    canary_tolerance: Optional[float] = ranged(None, above=0)
     """Largest accepted |log-prob difference| between engine and policy: on the canary prompts
     after the first sync, and, when both sides are fp32, in every step's rollouts.
     None: 1e-4 when both sides are fp32, else 0.25."""
@@ -161,7 +173,7 @@ class BridgeConfig:
 class RewardConfig:
     """Scoring of completions."""
 
-    scorer: Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"] = "auto"
+    scorer: Scorer = "auto"
     """auto: chosen by each row's data_source."""
     by_source: dict[str, str] = field(default_factory=dict)
     """data_source pattern (shell style) -> scorer; the first that fits comes before `scorer`."""
@@ -172,15 +184,15 @@ class RewardConfig:
     format_pattern: Optional[str] = None
     """Regular expression that a response with a right format contains; None: the scorer's own
     notion of format."""
-    overlong_buffer: int = 0
+    overlong_buffer: int = ranged(0, at_least=0)
     """Tokens before rollout.max_response_length over which the part overlong falls from 0 to -1."""
-    num_workers: int = 1
+    num_workers: int = ranged(1, at_least=1)
     """Scoring processes."""
-    timeout_s: float = 10.0
+    timeout_s: float = ranged(10.0, above=0)
     """Limit for one answer."""
-    timeout_score: float = 0.0
+    timeout_score: float = ranged(0.0)
     """Score of an answer that takes too long or too much memory, or crashes its scorer."""
-    memory_limit_mb: Optional[int] = 2048
+    memory_limit_mb: Optional[int] = ranged(2048, at_least=1)
     """Private memory of each scoring process, MiB; None: no limit."""
 
 
@@ -188,35 +200,62 @@ class RewardConfig:
 class TrainerConfig:
     """The loop."""
 
-    total_training_steps: int = 100
+    total_training_steps: int = ranged(100, at_least=1)
     """Rollout batches to train on."""
-    train_batch_size: int = 64
+    train_batch_size: int = ranged(64, at_least=1)
     """Prompts per rollout batch."""
-    mini_batch_size: Optional[int] = None
+    mini_batch_size: Optional[int] = ranged(None, at_least=1)
     """Prompts per optimizer step; None: the whole rollout batch."""
-    max_staleness: int = 0
+    max_staleness: Literal[0, 1] = 0
     """1: the engines draw the next rollout batch while the policy learns from this one, so that
     every batch is one step old; 0: they take turns."""
-    max_bad_steps: int = 3
+    max_bad_steps: int = ranged(3, at_least=1)
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
-    seed: int = 1
+    seed: int = ranged(1, at_least=0)
     output_dir: str = "runs/default"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
     """colocated: policy ranks and engines share GPUs and hand their memory to each other;
     disaggregated: each has GPUs of its own, and on CPU nothing is moved."""
-    val_before_train: bool = True
-    test_freq: int = 0
+    test_freq: int = ranged(0, at_least=0)
     """Evaluate every N steps; 0: only before the first and after the last step."""
-    val_n: int = 1
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Prompts per optimizer step."""
+        return self.mini_batch_size or self.train_batch_size
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps for each rollout batch."""
+        return self.train_batch_size // self.prompts_per_update
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run, when no step is skipped."""
+        return self.total_training_steps * self.updates_per_batch
+
+    @property
+    def checkpoint_root(self) -> Path:
+        """Where checkpoints of this run are."""
+        return Path(self.output_dir) / "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """How the held-out prompts are answered."""
+
+    before_train: bool = True
+    """Evaluate before the first step, too."""
+    n: int = ranged(1, at_least=1)
     """Samples per held-out prompt."""
-    val_temperature: float = 1.0
+    temperature: float = ranged(1.0, at_least=0)
     """0: the most likely token."""
-    val_top_p: float = 1.0
-    val_top_k: int = -1
+    top_p: float = ranged(1.0, above=0, at_most=1)
+    top_k: int = ranged(-1, at_least=1, or_value=-1)
     """-1: all tokens."""
-    val_save_generations: bool = True
+    save_generations: bool = True
     """Write the held-out answers of every evaluation to eval/step_N.jsonl."""
 
 
@@ -224,13 +263,13 @@ class TrainerConfig:
 class CheckpointConfig:
     """What a run saves and where it goes on. docs/checkpoints.md has the formats."""
 
-    save_freq: int = 0
+    save_freq: int = ranged(0, at_least=0)
     """Save every N steps, and after the last one; 0: never."""
     async_save: bool = True
     """Training goes on while a checkpoint is written."""
-    keep_last: Optional[int] = None
+    keep_last: Optional[int] = ranged(None, at_least=1)
     """How many of the newest checkpoints stay; None: all."""
-    keep_best: int = 0
+    keep_best: int = ranged(0, at_least=0)
     """How many more stay for the highest best_metric. Needs keep_last and best_metric."""
     best_metric: Optional[str] = None
     """An evaluation metric by its name in metrics.jsonl, for example eval/gsm8k/mean@1."""
@@ -248,7 +287,7 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "gpg_megatron"
-    rollout_samples: int = 16
+    rollout_samples: int = ranged(16, at_least=0)
     """Completions of each step that are written to rollouts/step_N.jsonl; 0: none."""
 
 
@@ -264,15 +303,9 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    @property
-    def world_size(self) -> int:
-        """Policy ranks: TP * CP * PP * DP."""
-        p = self.policy
-        model_parallel = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-        return model_parallel * p.context_parallel_size * p.data_parallel_size
 
     @property
     def mismatch_tolerance(self) -> float:
@@ -280,30 +313,3 @@ class Config:
         if self.bridge.canary_tolerance is not None:
             return self.bridge.canary_tolerance
         return 1e-4 if self.model.dtype == self.rollout.dtype == "fp32" else 0.25
-
-    @property
-    def total_updates(self) -> int:
-        """Optimizer steps of the whole run, when no step is skipped."""
-        return self.trainer.total_training_steps * self.updates_per_batch
-
-    @property
-    def updates_per_batch(self) -> int:
-        """Optimizer steps for each rollout batch."""
-        return self.trainer.train_batch_size // self.prompts_per_update
-
-    @property
-    def checkpoint_root(self) -> Path:
-        """Where checkpoints of this run are."""
-        return Path(self.trainer.output_dir) / "checkpoints"
-
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is saved after a step."""
-        c, last = self.checkpoint, self.trainer.total_training_steps
-        if c.save_freq and step % c.save_freq == 0:
-            return True
-        return step == last and (c.save_freq > 0 or c.hf_export != "never")
-
-    @property
-    def prompts_per_update(self) -> int:
-        """Prompts per optimizer step."""
-        return self.trainer.mini_batch_size or self.trainer.train_batch_size

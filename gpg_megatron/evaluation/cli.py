@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace, config: Config, prompts: Sequence[Prompt]) ->
             scratch_dir=scratch_directory(run_id),
             log_dir=out / "logs",
         )
-        with RewardPool(config.reward) as pool:
+        with closing(RewardPool(config.reward)) as pool:
             fleet.wait_ready()
             sets = _answer(args, fleet, pool, prompts)
     finally:

@@ -81,7 +81,7 @@ def evaluate(
     config: Config,
     generations: Path | None = None,
 ) -> dict[str, float]:
-    """Answer the held-out prompts as the section trainer says.
+    """Answer the held-out prompts as the section validation says.
 
     Args:
         generations: where the answers are written.
@@ -90,21 +90,21 @@ def evaluate(
         eval/<data_source>/<metric> for mean@n and, with n > 1, pass@n and maj@n; and the half
         width of each one's 95 % confidence interval under .../<metric>/ci95.
     """
-    t = config.trainer
+    v = config.validation
     sampling = Sampling(
-        n=t.val_n,
-        temperature=t.val_temperature,
-        top_p=t.val_top_p,
-        top_k=t.val_top_k,
+        n=v.n,
+        temperature=v.temperature,
+        top_p=v.top_p,
+        top_k=v.top_k,
         max_tokens=config.rollout.max_response_length,
         stop=config.rollout.stop,
-        seed=t.seed,
+        seed=config.trainer.seed,
     )
     groups = answer_all(fleet, pool, prompts, sampling)
     if generations is not None:
         write_generations(generations, groups)
     metrics: dict[str, float] = {}
-    for source, estimates in by_source(groups, [t.val_n]).items():
+    for source, estimates in by_source(groups, [v.n]).items():
         for name, estimate in estimates.items():
             metrics[f"eval/{source}/{name}"] = estimate.value
             if estimate.half_width is not None:

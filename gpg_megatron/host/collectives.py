@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import RunError, UserError
 
 T = TypeVar("T")
 
 
-class Rank0Failed(RuntimeError):
+class OnRank0(Protocol):
+    """on_rank0 with its group."""
+
+    def __call__(self, action: Callable[[], T], /) -> T: ...
+
+
+class Rank0Failed(RunError):
     """Raised on the other ranks; rank 0 has raised, and will report, the failure itself."""
+
+    everywhere = True
 
 
 def on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -41,3 +49,10 @@ def on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     if box[1] is not None:
         raise UserError(str(box[1])) if box[2] else Rank0Failed(str(box[1]))
     return cast(T, box[0])
+
+
+def kept_on_rank0(action: Callable[[], T], on_rank0: OnRank0) -> T | None:
+    """Collective. As on_rank0, for a result that stays there; None elsewhere."""
+    kept: list[T] = []
+    on_rank0(lambda: kept.append(action()))
+    return kept[0] if kept else None

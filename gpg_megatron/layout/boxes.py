@@ -99,11 +99,6 @@ def replicated(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Pi
     return [Piece(names[0], whole, whole)]
 
 
-def rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
-    """Equal runs of rows (Megatron's column-parallel layers)."""
-    return _slice_rows([(names[0], 0, shard.shape[0] * shard.tp_size)], shard)
-
-
 def columns(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
     """Equal runs of columns (Megatron's row-parallel layers)."""
     width = shard.shape[1]

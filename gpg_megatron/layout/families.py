@@ -243,15 +243,6 @@ def pieces_of(name: str, shard: Shard, model: ModelShape) -> list[Piece]:
     )
 
 
-def hf_names(model: ModelShape) -> list[str]:
-    """Every tensor name that a Hugging Face checkpoint of the model has, in the table's order."""
-    names: dict[str, None] = {}
-    for rule in rules_of(model):
-        for numbers in numberings(rule, model):
-            names.update(dict.fromkeys(hf.format(*numbers) for hf in rule.hf))
-    return list(names)
-
-
 def numberings(rule: Rule, model: ModelShape) -> Iterator[tuple[int, ...]]:
     """The layer and expert numbers under which a row of the table exists."""
     layers: Iterable[int] = range(model.num_layers) if rule.per_layer else ()

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from gpg_megatron.config.sections import Config
+from gpg_megatron.errors import RunError
 from gpg_megatron.types import Completion, MicroBatch, Prompt, StepResult, TrainSample
 
 STEP_FACTOR = 10.0
 
 
-class MismatchError(RuntimeError):
+class MismatchError(RunError):
     """Engine and policy disagree about log-probabilities: the engine has other weights."""
+
+    everywhere = True
 
 
 def canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
@@ -27,6 +29,8 @@ def canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
         rollout_logprobs=completion.logprobs,
         advantage=1.0,
         version=0,
+        live=True,
+        score=1.0,
     )
 
 
@@ -59,27 +63,21 @@ def check_canary(
     return gap
 
 
-def check_mismatch(config: Config, step: int, results: Sequence[StepResult]) -> None:
-    """In fp32 both sides must agree at every step whose samples are all of the present weights.
+def check_mismatch(step: int, result: StepResult, limit: float) -> None:
+    """Rollouts that are all of the present weights against the policy's first update.
 
     The limit is that of the first sync on the mean, and STEP_FACTOR times as much on a single
     token: the error of a log-prob grows with how unlikely the token is, and a run samples many.
-    Not with top_p or top_k: the engine's log-probs are then those of a cut distribution.
 
     Raises:
         MismatchError
     """
-    if not config.model.dtype == config.rollout.dtype == "fp32" or config.rollout.truncates:
-        return
-    for name, limit in (
-        ("mean", config.mismatch_tolerance),
-        ("max", STEP_FACTOR * config.mismatch_tolerance),
-    ):
-        gap = results[0].metrics.get(f"mismatch/logprob_{name}", 0.0)
-        if gap > limit:
+    for name, most in (("mean", limit), ("max", STEP_FACTOR * limit)):
+        gap = result.metrics.get(f"mismatch/logprob_{name}", 0.0)
+        if gap > most:
             raise MismatchError(
                 f"step {step}: the rollouts' log-probs differ from the policy's by {gap:.2g} "
-                f"({name} over the tokens; limit {limit:g}, from bridge.canary_tolerance); the "
+                f"({name} over the tokens; limit {most:g}, from bridge.canary_tolerance); the "
                 f"last sync went wrong"
             )
 

@@ -9,6 +9,8 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from gpg_megatron.checkpoint.store import (
 )
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf
 from gpg_megatron.config.loading import config_yaml
-from gpg_megatron.config.sections import Config
+from gpg_megatron.config.sections import CheckpointConfig, Config, PolicyConfig
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.inputs import model_files
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.policy.checkpoint import (
@@ -44,49 +47,93 @@ from gpg_megatron.policy.policy import DTYPES, Policy
 from gpg_megatron.types import ModelShape
 
 TRAINER_STATE = "trainer.json"
-OnRank0 = Callable[[Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """What all checkpoints of a run have in common."""
+
+    config: CheckpointConfig
+    root: Path
+    """Where they are."""
+    export_root: Path
+    """Where the Hugging Face directories are."""
+    last_step: int
+    model_files: Path
+    """With config.json and the tokenizer."""
+    config_yaml: str
+    marker: Callable[..., Marker]
+    """Takes step, version, metric and files."""
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is saved after a step."""
+        every, last = self.config.save_freq, step == self.last_step
+        if every and step % every == 0:
+            return True
+        return last and (every > 0 or self.config.hf_export != "never")
+
+
+def saving_of(config: Config, shape: ModelShape) -> Saving:
+    """For a run of this configuration with a model of this shape."""
+    p = config.policy
+    return Saving(
+        config=config.checkpoint,
+        root=config.trainer.checkpoint_root,
+        export_root=Path(config.trainer.output_dir) / "hf",
+        last_step=config.trainer.total_training_steps,
+        model_files=model_files(config),
+        config_yaml=config_yaml(config),
+        marker=partial(
+            Marker,
+            model=dataclasses.asdict(shape),
+            padded_vocab_size=padded_vocab_size(shape, p.tensor_model_parallel_size),
+            dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
+            has_optimizer=True,
+            distributed_optimizer=p.use_distributed_optimizer,
+            layout=layout_of(p),
+        ),
+    )
 
 
 class RunCheckpoints:
     """The checkpoints of one run, as every rank sees them. Its methods are collective."""
 
-    def __init__(self, config: Config, shape: ModelShape, on_rank0: OnRank0) -> None:
-        self._config = config
-        self._shape = shape
-        self._on_rank0 = on_rank0
-        self._writer = CheckpointWriter(asynchronous=config.checkpoint.async_save)
-
-    def save(
-        self,
-        step: int,
-        policy: Policy,
-        state: Callable[[], Mapping[str, Any]],
-        metrics: Mapping[str, float],
+    def __init__(
+        self, saving: Saving, on_rank0: OnRank0, state: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """Save if the step is one to save.
+        """state: called on rank 0: what the loop itself has to remember, as plain JSON."""
+        self._saving = saving
+        self._on_rank0 = on_rank0
+        self._state = state
+        self._writer = CheckpointWriter(asynchronous=saving.config.async_save)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether save_at will read the policy's parameters and optimizer."""
+        return self._saving.saves_at(step)
+
+    def save_at(self, step: int, policy: Policy, evals: Mapping[str, float]) -> None:
+        """Save if the step is one to save, and complete a save whose files are written; after
+        the last step nothing is being written any more.
 
         Args:
-            state: called on rank 0: what the loop itself has to remember, as plain JSON.
-            metrics: of this step, on rank 0; they may hold checkpoint.best_metric.
+            evals: of this step, on rank 0; they may hold checkpoint.best_metric.
 
         Raises:
             UserError: the disk is full, or the directory cannot be written.
         """
-        if not self._config.saves_at(step):
-            return
-        self._writer.wait()
-        directory = self._on_rank0(lambda: self._prepare(step, state()))
-        metric = metrics.get(self._config.checkpoint.best_metric or "")
-        version = policy.version
-        policy.save(
-            directory,
-            self._writer,
-            lambda: self._on_rank0(lambda: self._complete(directory, step, version, metric)),
-        )
-
-    def poll(self) -> None:
-        """Complete a save whose files are written."""
         self._writer.poll()
+        if self.saves_at(step):
+            self.wait()
+            directory = self._on_rank0(lambda: self._prepare(step))
+            metric = evals.get(self._saving.config.best_metric or "")
+            version = policy.version
+            policy.save(
+                directory,
+                self._writer,
+                lambda: self._on_rank0(lambda: self._complete(directory, step, version, metric)),
+            )
+        if step == self._saving.last_step:
+            self.wait()
 
     def wait(self) -> None:
         """Complete the save that is being written."""
@@ -94,16 +141,16 @@ class RunCheckpoints:
 
     # ---- rank 0 ---------------------------------------------------------------------------
 
-    def _prepare(self, step: int, state: Mapping[str, Any]) -> Path:
+    def _prepare(self, step: int) -> Path:
         """An empty directory with everything but the ranks' own files."""
-        directory = step_directory(self._config.checkpoint_root, step).absolute()
+        directory = step_directory(self._saving.root, step).absolute()
         try:
             if directory.exists():
                 remove(directory)  # this very step again, after a resume from an earlier one
             make_folders(directory)
-            copy_hf_files(model_files(self._config), directory / HF_FILES)
-            (directory / TRAINER_STATE).write_text(json.dumps(state))
-            (directory / "config.yaml").write_text(config_yaml(self._config))
+            copy_hf_files(self._saving.model_files, directory / HF_FILES)
+            (directory / TRAINER_STATE).write_text(json.dumps(self._state()))
+            (directory / "config.yaml").write_text(self._saving.config_yaml)
         except OSError as error:
             raise UserError(f"cannot write {directory}: {error.strerror}") from None
         return directory
@@ -114,34 +161,18 @@ class RunCheckpoints:
             for name in relative_files(directory):
                 stamps.setdefault(name, stamp(directory / name))
             sync_to_disk(directory)
-            write_marker(directory, self._marker(step, version, metric, stamps))
-            keep = self._config.checkpoint
+            marker = self._saving.marker(step=step, version=version, metric=metric, files=stamps)
+            write_marker(directory, marker)
+            keep = self._saving.config
             prune(directory.parent, keep.keep_last, keep.keep_best)
         except OSError as error:
             raise UserError(f"cannot write {directory}: {error.strerror}") from None
-        last = step == self._config.trainer.total_training_steps
+        last = step == self._saving.last_step
         if keep.hf_export == "every" or (keep.hf_export == "last" and last):
             self._export(directory)
 
-    def _marker(
-        self, step: int, version: int, metric: float | None, stamps: Mapping[str, Any]
-    ) -> Marker:
-        p = self._config.policy
-        return Marker(
-            step=step,
-            version=version,
-            model=dataclasses.asdict(self._shape),
-            padded_vocab_size=padded_vocab_size(self._shape, p.tensor_model_parallel_size),
-            dtype=str(DTYPES[self._config.model.dtype]).removeprefix("torch."),
-            has_optimizer=True,
-            distributed_optimizer=p.use_distributed_optimizer,
-            layout=layout_of(self._config),
-            metric=metric,
-            files=stamps,
-        )
-
     def _export(self, directory: Path) -> None:
-        target = Path(self._config.trainer.output_dir) / "hf" / directory.name
+        target = self._saving.export_root / directory.name
         part = target.with_name(target.name + ".part")
         for old in (part, target):
             if old.exists():
@@ -150,9 +181,8 @@ class RunCheckpoints:
         part.rename(target)
 
 
-def layout_of(config: Config) -> dict[str, int]:
+def layout_of(p: PolicyConfig) -> dict[str, int]:
     """For Marker.layout."""
-    p = config.policy
     return {
         "tp": p.tensor_model_parallel_size,
         "pp": p.pipeline_model_parallel_size,

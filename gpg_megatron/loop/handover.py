@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 
+from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.states import Action, Load, Offload, Sleep
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.rollout.fleet import Fleet
-
-OnRank0 = Callable[[Callable[[], Any]], Any]
 
 
 class Handover:
@@ -20,7 +18,6 @@ class Handover:
 
     def __init__(
         self,
-        *,
         fleet: Fleet | None,
         policy: Callable[[], Policy],
         on_rank0: OnRank0,

@@ -1,18 +1,17 @@
-"""What rank 0 alone holds: the prompts, the engines, the scorers, the logs."""
+"""What rank 0 alone holds: the engines, the scorers, the logs, the held-out prompts."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpg_megatron.config.loading import config_yaml
+from gpg_megatron.algorithm.advantages import AdvantageStats
 from gpg_megatron.config.sections import Config
-from gpg_megatron.data.stream import open_stream
 from gpg_megatron.evaluation.evaluate import evaluate
 from gpg_megatron.loop.inputs import Inputs
-from gpg_megatron.loop.rollouts import Collector, sampling_requests
+from gpg_megatron.loop.rollouts import sampling_requests
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress
@@ -28,60 +27,45 @@ CANARY_PROMPTS = 8
 CANARY_TOKENS = 32
 
 
-class Conductor:
-    """Rank 0's side of the loop. Close it, or leave its context, however the run ends."""
+@dataclass(slots=True, kw_only=True)
+class Rank0:
+    """Rank 0's side of the loop. Whoever made the parts closes them."""
 
-    def __init__(
-        self, config: Config, inputs: Inputs, fleet: Fleet, watchdog: Watchdog, pids: Sequence[int]
-    ) -> None:
-        """The fleet stays the caller's to close.
-
-        pids: of the other policy ranks on this host and the launcher, for memory/rss_gb."""
-        self.fleet = fleet
-        self._config = config
-        self._pids = tuple(pids)
-        self._val_prompts = inputs.val_prompts
-        self._canary_prompts = inputs.train_prompts[:CANARY_PROMPTS]
-        self._watchdog = watchdog
-        stream = open_stream(
-            inputs.train_prompts,
-            per_file=inputs.per_file,
-            weights=config.data.train_weights,
-            seed=config.trainer.seed,
-            shuffle=config.data.shuffle,
-        )
-        with ExitStack() as stack:
-            longest = config.rollout.max_response_length
-            self._pool = stack.enter_context(RewardPool(config.reward, max_response_length=longest))
-            self._logger = stack.enter_context(
-                RunLogger(config.trainer.output_dir, config.logging, config_yaml(config))
-            )
-            self._progress = stack.enter_context(Progress(config.trainer.total_training_steps))
-            self._resources = stack.pop_all()
-        self.rollouts = Collector(config, stream, fleet, self._pool, watchdog)
+    config: Config
+    inputs: Inputs
+    fleet: Fleet
+    pool: RewardPool
+    logger: RunLogger
+    progress: Progress
+    watchdog: Watchdog
+    pids: Sequence[int]
+    """Of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+    _has_warned: bool = field(default=False, init=False)
 
     def canary(self) -> list[tuple[Prompt, Completion]]:
         """A few short samples of the engines' weights, to compare with the policy's."""
-        limit = min(CANARY_TOKENS, self._config.rollout.max_response_length)
+        prompts = self.inputs.train_prompts[:CANARY_PROMPTS]
+        limit = min(CANARY_TOKENS, self.config.rollout.max_response_length)
         requests = [
             replace(request, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
-            for request in sampling_requests(self._config, self._canary_prompts, step=0, redraw=0)
+            for request in sampling_requests(self.config, prompts, step=0, redraw=0)
         ]
-        return list(zip(self._canary_prompts, self.fleet.generate(requests), strict=True))
+        return list(zip(prompts, self.fleet.generate(requests), strict=True))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy; {} without validation files. The answers go to eval/step_N.jsonl."""
-        if not self._val_prompts:
+        if not self.inputs.val_prompts:
             return {}
-        trainer = self._config.trainer
-        path = Path(trainer.output_dir) / "eval" / f"step_{step}.jsonl"
-        generations = path if trainer.val_save_generations else None
-        with self._watchdog.phase("eval"):
-            return evaluate(self.fleet, self._pool, self._val_prompts, self._config, generations)
+        path = Path(self.config.trainer.output_dir) / "eval" / f"step_{step}.jsonl"
+        generations = path if self.config.validation.save_generations else None
+        with self.watchdog.phase("eval"):
+            return evaluate(
+                self.fleet, self.pool, self.inputs.val_prompts, self.config, generations
+            )
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""
-        self._progress.message(text)
+        self.progress.message(text)
 
     def report(
         self,
@@ -91,17 +75,26 @@ class Conductor:
         samples: Sequence[TrainSample] = (),
     ) -> None:
         """Write one step everywhere; step 0 is the state before training."""
-        metrics = {**metrics, **memory_metrics(self._pids)}
-        self._logger.log(step, metrics)
+        metrics = {**metrics, **memory_metrics(self.pids)}
+        self.logger.log(step, metrics)
         if step:
-            self._progress.step(step, metrics)
-            self._logger.write_rollouts(step, groups, samples)
+            self.progress.step(step, metrics)
+            self.logger.write_rollouts(step, groups, samples)
 
-    def finish(self) -> list[str]:
-        """Write the report page of a run that came to its end; what there is to say of it."""
-        page = write_report(self._config.trainer.output_dir)
-        return [*summary_lines(read_metrics(page.parent)), f"report: {page}"]
+    def warn_of_shaped_scores(self, step: int, stats: AdvantageStats) -> None:
+        """Once: the alpha that counts right answers by their score does not here."""
+        if self._has_warned or not stats.n_shaped or self.config.algorithm.alpha != "nonzero":
+            return
+        self._has_warned = True
+        print(
+            f"warning: step {step}: {stats.n_shaped} of {stats.n_samples} scores are neither 0 "
+            "nor 1, but algorithm.alpha=nonzero takes every score other than 0 for a right "
+            "answer; algorithm.alpha=group counts dead groups instead",
+            file=sys.stderr,
+        )
 
-    def close(self) -> None:
-        """End the scorers and close the logs."""
-        self._resources.close()
+    def finish(self) -> None:
+        """Write the report page of a run that came to its end, and say what there is to say."""
+        page = write_report(self.config.trainer.output_dir)
+        for line in (*summary_lines(read_metrics(page.parent)), f"report: {page}"):
+            self.message(line)

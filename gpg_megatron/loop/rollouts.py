@@ -17,6 +17,7 @@ from gpg_megatron.algorithm.advantages import check_dead_by
 from gpg_megatron.algorithm.redraw import Selection, draw_size, needs_redraw, select
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import Stream
+from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.group_json import from_json, to_json
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
@@ -52,6 +53,51 @@ class _Drawn:
     groups: tuple[ScoredGroup, ...]
     redraws: int
     timings: Mapping[str, float]
+
+
+class Rollouts:
+    """The rollout batches of a run, as every rank takes them. All calls are collective."""
+
+    def __init__(
+        self,
+        collector: Collector | None,
+        on_rank0: OnRank0,
+        watchdog: Watchdog,
+        *,
+        last_ahead: int,
+    ) -> None:
+        """
+        Args:
+            collector: on rank 0; None elsewhere.
+            last_ahead: batches up to this step's are begun while the one before is learned from;
+                0: none is.
+        """
+        self._collector = collector
+        self._on_rank0 = on_rank0
+        self._watchdog = watchdog
+        self._last_ahead = last_ahead
+
+    def take(self, step: int) -> Rollout:
+        """The batch of a step; the engines begin the next one if they may run ahead."""
+        rollout = self._on_rank0(lambda: self._drawn.take(step))
+        if self._collector is not None and step < self._last_ahead:
+            self._collector.begin(step + 1)
+        return rollout
+
+    def drain(self) -> None:
+        """Wait until the engines have drawn what they began: weights must not change under it."""
+        if self._last_ahead:
+            with self._watchdog.phase("wait"):
+                self._on_rank0(lambda: self._drawn.wait())
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON. On rank 0."""
+        return self._drawn.state()
+
+    @property
+    def _drawn(self) -> Collector:
+        assert self._collector is not None, "called on rank 0 only"
+        return self._collector
 
 
 class Collector:

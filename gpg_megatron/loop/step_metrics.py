@@ -17,13 +17,12 @@ def step_metrics(
     stats: AdvantageStats,
     batches: Sequence[TrainBatch],
     results: Sequence[StepResult],
-    version_before: int,
 ) -> dict[str, float]:
     """The metrics of one step that do not depend on the clock."""
     updated = [r for r in results if r.updated]
     return {
         **rollout_metrics(rollout.drawn),
-        **staleness_metrics(samples, version_before),
+        **staleness_metrics(samples, results[0].version - results[0].updated),
         **update_metrics(results),
         **redraw_metrics(rollout),
         "version": results[-1].version,

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -35,7 +34,7 @@ def check_logging(config: LoggingConfig) -> None:
 
 
 class RunLogger:
-    """Writes what one run leaves behind; close() or leave the context at the end.
+    """Writes what one run leaves behind; close() at the end.
 
     Opening a directory that has metrics already continues its metrics.jsonl.
 
@@ -110,17 +109,6 @@ class RunLogger:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-    def __enter__(self) -> RunLogger:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _finite(value: Value) -> Value:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def step_line(step: int, total_steps: int, metrics: Mapping[str, Value]) -> str:
 
 
 class Progress:
-    """Prints the progress of a run; close() or leave the context to put the bar away.
+    """Prints the progress of a run; close() puts the bar away.
 
     Args:
         total_steps: steps of the whole run.
@@ -97,17 +96,6 @@ class Progress:
         """Leave the last state of the bar on the screen."""
         if self._bar is not None and self._task is not None:
             self._bar.stop()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _make_bar(stream: TextIO) -> rich.progress.Progress:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TextIO
 
 
@@ -29,7 +28,7 @@ class _Phases:
 class Watchdog:
     """Phase timer with an alarm that prints one line and stops nothing.
 
-        with Watchdog(rank=rank, limit_s=300) as watchdog:
+        with closing(Watchdog(rank=rank, limit_s=300)) as watchdog:
             with watchdog.phase("rollout"):
                 ...
             metrics |= watchdog.pop_timings()      # {"timing/rollout_s": 3.2}
@@ -76,17 +75,6 @@ class Watchdog:
         """Stop watching."""
         self._closed.set()
         self._thread.join(timeout=5.0)
-
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(self._limit_s / 4, 1.0)):

@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gpg_megatron.config.sections import Config
+from gpg_megatron.config.sections import GIB, MIB, Config
 from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.states import RESIDENT, Mode, State
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import DTYPES, ModelShape
 
-ITEM = {"bf16": 2, "fp32": 4}
-"""Bytes of an element."""
-FP32 = 4
+FP32 = DTYPES["fp32"].itemsize
 POLICY_PARTS = frozenset({"parameters", "gradients", "optimizer"})
 
 
@@ -69,7 +67,7 @@ def policy_memory(
     hidden state for each layer, and one layer at a time is complete; recompute: attention is
     counted as none.
     """
-    item = ITEM[config.model.dtype]
+    item = DTYPES[config.model.dtype].itemsize
     p = config.policy
     replicas = p.context_parallel_size * p.data_parallel_size
     shares = replicas if p.use_distributed_optimizer else 1
@@ -137,7 +135,7 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
     copy of the token. Transformer Engine's layer keeps less. The first two rows and the tables of
     sines and cosines are divided by t under sequence parallelism.
     """
-    item, t = ITEM[config.model.dtype], config.policy.tensor_model_parallel_size
+    item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
     d, heads, kv_heads = shape.head_dim, shape.num_heads, shape.num_kv_heads
     whole = 2 * (FP32 + 2 * item) * shape.hidden_size + 4 * item * d + 2 * FP32
     whole //= sequence_shares(config)
@@ -163,14 +161,18 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
     responses = config.rollout.max_response_length
     share = responses / (config.data.max_prompt_length + responses)
     tokens = p.max_tokens_per_micro_batch / p.context_parallel_size
-    chunk = max(1, p.logits_chunk_mb * 2**20 // (FP32 * rows))
-    return min(math.ceil(tokens * share), chunk) * rows * (ITEM[config.model.dtype] + 2 * FP32)
+    chunk = max(1, p.logits_chunk_mb * MIB // (FP32 * rows))
+    return (
+        min(math.ceil(tokens * share), chunk)
+        * rows
+        * (DTYPES[config.model.dtype].itemsize + 2 * FP32)
+    )
 
 
 def micro_batches_per_update(config: Config) -> int:
     """Of one data-parallel rank, if every sequence is live and has its full length."""
     longest = config.data.max_prompt_length + config.rollout.max_response_length
-    sequences = config.prompts_per_update * config.rollout.n
+    sequences = config.trainer.prompts_per_update * config.rollout.n
     mine = math.ceil(sequences / config.policy.data_parallel_size)
     together = max(1, config.policy.max_tokens_per_micro_batch // longest)
     return math.ceil(mine / together)
@@ -184,11 +186,11 @@ def engine_memory(
     Args:
         device_bytes: of its GPU; None: on CPU, where the cache has a size of its own.
     """
-    t, item = config.rollout.tensor_model_parallel_size, ITEM[config.rollout.dtype]
+    t, item = config.rollout.tensor_model_parallel_size, DTYPES[config.rollout.dtype].itemsize
     kv_heads = max(1, shape.num_kv_heads // t)
     parameters = n_parameters * item
     if device_bytes is None:
-        kv_cache = int(config.rollout.kv_cache_gb * 2**30)
+        kv_cache = int(config.rollout.kv_cache_gb * GIB)
         reserved = parameters + kv_cache
     else:
         reserved = int(config.rollout.gpu_memory_utilization * device_bytes)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gpg_megatron.checkpoint.marker import FileStamp, stamp
+from gpg_megatron.checkpoint.torch_dist import read_index
 from gpg_megatron.errors import UserError
 
 RNG = "rng"
@@ -138,12 +139,12 @@ def make_folders(directory: Path) -> None:
 def load_weights(model: GPTModel, directory: Path) -> None:
     """Read this rank's shards of the parameters from a checkpoint of any layout. Collective."""
     state = {"model": _model_state(model)}
-    _load(state, directory)
+    load_sharded(state, directory)
 
 
 def load_all(model: GPTModel, optimizer: MegatronOptimizer, directory: Path) -> None:
     """Read parameters, master weights and moments from a checkpoint of any layout. Collective."""
-    loaded = _load(_sharded_state(model, optimizer, loading=True), directory)
+    loaded = load_sharded(_sharded_state(model, optimizer, loading=True), directory)
     parts = _parts(optimizer)
     states = [loaded["optimizer"]] if len(parts) == 1 else _in_order(loaded["optimizer"])
     for part, state in zip(parts, states, strict=True):
@@ -153,8 +154,15 @@ def load_all(model: GPTModel, optimizer: MegatronOptimizer, directory: Path) -> 
             part.load_state_dict(state)
 
 
-def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Megatron writes the parameters in place: the shards alias them."""
+def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Read what a sharded state describes. Megatron writes the parameters in place: the shards
+    alias them. Collective.
+
+    Raises:
+        UserError: the checkpoint is damaged, has other tensors, or would run code when read.
+    """
+    # torch unpickles the metadata as it comes; this reader refuses whatever would run code.
+    read_index(directory)
     try:
         return dist_checkpointing.load(
             state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED

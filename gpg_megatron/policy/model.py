@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from gpg_megatron.config.sections import PolicyConfig
+from gpg_megatron.config.sections import MIB, PolicyConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.device import Device, has_transformer_engine
 from gpg_megatron.model.shape import padded_vocab_size
@@ -151,7 +151,7 @@ def build_model(
     model.rotary_pos_emb.cp_group = None
     model.real_vocab_size = shape.vocab_size
     model.temperature = temperature
-    model.logits_chunk_bytes = config.logits_chunk_mb * 2**20
+    model.logits_chunk_bytes = config.logits_chunk_mb * MIB
     model.to(device=device, dtype=dtype)
     # calculate_per_token_loss makes DDP sum gradients over replicas: the loss weights already
     # hold the global denominator.

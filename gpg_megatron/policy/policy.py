@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
-from gpg_megatron.algorithm.objective import N_STATISTICS, SUMS, Tokens, objective
+from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, objective
 from gpg_megatron.algorithm.objective import metrics as objective_metrics
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config
@@ -32,6 +32,7 @@ from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, cano
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.types import (
+    DTYPES,
     Anchors,
     MicroBatch,
     ModelShape,
@@ -41,7 +42,6 @@ from gpg_megatron.types import (
     TrainBatch,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_ANCHORS = Anchors()
 
 
@@ -86,13 +86,13 @@ class Policy:
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
         self._optimizer = build_optimizer(p, self._ddp, DTYPES[config.model.dtype], device)
-        self._scheduler = build_scheduler(p, self._optimizer, config.total_updates)
+        self._scheduler = build_scheduler(p, self._optimizer, config.trainer.total_updates)
         self._residence = Residence(self._ddp, self._optimizer, device)
 
-    def offload(self, parts: Sequence[PolicyPart]) -> int:
-        """Move parts to host memory and free them on the device; returns their bytes there.
-        Gradients are dropped. Shards that others hold stay valid, but must not be read."""
-        return self._residence.offload(parts)
+    def offload(self, parts: Sequence[PolicyPart]) -> None:
+        """Move parts to host memory and free them on the device. Gradients are dropped. Shards
+        that others hold stay valid, but must not be read."""
+        self._residence.offload(parts)
 
     def load(self, parts: Sequence[PolicyPart]) -> None:
         """Bring offloaded parts back to the device, bit by bit as they were."""
@@ -144,6 +144,10 @@ class Policy:
     def keep_reference(self) -> None:
         """Keep the present weights as the reference of the KL term, on the CPU."""
         self._reference = FrozenShards(self.named_shards())
+
+    def learn(self, batches: Sequence[TrainBatch]) -> list[StepResult]:
+        """The optimizer steps of one rollout batch, in order; see train. Collective."""
+        return [self.train(b, a) for b, a in zip(batches, self.anchors(batches), strict=True)]
 
     def anchors(self, batches: Sequence[TrainBatch]) -> list[Anchors]:
         """The log-probs that the updates of one rollout batch are held against; to be called
@@ -295,16 +299,18 @@ def _logprob_output(batch: MicroBatch, old: None, reference: None, output: torch
     return logprobs.sum(), torch.zeros((), dtype=torch.int), logprobs
 
 
-def _reduce(outputs: Sequence[torch.Tensor]) -> dict[str, float]:
+def _reduce(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     """The micro-batches' statistics of all ranks in one; each is counted once, on the last
     stage's first tensor-parallel and context-parallel rank."""
-    counted = outputs and parallel_state.get_tensor_and_context_parallel_rank() == 0
-    nothing = torch.zeros(1, N_STATISTICS)
-    rows = (torch.stack(list(outputs)) if counted else nothing).double().cpu()
-    total, largest = rows[:, :-1].sum(0), rows[:, -1].max()
+    names = (*SUMS, *MAXIMA)
+    rows = torch.zeros(1, len(names), dtype=torch.float64)
+    if outputs and parallel_state.get_tensor_and_context_parallel_rank() == 0:
+        stacked = [torch.stack([row[name] for name in names]) for row in outputs]
+        rows = torch.stack(stacked).double().cpu()
+    total, largest = rows[:, : len(SUMS)].sum(0), rows[:, len(SUMS) :].amax(0)
     dist.all_reduce(total)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip(SUMS, total.tolist(), strict=True)) | {"gap_max": float(largest)}
+    return dict(zip(names, [*total.tolist(), *largest.tolist()], strict=True))
 
 
 def _sum_gradients(model: list, num_tokens: object, **kwargs: object) -> None:
@@ -315,11 +321,8 @@ def _sum_gradients(model: list, num_tokens: object, **kwargs: object) -> None:
 def _position() -> ParallelPosition:
     return ParallelPosition(
         rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )

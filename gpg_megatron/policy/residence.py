@@ -51,8 +51,8 @@ class Residence:
         missing = [part for part in parts if part in self._away]
         assert not missing, f"{', '.join(missing)} of the policy are offloaded"
 
-    def offload(self, parts: Sequence[PolicyPart]) -> int:
-        """Move parts to host memory; returns the bytes that are free on the device afterwards."""
+    def offload(self, parts: Sequence[PolicyPart]) -> None:
+        """Move parts to host memory and free them on the device."""
         self.require(*parts)
         found = {part: self._storages(part) for part in parts}
         for part, storages in found.items():
@@ -63,7 +63,6 @@ class Residence:
         if self._device == "cuda":
             # Torch would keep the memory for this process.
             torch.cuda.empty_cache()
-        return sum(away.n_bytes for part in parts for away in self._away[part])
 
     def load(self, parts: Sequence[PolicyPart]) -> None:
         """Bring parts back, bit by bit as they were; gradients come back as zeros."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gpg_megatron.config.sections import RewardConfig
@@ -221,17 +220,6 @@ class RewardPool:
         """End the processes. Calling it again does nothing."""
         while self._workers:
             self._workers.pop().kill()
-
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(self, tasks: Sequence[_Task]) -> list[Reward]:
         # Several chunks per process even out answers of unequal cost.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpg_megatron.errors import RunError
+
 _TAIL_LINES = 15
 _TAIL_BYTES = 16384
 
 
-class EngineError(RuntimeError):
+class EngineError(RunError):
     """A call to an engine failed; the engine may still live."""
 
 

@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from gpg_megatron.config.sections import GIB
+
 Need = Literal["both", "cpu", "gpu", "option"]
 
 
@@ -102,7 +104,6 @@ COMPONENTS = (
     Component(distribution="matplotlib", enables="charts in report.html", need="option", get=_BASE),
 )
 
-GIB = 1024**3
 MIN_SHM_GIB = 2.0
 """Ray's object store and the bridge's buckets of a small run."""
 MIN_DISK_GIB = 50.0

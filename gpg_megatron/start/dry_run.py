@@ -16,13 +16,12 @@ import pyarrow.parquet as pq
 
 from gpg_megatron.bridge.engine_layout import Engine
 from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
-from gpg_megatron.config.sections import Config
+from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes, policy_grid
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
-    ITEM,
     EngineMemory,
     PolicyMemory,
     engine_memory,
@@ -30,9 +29,8 @@ from gpg_megatron.placement.memory import (
     micro_batches_per_update,
     policy_memory,
 )
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import DTYPES, ModelShape
 
-GIB = 2**30
 DEFAULT_GPU_GIB = 80.0
 
 
@@ -70,7 +68,7 @@ class RunPlan:
     def engine_gpus(self) -> range:
         """Those of the engine workers; rank r is on GPU r."""
         r = self.config.rollout
-        first = first_engine_device(self.config.trainer.placement, self.config.world_size)
+        first = first_engine_device(self.config.trainer.placement, self.config.policy.world_size)
         return range(first, first + r.num_engines * r.tensor_model_parallel_size)
 
     @property
@@ -231,7 +229,7 @@ def _process_lines(plan: RunPlan) -> list[str]:
     context = f" CP{p.context_parallel_size}" if p.context_parallel_size > 1 else ""
     expert = f" EP{p.expert_model_parallel_size}" if plan.shape.moe else ""
     result = [
-        f"policy     {plan.config.world_size} ranks: TP{p.tensor_model_parallel_size} "
+        f"policy     {plan.config.policy.world_size} ranks: TP{p.tensor_model_parallel_size} "
         f"PP{p.pipeline_model_parallel_size}{context} DP{p.data_parallel_size}{expert}",
         f"engines    {r.num_engines} x TP{r.tensor_model_parallel_size} = "
         f"{r.num_engines * r.tensor_model_parallel_size} workers",
@@ -240,7 +238,7 @@ def _process_lines(plan: RunPlan) -> list[str]:
     if plan.device_bytes is None:
         return [*result, "devices    CPU"]
     n_gpus, workers = len(plan.memory_by_gpu), plan.engine_gpus
-    shared = len(range(workers.start, min(workers.stop, plan.config.world_size)))
+    shared = len(range(workers.start, min(workers.stop, plan.config.policy.world_size)))
     return [
         *result,
         f"devices    {n_gpus} GPUs of {_gib(plan.device_bytes)}, "
@@ -255,25 +253,23 @@ def _process_lines(plan: RunPlan) -> list[str]:
 
 
 def _batch_lines(plan: RunPlan) -> list[str]:
-    c = plan.config
-    n, batch = c.rollout.n, c.trainer.train_batch_size
-    updates = batch // c.prompts_per_update
+    c, t = plan.config, plan.config.trainer
+    n, batch, update = c.rollout.n, t.train_batch_size, t.prompts_per_update
     result = [
         f"rollout    {batch:,} prompts x {n} = {batch * n:,} responses of at most "
         f"{c.rollout.max_response_length:,} tokens",
-        f"updates    {updates} per rollout batch, {c.prompts_per_update:,} prompts = "
-        f"{c.prompts_per_update * n:,} responses each; {c.total_updates:,} in "
-        f"{c.trainer.total_training_steps:,} steps",
+        f"updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = "
+        f"{update * n:,} responses each; {t.total_updates:,} in {t.total_training_steps:,} steps",
         f"           at most {micro_batches_per_update(c)} micro-batches of "
         f"{c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update",
     ]
     if plan.n_rows is None:
         return [*result, "epoch      unknown: data.train_files cannot be counted here"]
-    epochs = c.trainer.total_training_steps * batch / plan.n_rows
+    epochs = t.total_training_steps * batch / plan.n_rows
     return [
         *result,
         f"epoch      {plan.n_rows:,} prompts = {plan.n_rows / batch:.2f} rollout batches = "
-        f"{plan.n_rows / c.prompts_per_update:.2f} updates; the run is {epochs:.2f} epochs",
+        f"{plan.n_rows / update:.2f} updates; the run is {epochs:.2f} epochs",
     ]
 
 
@@ -318,7 +314,7 @@ def _state_lines(plan: RunPlan) -> list[str]:
 
 
 def _bridge_lines(plan: RunPlan) -> list[str]:
-    f, item = plan.publish, ITEM[plan.config.rollout.dtype]
+    f, item = plan.publish, DTYPES[plan.config.rollout.dtype].itemsize
     n_engines = plan.config.rollout.num_engines
     return [
         f"bridge     {plan.config.bridge.transport}: {_gib(f.sent * item)} per publish "

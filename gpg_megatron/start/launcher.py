@@ -87,7 +87,7 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     from gpg_megatron.host.device import resolve_device
 
     if resolve_device(config.trainer.device) == "cuda":
-        _check_devices(hosts.local_ranks(config.world_size))
+        _check_devices(hosts.local_ranks(config.policy.world_size))
     else:  # idle threads that spin would take the cores from other ranks, engines and programs
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
@@ -151,7 +151,7 @@ def _world(config: Config, run_id: str, hosts: Hosts) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=hosts.count,
         max_nodes=hosts.count,
-        nproc_per_node=hosts.local_ranks(config.world_size),
+        nproc_per_node=hosts.local_ranks(config.policy.world_size),
         run_id=run_id if hosts.count == 1 else "gpg",
         rdzv_backend=backend,
         rdzv_endpoint=endpoint,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.rules import config_warnings
 from gpg_megatron.config.sections import Config
-from gpg_megatron.errors import UserError, exit_codes
+from gpg_megatron.errors import RunError, UserError, exit_codes
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
 from gpg_megatron.loop.inputs import check_model, model_files
 from gpg_megatron.model.shape import shape_warnings
@@ -68,7 +68,7 @@ def run_rank(config: Config) -> int:
     """One rank of the world that torchrun made."""
     import torch.distributed as dist
 
-    from gpg_megatron.host.collectives import Rank0Failed, on_rank0
+    from gpg_megatron.host.collectives import on_rank0
     from gpg_megatron.host.device import (
         init_process_group,
         is_lost_peer,
@@ -78,41 +78,30 @@ def run_rank(config: Config) -> int:
     from gpg_megatron.policy.on_cpu import quiet_megatron
 
     quiet_megatron()
-    from gpg_megatron.algorithm.redraw import RedrawsExhausted
-    from gpg_megatron.bridge.transports.base import TransferError
-    from gpg_megatron.loop.agreement import MismatchError
-    from gpg_megatron.loop.guard import TooManyBadSteps
-    from gpg_megatron.loop.trainer import Trainer
-    from gpg_megatron.rollout.failures import EngineError
+    from gpg_megatron.loop.build import build_run
+    from gpg_megatron.loop.trainer import train
 
     # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     set_threads(config.policy.num_threads)
     world = int(os.environ["WORLD_SIZE"])
-    if world != config.world_size:
+    if world != config.policy.world_size:
         raise UserError(
             f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
-            f"{config.world_size}; expected equal numbers"
+            f"{config.policy.world_size}; expected equal numbers"
         )
     device = resolve_device(config.trainer.device)
     shape = check_model(config)
     init_process_group(device, config.policy.timeout_s)
     try:
         run_id = on_rank0(_own_run)
-        with Trainer(config, shape, device, run_id) as trainer:
-            trainer.run()
-    except Rank0Failed:
-        # Rank 0 has something to say; the launcher ends this rank when it has.
-        time.sleep(RANK0_GRACE_S)
-        return 1
-    except (MismatchError, TooManyBadSteps) as error:  # on every rank; rank 0 says it
-        if dist.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        with build_run(config, shape, device, run_id) as run:
+            train(run)
+    except (RunError, TimeoutError) as error:
+        if dist.get_rank() and getattr(error, "everywhere", False):
+            time.sleep(RANK0_GRACE_S)  # rank 0 says it; the launcher ends this rank then
         else:
-            time.sleep(RANK0_GRACE_S)
-        return 1
-    except (EngineError, TimeoutError, TransferError, RedrawsExhausted) as error:
-        print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not is_lost_peer(error):

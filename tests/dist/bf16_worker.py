@@ -17,14 +17,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches
-from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.config.sections import Config, ModelConfig
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import TrainBatch
-from tests.dist.problem import PROBLEMS, Layout, config_of, make_samples
+from tests.dist.problem import PROBLEMS, Layout, config_of, make_samples, plan_of
 
 LR = 4e-5
 N_UPDATES = 16
@@ -75,9 +75,7 @@ def _train(model: Path, optimizer: str) -> dict[str, float | list[str]]:
     return seen
 
 
-def _first_gradient(
-    config: Config, model: Path, updates: int = 1
-) -> tuple[torch.Tensor, Policy]:
+def _first_gradient(config: Config, model: Path, updates: int = 1) -> tuple[torch.Tensor, Policy]:
     """The gradient of the first update, all ranks' parts of it, and the policy after all."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -101,15 +99,9 @@ def _start(policy: Policy, model: Path) -> dict[str, torch.Tensor]:
 
 
 def _batch(config: Config, policy: Policy) -> TrainBatch:
-    at = policy.position
-    return make_batches(
-        make_samples(PROBLEMS[0]),
-        config,
-        dp_rank=at.dp_rank,
-        dp_size=at.dp_size,
-        costs=token_costs(load_model_shape(config.model.path)),
-        can_share_prompts=True,
-    )[0]
+    costs = token_costs(load_model_shape(config.model.path))
+    plan = plan_of(config, costs, policy.position.dp_rank)
+    return make_batches(make_samples(PROBLEMS[0]), plan)[0]
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.checkpoint.marker import MARKER, read_marker
 from gpg_megatron.checkpoint.store import list_saved
 from gpg_megatron.config.sections import CheckpointConfig, Config
+from gpg_megatron.policy.on_cpu import quiet_megatron
 from tests.dist.checkpoint_problem import problem_of, run_config
 from tests.dist.problem import Layout, make_samples
 
@@ -41,7 +41,7 @@ def main() -> None:
     folder, n_kills = Path(sys.argv[1]), int(sys.argv[2])
     random.seed(5)
     config = _config(folder)
-    root = config.checkpoint_root
+    root = config.trainer.checkpoint_root
     notes = folder / "notes"
     notes.mkdir()
     resumed = incomplete = 0
@@ -68,8 +68,9 @@ def main() -> None:
             if saved.complete:
                 read_marker(saved.path)
     wrong += _contradictions(notes)
-    print(json.dumps({"kills": n_kills, "resumed": resumed, "incomplete": incomplete,
-                      "wrong": wrong}))
+    print(
+        json.dumps({"kills": n_kills, "resumed": resumed, "incomplete": incomplete, "wrong": wrong})
+    )
 
 
 def _config(folder: Path) -> Config:

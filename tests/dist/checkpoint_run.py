@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping
 import torch
 
 from gpg_megatron.batching.updates import make_batches
-from gpg_megatron.layout.hf_io import load_hf
-from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.config.sections import Config
+from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of, saving_of
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
-from gpg_megatron.checkpoint.resume import find_resume_point
-from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of
 from gpg_megatron.types import TrainBatch
+from tests.dist.problem import plan_of
 
 
 class PolicyRun:
@@ -26,7 +27,8 @@ class PolicyRun:
         shape = load_model_shape(config.model.path)
         self.config = config
         self.policy = Policy(config, shape, "cpu")
-        self.checkpoints = RunCheckpoints(config, shape, on_rank0)
+        self.saving = saving_of(config, shape)
+        self.checkpoints = RunCheckpoints(self.saving, on_rank0, lambda: {"step": self.step})
         point, self.warnings = on_rank0(lambda: find_resume_point(config, shape))
         self.step = 0
         if point is None:
@@ -34,18 +36,11 @@ class PolicyRun:
             self.policy.weights_loaded()
         else:
             check_bytes(point.directory, point.marker)
-            same = point.marker.layout == layout_of(config)
+            same = point.marker.layout == layout_of(config.policy)
             self.policy.resume(point.directory, version=point.marker.version, same_ranks=same)
             self.step = point.marker.step
-        at = self.policy.position
-        self.batches = make_batches(
-            samples,
-            config,
-            dp_rank=at.dp_rank,
-            dp_size=at.dp_size,
-            costs=token_costs(shape),
-            can_share_prompts=True,
-        )
+        plan = plan_of(config, token_costs(shape), self.policy.position.dp_rank)
+        self.batches = make_batches(samples, plan)
 
     def advance(self, to_step: int, note: Callable[[PolicyRun], None] | None = None) -> list:
         """Train and save up to a step; what each update said. note is called before a save."""
@@ -55,8 +50,7 @@ class PolicyRun:
             results.append(self.policy.train(self.batch_of(self.step)))
             if note:
                 note(self)
-            self.checkpoints.poll()
-            self.checkpoints.save(self.step, self.policy, lambda: {"step": self.step}, {})
+            self.checkpoints.save_at(self.step, self.policy, {})
         return results
 
     def batch_of(self, step: int) -> TrainBatch:

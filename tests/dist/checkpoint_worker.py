@@ -1,6 +1,6 @@
 """One rank: the checkpoint tests of this world size; verdicts go to FOLDER/verdicts/.
 
-    torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed
+torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.host.device import init_process_group
-from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.policy.policy import Policy
 from tests.dist.checkpoint_problem import (
     CHANGED,

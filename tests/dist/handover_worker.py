@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gpg_megatron.host.device import init_process_group
-from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.host.device import init_process_group
 from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.policy.on_cpu import quiet_megatron
 
 SLOW_S = 1.0
 
@@ -45,13 +46,13 @@ def main() -> None:
 
     policy = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
     fleet = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
-    with Watchdog(rank=rank, limit_s=60) as watchdog:
+    with closing(Watchdog(rank=rank, limit_s=60)) as watchdog:
         handover = Handover(
-            fleet=fleet if rank == 0 else None,  # type: ignore[arg-type]
-            policy=lambda: policy,  # type: ignore[arg-type,return-value]
-            on_rank0=partial(on_rank0, group=dist.group.WORLD),
-            group=dist.group.WORLD,
-            watchdog=watchdog,
+            fleet if rank == 0 else None,  # type: ignore[arg-type]
+            lambda: policy,  # type: ignore[arg-type,return-value]
+            partial(on_rank0, group=dist.group.WORLD),
+            dist.group.WORLD,
+            watchdog,
         )
         placement = Placement("colocated", handover)
         for state in (State.POLICY, State.SYNC, State.ROLLOUT, State.POLICY):

@@ -20,14 +20,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches, pack
+from gpg_megatron.config.sections import Config
+from gpg_megatron.host.device import init_process_group
+from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.hf_io import load_hf
-from gpg_megatron.layout.boxes import Shard
-from gpg_megatron.layout.topology import policy_grid, check_shards
-from gpg_megatron.config.sections import Config
+from gpg_megatron.layout.topology import check_shards, policy_grid
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import ModelShape, StepResult, TrainBatch, TrainSample
 from tests.dist.problem import (
@@ -36,6 +36,7 @@ from tests.dist.problem import (
     Problem,
     config_of,
     make_samples,
+    plan_of,
     problems_of,
     reference_name,
 )
@@ -91,7 +92,8 @@ def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
     config, shape = config_of(problem, layout, directory), load_model_shape(directory)
     policy = Policy(config, shape, device="cpu")
     at = policy.position
-    assert (at.tp_size, at.pp_size, at.dp_size) == (layout.tp, layout.pp, layout.dp)
+    n_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    assert (at.tp_size, n_stages, at.dp_size) == (layout.tp, layout.pp, layout.dp)
     grid = policy_grid(config.policy, shape)
     shapes = {name: tuple(shard.shape) for name, shard in policy.named_shards().items()}
     check_shards(shapes, shape, grid, at.rank)
@@ -136,15 +138,8 @@ def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
 def _batches(
     policy: Policy, config: Config, samples: Sequence[TrainSample], shape: ModelShape
 ) -> list[TrainBatch]:
-    at = policy.position
-    return make_batches(
-        samples,
-        config,
-        dp_rank=at.dp_rank,
-        dp_size=at.dp_size,
-        costs=token_costs(shape),
-        can_share_prompts=True,
-    )
+    plan = plan_of(config, token_costs(shape), policy.position.dp_rank)
+    return make_batches(samples, plan)
 
 
 def _train_badly(
@@ -154,7 +149,7 @@ def _train_badly(
     spoilt = [replace(samples[0], advantage=math.nan), *samples[1:]]
     batch = _batches(policy, config, spoilt, shape)[0]
     before = {name: shard.clone() for name, shard in policy.named_shards().items()}
-    result = policy.train(batch, policy.anchors([batch])[0])
+    (result,) = policy.learn([batch])
     now = policy.named_shards()
     told = result.is_bad and not result.updated and result.version == policy.version == 0
     return [*(["what it says"] if not told else []), *(n for n in now if _differs(now, before, n))]

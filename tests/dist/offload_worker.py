@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from gpg_megatron.config.sections import Config, ModelConfig
 from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.config.sections import Config, ModelConfig
 from gpg_megatron.policy.policy import Policy
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
 from tests.dist.checkpoint_run import PolicyRun
@@ -33,7 +33,7 @@ PARTS = ("parameters", "gradients", "optimizer")
 class Case:
     """How a policy is laid out."""
 
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     distributed: bool = False
     """The optimizer."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -92,9 +92,7 @@ def _compare(folder: Path, case: Case) -> dict:
 
 def _config(folder: Path, case: Case, name: str) -> Config:
     problem = problem_of(case.layout)
-    config = run_config(
-        (case.layout, case.distributed), problem, folder, f"{case.name}-{name}"
-    )
+    config = run_config((case.layout, case.distributed), problem, folder, f"{case.name}-{name}")
     return replace(config, model=ModelConfig(path=config.model.path, dtype=case.dtype))
 
 
@@ -127,8 +125,7 @@ def _state(run: PolicyRun) -> dict[str, torch.Tensor]:
 
 
 def _save(run: PolicyRun) -> None:
-    run.checkpoints.poll()
-    run.checkpoints.save(run.step, run.policy, lambda: {"step": run.step}, {})
+    run.checkpoints.save_at(run.step, run.policy, {})
 
 
 def _hand_over(run: PolicyRun, seen: dict) -> None:
@@ -137,11 +134,11 @@ def _hand_over(run: PolicyRun, seen: dict) -> None:
     before = {name: shard.clone() for name, shard in policy.named_shards().items()}
     aliases = policy.named_shards()  # as the bridge holds them
     resident = _bytes_by_part(policy)
-    first = policy.offload(("gradients", "optimizer"))
+    policy.offload(("gradients", "optimizer"))
     published = _different(before, aliases)
-    rest = policy.offload(("parameters",))
+    policy.offload(("parameters",))
     left = _bytes_by_part(policy)
-    if run.config.saves_at(run.step):
+    if run.checkpoints.saves_at(run.step):
         policy.load(("parameters", "optimizer"))
         _save(run)
         policy.offload(("parameters", "optimizer"))
@@ -149,7 +146,6 @@ def _hand_over(run: PolicyRun, seen: dict) -> None:
     seen.setdefault("published", []).extend(published)
     seen.setdefault("changed_by_moving", []).extend(_different(before, aliases))
     seen["resident"], seen["left"] = resident, left
-    seen["freed"] = first + rest
     gradients = [p.main_grad for p in policy._ddp.module.parameters()]
     seen["gradients_left"] = any(bool(gradient.any()) for gradient in gradients)
 

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpg_megatron.config.algorithm import from_preset
+from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.config.algorithm import AlgorithmConfig
-from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig, RolloutConfig, TrainerConfig
+from gpg_megatron.config.sections import (
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainSample
+from tests.presets import from_preset
 
 TOKENS_PER_MICRO_BATCH = 32
 MAX_RESPONSE = 34
@@ -51,7 +59,14 @@ class Layout:
     @property
     def name(self) -> str:
         """For example tp2-pp2-first3."""
-        sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp, "ep": self.ep, "first": self.first}
+        sizes = {
+            "tp": self.tp,
+            "pp": self.pp,
+            "cp": self.cp,
+            "dp": self.dp,
+            "ep": self.ep,
+            "first": self.first,
+        }
         parts = [f"{key}{n}" for key, n in sizes.items() if n and (n > 1 or key == "first")]
         return "-".join(parts) or "single"
 
@@ -276,6 +291,20 @@ def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
     )
 
 
+def plan_of(config: Config, costs: TokenCosts, dp_rank: int) -> BatchPlan:
+    """Of one data-parallel rank of a run."""
+    return BatchPlan(
+        algorithm=config.algorithm,
+        n_updates=config.trainer.updates_per_batch,
+        max_tokens=config.policy.max_tokens_per_micro_batch,
+        max_response_length=config.rollout.max_response_length,
+        dp_rank=dp_rank,
+        dp_size=config.policy.data_parallel_size,
+        costs=costs,
+        share_prompts=config.policy.share_prompts,
+    )
+
+
 def make_samples(problem: Problem) -> list[TrainSample]:
     """The rollout batch of all updates, the same on every rank."""
     rng = random.Random(7)
@@ -313,6 +342,7 @@ def _sample(
         advantage=advantage,
         version=0,
         live=live,
+        score=advantage,
     )
 
 

@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.algorithm.micro_steps import micro_steps
-from gpg_megatron.batching.updates import apply_alpha
+from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.types import TrainSample
@@ -158,17 +156,16 @@ def _loss(
     Args:
         start: log-probs before the first update. The reference model of a KL term is the same.
     """
-    ranks, room = config.policy.data_parallel_size, config.policy.max_tokens_per_micro_batch
-    weights = aggregation_weights(
+    update = weigh_update(
         samples,
-        config.algorithm.loss_aggregation,
-        config.rollout.max_response_length,
-        [cell for step in micro_steps(samples, ranks, room) for cell in step],
+        config.algorithm,
+        dp_size=config.policy.data_parallel_size,
+        max_tokens=config.policy.max_tokens_per_micro_batch,
+        max_response_length=config.rollout.max_response_length,
     )
-    samples, _ = apply_alpha(samples, config.algorithm, dp_size=ranks, max_tokens=room)
     terms = [
         weight * _sample_loss(model, config, sample, start[_key(sample)])
-        for sample, weight in zip(samples, weights, strict=True)
+        for sample, weight in zip(update.samples, update.weights, strict=True)
     ]
     return torch.stack(terms).sum()
 

@@ -27,6 +27,7 @@ from tests.dist.problem import (
     depends_on_ranks,
     make_model,
     make_samples,
+    plan_of,
     problems_of,
     reference_name,
 )
@@ -156,7 +157,7 @@ def test_the_samples_make_every_kind_of_micro_batch() -> None:
     samples = make_samples(PROBLEMS[0])
     for n_ranks in {layout.dp for layout in LAYOUTS}:
         config = config_of(PROBLEMS[0], Layout(dp=n_ranks), Path("unused"))
-        ranks = [_batches(samples, config, rank, n_ranks) for rank in range(n_ranks)]
+        ranks = [_batches(samples, config, rank) for rank in range(n_ranks)]
         first, skipped, last = ([batches[i].micro_batches for batches in ranks] for i in range(3))
         assert not any(skipped)
         assert n_ranks == 4 or all(len(row) >= 2 for row in first)
@@ -168,10 +169,6 @@ def test_the_samples_make_every_kind_of_micro_batch() -> None:
         assert shared == {True, False} or n_ranks == 4
 
 
-def _batches(
-    samples: Sequence[TrainSample], config: Config, rank: int, n_ranks: int
-) -> list[TrainBatch]:
+def _batches(samples: Sequence[TrainSample], config: Config, rank: int) -> list[TrainBatch]:
     costs = TokenCosts(per_token=1.0, per_loss_token=0.0, per_pair=0.01)
-    return make_batches(
-        samples, config, dp_rank=rank, dp_size=n_ranks, costs=costs, can_share_prompts=True
-    )
+    return make_batches(samples, plan_of(config, costs, rank))

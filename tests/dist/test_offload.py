@@ -12,7 +12,8 @@ import pytest
 
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.placement.memory import ITEM, policy_memory
+from gpg_megatron.placement.memory import policy_memory
+from gpg_megatron.types import DTYPES
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
 from tests.dist.offload_worker import CASES, PARTS, Case
 from tests.dist.problem import N_LAYERS, Layout, make_model
@@ -59,8 +60,6 @@ def test_while_it_is_away_no_storage_has_a_byte(verdicts: Verdicts, case: Case) 
     for verdict in verdicts(case):
         assert verdict["left"] == dict.fromkeys(PARTS, 0)
         assert min(verdict["resident"].values()) > 0
-        steps = 4 * verdict["moments"]  # Adam's own counts: a few bytes of each parameter
-        assert 0 <= verdict["freed"] - sum(verdict["resident"].values()) <= steps
         assert not verdict["gradients_left"], "they are dropped"
 
 
@@ -100,4 +99,4 @@ def test_the_dry_run_counts_the_bytes_that_are_moved(
     memory = policy_memory(config, shape, n_parameters=n_parameters, stage=0)
     (verdict,) = verdicts(case)
     assert verdict["resident"] == {part: getattr(memory, part) for part in PARTS}
-    assert memory.parameters == n_parameters * ITEM[case.dtype]
+    assert memory.parameters == n_parameters * DTYPES[case.dtype].itemsize

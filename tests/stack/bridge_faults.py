@@ -29,7 +29,7 @@ class Faults:
     """The policy, the bridge and the notes of one rank."""
 
     def __init__(self, job: dict[str, Any], fleet: Fleets) -> None:
-        from gpg_megatron.bridge.bridge import WeightBridge
+        from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
         from gpg_megatron.layout.topology import policy_grid
         from gpg_megatron.model.shape import load_model_shape
         from gpg_megatron.policy.policy import Policy
@@ -41,15 +41,18 @@ class Faults:
         config = configuration(job, {"tensor_model_parallel_size": dist.get_world_size()})
         self.shape = load_model_shape(config.model.path)
         self.policy = Policy(config, self.shape, "cpu")
-        self.bridge = WeightBridge(
+        side = PolicySide(
             shards=self.policy.named_shards(),
             model=self.shape,
             grid=policy_grid(config.policy, self.shape),
             rank=dist.get_rank(),
-            run_id=job["run_id"],
-            config=config.bridge,
+        )
+        self.bridge = WeightBridge(
+            side,
+            fleet.fleet,
+            config.bridge,
             wire_dtype=torch.float32,
-            engines=fleet.fleet,
+            run_id=job["run_id"],
             group=dist.group.WORLD,
         )
 

@@ -25,7 +25,7 @@ quiet_megatron()
 from megatron.core import parallel_state  # noqa: E402
 
 from gpg_megatron.batching.updates import pack  # noqa: E402
-from gpg_megatron.bridge.bridge import WeightBridge  # noqa: E402
+from gpg_megatron.bridge.bridge import PolicySide, WeightBridge  # noqa: E402
 from gpg_megatron.bridge.protocol import BACKEND, RECEIVER  # noqa: E402
 from gpg_megatron.config.loading import load_config  # noqa: E402
 from gpg_megatron.config.sections import Config  # noqa: E402
@@ -166,15 +166,18 @@ def device_of(job: dict[str, Any]) -> Device:
 def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) -> list[Result]:
     shape = load_model_shape(config.model.path)
     policy = Policy(config, shape, device_of(job))
-    bridge = WeightBridge(
+    side = PolicySide(
         shards=policy.named_shards(),
         model=shape,
         grid=policy_grid(config.policy, shape),
         rank=dist.get_rank(),
-        run_id=job["run_id"],
-        config=config.bridge,
+    )
+    bridge = WeightBridge(
+        side,
+        fleet.fleet,
+        config.bridge,
         wire_dtype=torch.float32 if config.rollout.dtype == "fp32" else torch.bfloat16,
-        engines=fleet.fleet,
+        run_id=job["run_id"],
         group=dist.group.WORLD,
     )
     results = []

@@ -91,7 +91,7 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
         "trainer.total_training_steps=3",
         "policy.pipeline_model_parallel_size=2",
         "rollout.tensor_model_parallel_size=2",
-        "trainer.val_n=8",
+        "validation.n=8",
     )
     with started(job, "whole", *overrides) as run:
         printed = run.ends(0, limit_s=START_LIMIT_S)
@@ -152,7 +152,7 @@ def test_redraws_carry_groups_over_and_several_updates_are_corrected(job: Path) 
         "algorithm.beta_th=1.0",
         "algorithm.max_redraws=8",
         "algorithm.correction=truncate-token",
-        "trainer.val_before_train=false",
+        "validation.before_train=false",
     )
     with started(job, "redrawn", *overrides) as run:
         printed = run.ends(0, limit_s=START_LIMIT_S)
@@ -180,7 +180,7 @@ def test_grpo_with_old_log_probs_a_reference_and_an_entropy_bonus(job: Path) -> 
         "algorithm.old_logprobs=policy",
         "algorithm.kl_coef=0.01",
         "algorithm.entropy_coef=0.01",
-        "trainer.val_before_train=false",
+        "validation.before_train=false",
     )
     with started(job, "grpo", *overrides) as run:
         run.ends(0, limit_s=START_LIMIT_S)
@@ -270,7 +270,7 @@ AHEAD = (
     "checkpoint.save_freq=2",
     "logging.rollout_samples=64",
     "trainer.total_training_steps=5",
-    "trainer.val_before_train=false",
+    "validation.before_train=false",
 )
 
 

@@ -117,6 +117,7 @@ def kept(tp: int, dtype: torch.dtype) -> float:
         sample = TrainSample(
             prompt_id="p", group=0, index=0, prompt_token_ids=(1,) * 128,
             response_token_ids=(2,) * 128, rollout_logprobs=(0.0,) * 128, advantage=1.0, version=0,
+            live=True, score=1.0,
         )  # fmt: skip
         batch = pack([sample] * (n_tokens // 256), [1.0] * (n_tokens // 256))
         weights = {p.untyped_storage().data_ptr() for p in ddp.parameters()}

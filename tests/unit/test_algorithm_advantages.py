@@ -152,8 +152,7 @@ def test_f_norm_std_is_the_sample_standard_deviation():
 def test_statistics_by_hand():
     _, stats = assign_advantages([LIVE, RIGHT, WRONG], AlgorithmConfig())
     assert (stats.alpha, stats.live_fraction) == (2.25, 1 / 3)
-    assert (stats.n_groups, stats.n_live_groups) == (3, 1)
-    assert (stats.n_samples, stats.n_dead_samples, stats.n_shaped) == (9, 5, 0)
+    assert (stats.n_samples, stats.n_shaped) == (9, 0)
 
 
 @pytest.mark.parametrize("mode", ["none", "group", "token"])
@@ -162,7 +161,7 @@ def test_all_dead_and_singleton_groups_give_exactly_zero(mode, f_norm):
     groups = [RIGHT, WRONG, group([1.0])]
     samples, stats = assign_advantages(groups, AlgorithmConfig(alpha=mode, f_norm=f_norm))
     assert [s.advantage for s in samples] == [0.0] * 6
-    assert (stats.n_dead_samples, stats.live_fraction) == (6, 0.0)
+    assert stats.live_fraction == 0.0
     assert stats.alpha == (1.0 if mode == "none" else 0.0)
 
 
@@ -318,7 +317,7 @@ def test_none_is_dead_but_the_live_fraction_still_tells():
     assert stats.n_shaped == 2
 
 
-def test_alpha_of_a_smaller_scope_is_left_to_batching():
+def test_alpha_of_a_smaller_scope_is_left_to_the_update():
     samples, stats = assign_advantages([LIVE, RIGHT], AlgorithmConfig(alpha_scope="micro-batch"))
     assert stats.alpha == 1.0
     assert [s.advantage for s in samples] == [0.75, -0.25, -0.25, -0.25, 0.0, 0.0]

@@ -12,21 +12,13 @@ from hypothesis import strategies as st
 from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import TrainSample
+from tests.samples import train_sample
 
 MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])
 
 
-def sample(group, length, advantage=1.0):
-    return TrainSample(
-        prompt_id=f"toy/{group}",
-        group=group,
-        index=0,
-        prompt_token_ids=(1, 2),
-        response_token_ids=(3,) * length,
-        rollout_logprobs=(-1.0,) * length,
-        advantage=advantage,
-        version=0,
-    )
+def sample(group: int, length: int, advantage: float = 1.0) -> TrainSample:
+    return train_sample(response=(3,) * length, group=group, advantage=advantage)
 
 
 # Two questions; lengths 2 + 6 and 1 + 1 + 0: T = 10, N = 5. The second question is dead.

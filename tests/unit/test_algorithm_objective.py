@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from gpg_megatron.algorithm.advantages import assign_advantages
-from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.correction import correction_weights
 from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
-from gpg_megatron.algorithm.micro_steps import micro_steps
-from gpg_megatron.algorithm.objective import N_STATISTICS, SUMS, Tokens, metrics, objective
-from gpg_megatron.batching.updates import apply_alpha
-from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig, from_preset
+from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, metrics, objective
+from gpg_megatron.algorithm.update import weigh_update
+from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.presets import from_preset
+from tests.unit.amap import Answer, amap_loss
 
 MAX_RESPONSE = 9
 PROMPT = 2
@@ -97,7 +97,7 @@ def reference(groups, preset, logprobs):
 
     def corrected(members):
         n_live = sum(live[a] for a in members)
-        if preset in ("paper", "amap"):
+        if preset == "paper":
             return len(members) / n_live if n_live else 0.0
         if preset == "verl":
             return len(members) / max(1, sum(scores[g][i] != 0 for g, i in members))
@@ -116,14 +116,19 @@ def reference(groups, preset, logprobs):
         means = [sum(total[a] for a in m) / sum(length[a] for a in m) for m in by_group]
         return -alpha * fmean(means)
     if preset == "amap":
-        samples, _ = assign_advantages(groups, from_preset("amap"))
-        means = []
-        for (cell,) in micro_steps(samples, 1, ROOM):
-            members = [answers[k] for k in cell]
-            tokens = sum(length[a] for a in members)
-            if tokens:
-                means.append(corrected(members) * sum(total[a] for a in members) / tokens)
-        return -fmean(means)
+        rows = [
+            [
+                Answer(
+                    n_prompt=PROMPT,
+                    logprobs=tuple(row),
+                    advantage=advantage[g, i],
+                    live=live[g, i],
+                )
+                for i, row in enumerate(rows_of_group)
+            ]
+            for g, rows_of_group in enumerate(logprobs)
+        ]
+        return amap_loss(rows, n_ranks=1, room=ROOM)
     if preset in ("verl", "reinforce++", "dapo"):
         return -alpha * sum(total.values()) / sum(length.values())
     if preset == "grpo":
@@ -137,12 +142,12 @@ def reference(groups, preset, logprobs):
 def parts_of(groups, config):
     """The response tokens of a rollout batch as one micro-batch, in order."""
     samples, _ = assign_advantages(groups, config)
-    samples, _ = apply_alpha(samples, config, dp_size=1, max_tokens=ROOM)
-    cells = [cell for step in micro_steps(samples, 1, ROOM) for cell in step]
-    weights = aggregation_weights(samples, config.loss_aggregation, MAX_RESPONSE, cells)
+    update = weigh_update(
+        samples, config, dp_size=1, max_tokens=ROOM, max_response_length=MAX_RESPONSE
+    )
     rows = [
         (s.advantage, w, k, x)
-        for k, (s, w) in enumerate(zip(samples, weights, strict=True))
+        for k, (s, w) in enumerate(zip(update.samples, update.weights, strict=True))
         for x in s.rollout_logprobs
     ]
     advantages, per_token, responses, rollout = zip(*rows, strict=True)
@@ -223,17 +228,24 @@ def four(**more):
     return Tokens(responses=torch.tensor([0, 0, 1, 1]), **tensors)
 
 
+def numbers(statistics):
+    return {name: value.item() for name, value in statistics.items()}
+
+
 LOGPROBS = [-1.0 + math.log(x) for x in (4.0, 1.0, 0.5, 1.0)]
 
 
 def run(config, tokens, entropy=None):
     logprobs = torch.tensor(LOGPROBS, dtype=torch.float64, requires_grad=True)
     loss, statistics = objective(logprobs, entropy, tokens, config)
-    assert statistics.shape == (N_STATISTICS,) and not statistics.requires_grad
+    assert set(statistics) == {*SUMS, *MAXIMA}
+    assert {(x.shape, x.dtype, x.requires_grad) for x in statistics.values()} == {
+        (torch.Size(), torch.float32, False)
+    }
     loss.backward()
-    values = dict(zip((*SUMS, "gap_max"), statistics.tolist(), strict=True))
-    assert values["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    return loss.item(), logprobs.grad.tolist(), metrics(values, config)
+    assert logprobs.grad is not None
+    assert statistics["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    return loss.item(), logprobs.grad.tolist(), metrics(numbers(statistics), config)
 
 
 def test_a_correction_scales_the_gradient_and_its_metrics_by_hand():
@@ -338,8 +350,7 @@ def test_no_tokens_give_zero_and_metrics():
         loss, statistics = objective(logprobs, None, tokens, config)
         loss.backward()
         assert loss.item() == 0.0
-        values = dict(zip((*SUMS, "gap_max"), statistics.tolist(), strict=True))
-        assert all(value == 0.0 for value in metrics(values, config).values())
+        assert all(value == 0.0 for value in metrics(numbers(statistics), config).values())
 
 
 def test_the_pieces_are_the_published_functions():
@@ -349,5 +360,34 @@ def test_the_pieces_are_the_published_functions():
     logprobs = torch.tensor(LOGPROBS, dtype=torch.float64)
     loss, _ = objective(logprobs, None, tokens, config)
     factors, _ = correction_weights(logprobs, tokens.rollout, tokens.responses, config)
-    mask = torch.ones(4, dtype=torch.bool)
-    assert loss == gpg_loss(logprobs, tokens.advantages, tokens.weights * factors, mask)
+    assert loss == gpg_loss(logprobs, tokens.advantages, tokens.weights * factors)
+
+
+def test_statistics_of_parts_combine_to_those_of_the_whole():
+    torch.manual_seed(3)
+    columns = {name: torch.randn(40).double() for name in ("advantages", "weights", "rollout")}
+    logprobs = torch.randn(40).double()
+    config = AlgorithmConfig(correction="truncate-token")
+
+    def statistics(part):
+        mine = {name: values[part] for name, values in columns.items()}
+        responses = torch.zeros(len(logprobs[part]), dtype=torch.int64)
+        tokens = Tokens(**mine, responses=responses, old=None, reference=None)
+        return numbers(objective(logprobs[part], None, tokens, config)[1])
+
+    whole = statistics(slice(40))
+    first, second = statistics(slice(13)), statistics(slice(13, 40))
+    assert whole["tokens"] == 40 and whole["cut"] > 0
+    for name in SUMS:
+        assert first[name] + second[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-5)
+    for name in MAXIMA:
+        assert max(first[name], second[name]) == whole[name]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_log_prob_is_not_hidden_in_the_statistics(bad):
+    logprobs = torch.tensor([*LOGPROBS[:3], bad], dtype=torch.float64)
+    config = AlgorithmConfig()
+    named = metrics(numbers(objective(logprobs, None, four(), config)[1]), config)
+    assert not math.isfinite(named["mismatch/logprob_mean"])
+    assert not math.isfinite(named["mismatch/logprob_max"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE
 from gpg_megatron.start import train
 from tests.tiny import make_tiny_model, write_problems
 
@@ -75,7 +76,9 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         (["policy.lr"], ["policy.lr", "a.b=value"]),
     ],
 )
-def test_a_wrong_value(config, capsys, overrides, words) -> None:
+def test_a_wrong_value(
+    config: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], words: list[str]
+) -> None:
     line = refusal(config, capsys, *overrides)
     assert all(word in line for word in words), line
 
@@ -87,18 +90,22 @@ def test_a_wrong_value(config, capsys, overrides, words) -> None:
         ('{"data_source": "arithmetic"\n', ["train.jsonl:1"]),
     ],
 )
-def test_a_broken_data_file(config, capsys, content, words) -> None:
+def test_a_broken_data_file(
+    config: Path, capsys: pytest.CaptureFixture[str], content: str, words: list[str]
+) -> None:
     (config.parent / "train.jsonl").write_text(content)
     line = refusal(config, capsys)
     assert all(word in line for word in words), line
 
 
-def test_a_data_source_that_no_scorer_knows(config, capsys) -> None:
+def test_a_data_source_that_no_scorer_knows(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_problems(config.parent / "train.jsonl", ["1+1="], data_source="riddles")
     assert "riddles" in refusal(config, capsys)
 
 
-def test_an_uneven_pipeline_is_legal(config, capsys, model) -> None:
+def test_an_uneven_pipeline_is_legal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """3 stages of 1 + 2 + 1 layers: refused for another reason than the layout."""
     line = refusal(
         config,
@@ -111,14 +118,16 @@ def test_an_uneven_pipeline_is_legal(config, capsys, model) -> None:
     assert "missing.jsonl" in line
 
 
-def test_a_missing_config_file(capsys) -> None:
+def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--config", "none.yaml"]) == 2
     assert "none.yaml" in capsys.readouterr().err
 
 
-def test_a_warning_is_one_line_and_does_not_stop(config, capsys, monkeypatch) -> None:
+def test_a_warning_is_one_line_and_does_not_stop(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train, "launch", lambda *_: 0)
-    monkeypatch.delenv(train.RUN_ID_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_ID_VARIABLE, raising=False)
     several = ["trainer.train_batch_size=4", "trainer.mini_batch_size=1"]
     assert train.main(["--config", str(config), *several]) == 0
     out, err = capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args, get_type_hints
 
@@ -16,66 +17,63 @@ from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.loss import gpg_loss
 from gpg_megatron.algorithm.micro_steps import micro_steps
 from gpg_megatron.batching.updates import (
-    left_out,
+    BatchPlan,
     make_batches,
     make_update,
     pack,
     split_updates,
 )
-from gpg_megatron.config.algorithm import AlgorithmConfig, from_preset
-from gpg_megatron.config.sections import Config, PolicyConfig, RolloutConfig, TrainerConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
-from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample
+from gpg_megatron.types import (
+    Completion,
+    Prompt,
+    Reward,
+    ScoredGroup,
+    TrainBatch,
+    TrainSample,
+)
+from tests.presets import from_preset
+from tests.samples import train_sample
+from tests.unit.amap import Answer, amap_loss
 
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.01)
 MODES = get_args(get_type_hints(AlgorithmConfig)["loss_aggregation"])
 MAX_RESPONSE = 12
 
 
-def sample(group=0, index=0, prompt=(1, 2), response=(3, 4), advantage=1.0):
-    """Log-probs are a function of the token, so the packed ones can be checked by token."""
-    return TrainSample(
-        prompt_id=f"toy/{group}",
-        group=group,
-        index=index,
-        prompt_token_ids=tuple(prompt),
-        response_token_ids=tuple(response),
-        rollout_logprobs=tuple(-0.125 * token for token in response),
-        advantage=advantage,
-        version=0,
+def plan(
+    max_tokens: int = 100,
+    mode: str = "group-token-mean",
+    *,
+    algorithm: AlgorithmConfig | None = None,
+    n_updates: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    share: bool = True,
+) -> BatchPlan:
+    return BatchPlan(
+        algorithm=algorithm or from_preset("paper", loss_aggregation=mode),
+        n_updates=n_updates,
+        max_tokens=max_tokens,
+        max_response_length=MAX_RESPONSE,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        costs=COSTS,
+        share_prompts=share,
     )
 
 
-def config(
-    max_tokens, mode="group-token-mean", train_batch_size=4, mini_batch_size=None, share=True
-):
-    return Config(
-        policy=PolicyConfig(max_tokens_per_micro_batch=max_tokens, share_prompts=share),
-        rollout=RolloutConfig(max_response_length=MAX_RESPONSE),
-        algorithm=AlgorithmConfig(loss_aggregation=mode),
-        trainer=TrainerConfig(train_batch_size=train_batch_size, mini_batch_size=mini_batch_size),
-    )
-
-
-def batches_of(samples, cfg, dp_rank=0, dp_size=1):
-    return make_batches(
-        samples, cfg, dp_rank=dp_rank, dp_size=dp_size, costs=COSTS, can_share_prompts=True
-    )
-
-
-def update(samples, dp_size, max_tokens=16, mode="group-token-mean", share=True):
+def update(
+    samples: Sequence[TrainSample],
+    dp_size: int,
+    max_tokens: int = 16,
+    mode: str = "group-token-mean",
+    share: bool = True,
+) -> list[TrainBatch]:
     """The TrainBatch of every rank."""
     return [
-        make_update(
-            samples,
-            aggregation=mode,
-            max_response_length=MAX_RESPONSE,
-            max_tokens=max_tokens,
-            dp_rank=rank,
-            dp_size=dp_size,
-            costs=COSTS,
-            share_prompts=share,
-        )
+        make_update(samples, plan(max_tokens, mode, dp_rank=rank, dp_size=dp_size, share=share))
         for rank in range(dp_size)
     ]
 
@@ -91,12 +89,12 @@ def rollout_batches(draw, max_groups=5):
             n_response = draw(st.integers(0, MAX_RESPONSE))
             first = 1000 * (len(samples) + 1)
             samples.append(
-                sample(
-                    group,
-                    index,
+                train_sample(
                     range(100 * group, 100 * group + n_prompt),
                     range(first, first + n_response),
-                    draw(st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.25])),
+                    group=group,
+                    index=index,
+                    advantage=draw(st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.25])),
                 )
             )
     return samples
@@ -128,12 +126,12 @@ def direct_loss(samples, mode, dp_size=1, max_tokens=100):
 
 
 def micro_batch_loss(mb):
+    # advantages and weights are 0 outside the mask
     logprobs = [token_logprob(label) for label in mb.labels_T.tolist()]
     return gpg_loss(
         torch.tensor(logprobs, dtype=torch.float64),
         mb.advantages_T.double(),
         mb.weights_T.double(),
-        mb.loss_mask_T,
     ).item()
 
 
@@ -239,8 +237,6 @@ def test_counts(samples, dp_size, max_tokens, share):
         for chosen in (samples, filter(carries_gradient, samples))
     )
     for batch in batches:
-        assert batch.n_samples == len(samples)
-        assert batch.n_loss_tokens == sum(len(s.response_token_ids) for s in samples)
         assert batch.n_computed_tokens == computed
         assert batch.n_skipped_tokens == total - live
         assert batch.n_shared_tokens == live - (computed - fillers)
@@ -252,10 +248,9 @@ def test_counts(samples, dp_size, max_tokens, share):
 def test_the_order_of_the_samples_within_a_rollout_batch_does_not_matter(
     samples, dp_size, max_tokens, share
 ):
-    cfg = config(max_tokens, share=share)
     for rank in range(dp_size):
-        forward = batches_of(samples, cfg, rank, dp_size)
-        backward = batches_of(samples[::-1], cfg, rank, dp_size)
+        mine = plan(max_tokens, dp_rank=rank, dp_size=dp_size, share=share)
+        forward, backward = (make_batches(x, mine) for x in (samples, samples[::-1]))
         for a, b in zip(forward, backward, strict=True):
             for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
                 assert torch.equal(x.input_ids_T, y.input_ids_T)
@@ -266,7 +261,9 @@ def test_the_order_of_the_samples_within_a_rollout_batch_does_not_matter(
 
 
 def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
-    batches = update([sample(response=(3, 4, 5)), sample(index=1, advantage=0.0)], dp_size=3)
+    batches = update(
+        [train_sample(response=(3, 4, 5)), train_sample(index=1, advantage=0.0)], dp_size=3
+    )
     assert [len(batch.micro_batches) for batch in batches] == [1, 1, 1]
     assert batches[0].micro_batches[0].loss_mask_T.sum() == 3
     for batch in batches[1:]:
@@ -280,10 +277,9 @@ def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
 
 
 def test_no_live_sample_means_no_micro_batch_on_any_rank():
-    dead = [sample(advantage=0.0), sample(index=1, response=(), advantage=3.0)]
+    dead = [train_sample(advantage=0.0), train_sample(index=1, response=(), advantage=3.0)]
     for batch in update(dead, dp_size=2):
         assert batch.micro_batches == ()
-        assert (batch.n_samples, batch.n_loss_tokens) == (2, 2)
         assert (batch.n_computed_tokens, batch.n_skipped_tokens) == (0, 6)
 
 
@@ -291,7 +287,7 @@ def test_no_live_sample_means_no_micro_batch_on_any_rank():
 
 
 def test_updates_are_runs_of_whole_groups():
-    samples = [sample(group, index) for group in range(4) for index in range(2)]
+    samples = [train_sample(group=group, index=index) for group in range(4) for index in range(2)]
     batches = split_updates(samples, 2)
     assert [[(s.group, s.index) for s in batch] for batch in batches] == [
         [(0, 0), (0, 1), (1, 0), (1, 1)],
@@ -303,33 +299,33 @@ def test_updates_are_runs_of_whole_groups():
     ("n_groups", "sizes"), [(8, [4, 4]), (9, [5, 4]), (16, [8, 8]), (3, [2, 1]), (1, [1]), (0, [])]
 )
 def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(n_groups, sizes):
-    cfg = config(100, train_batch_size=8, mini_batch_size=4)
-    samples = [sample(group) for group in range(n_groups)]
-    batches = batches_of(samples, cfg)
-    assert [batch.n_samples for batch in batches] == sizes
+    samples = [train_sample(group=group) for group in range(n_groups)]
+    assert list(map(len, split_updates(samples, 2))) == sizes
+    assert [
+        len(sequences(batch.micro_batches[0])) for batch in make_batches(samples, plan(n_updates=2))
+    ] == sizes
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode):
     samples = [
-        sample(0, 0, response=(3, 4, 5)),
-        sample(0, 1, response=(3,), advantage=-1.0),
-        sample(1, 0, response=(3, 4)),
-        sample(1, 1, response=(3, 4), advantage=0.0),
+        train_sample(group=0, index=0, response=(3, 4, 5)),
+        train_sample(group=0, index=1, response=(3,), advantage=-1.0),
+        train_sample(group=1, index=0, response=(3, 4)),
+        train_sample(group=1, index=1, response=(3, 4), advantage=0.0),
     ]
-    cfg = config(100, mode, train_batch_size=2, mini_batch_size=1)
-    first, second = batches_of(samples, cfg)
+    first, second = make_batches(samples, plan(100, mode, n_updates=2))
     assert packed_loss([first]) == pytest.approx(direct_loss(samples[:2], mode), abs=1e-6)
     assert packed_loss([second]) == pytest.approx(direct_loss(samples[2:], mode), abs=1e-6)
 
 
 def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator():
     samples = [
-        sample(0, 0, response=(3, 4, 5)),
-        sample(0, 1, response=(3,), advantage=-1.0),
-        sample(1, 0, response=(3, 4, 5, 6), advantage=0.0),
+        train_sample(group=0, index=0, response=(3, 4, 5)),
+        train_sample(group=0, index=1, response=(3,), advantage=-1.0),
+        train_sample(group=1, index=0, response=(3, 4, 5, 6), advantage=0.0),
     ]
-    (batch,) = batches_of(samples, config(100, "token-mean"))
+    (batch,) = make_batches(samples, plan(100, "token-mean"))
     (mb,) = batch.micro_batches
     # the prompt, then both responses
     assert mb.weights_T.tolist() == [0, 0.125, 0.125, 0.125, 0.125]
@@ -337,7 +333,7 @@ def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator():
 
 def test_a_rank_outside_the_grid_is_a_programming_error():
     with pytest.raises(AssertionError):
-        batches_of([sample()], config(100), dp_rank=2, dp_size=2)
+        plan(dp_rank=2, dp_size=2)
 
 
 # alpha over less than the rollout batch, and the samples that a KL or entropy term needs
@@ -363,16 +359,28 @@ def toy_group(accuracies, lengths, number=0):
     return ScoredGroup(prompt=prompt, completions=completions, rewards=rewards)
 
 
-def ranks_of(groups, algorithm, max_tokens, dp_size=1, **trainer):
+def ranks_of(
+    groups: Sequence[ScoredGroup],
+    algorithm: AlgorithmConfig,
+    max_tokens: int = 100,
+    *,
+    dp_size: int = 1,
+    n_updates: int = 1,
+    skipped: bool = False,
+) -> list[list[TrainBatch]]:
+    """The batches of every rank."""
     samples, _ = assign_advantages(groups, algorithm)
-    cfg = replace(config(max_tokens, **trainer), algorithm=algorithm)
-    return [batches_of(samples, cfg, r, dp_size) for r in range(dp_size)]
+    plans = [
+        plan(max_tokens, algorithm=algorithm, n_updates=n_updates, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
+    return [make_batches(samples, mine, skipped=skipped) for mine in plans]
 
 
 def test_alpha_of_a_mini_batch_by_hand():
     groups = [toy_group(r, [1, 1], i) for i, r in enumerate([(1, 0), (0, 0), (1, 0), (0, 1)])]
     algorithm = AlgorithmConfig(alpha_scope="mini-batch", loss_aggregation="token-mean")
-    (batches,) = ranks_of(groups, algorithm, 100, mini_batch_size=2)
+    (batches,) = ranks_of(groups, algorithm, n_updates=2)
     assert [batch.alpha for batch in batches] == [2.0, 1.0]
     sizes = [{x for x in b.micro_batches[0].advantages_T.tolist() if x} for b in batches]
     assert sizes == [{1.0, -1.0}, {0.5, -0.5}]
@@ -436,33 +444,24 @@ def tokens_of(mb):
     return [(rows.count(row), row[1], row[2]) for row in dict.fromkeys(rows)]
 
 
-@given(samples=rollout_batches(), dp_size=st.integers(1, 4), max_tokens=st.integers(1, 60))
+@given(samples=rollout_batches(), n_ranks=st.integers(1, 4), room=st.integers(1, 60))
 @settings(max_examples=50)
-def test_amap_is_its_definition(samples, dp_size, max_tokens):
-    """Every micro-step: samples / live samples times the mean over micro-batches of token means;
-    computed as a plain sum over what is packed."""
+def test_amap_is_its_definition(samples, n_ranks, room):
+    """The plain sum over what is packed is the mean over micro-batches."""
     samples = [replace(s, live=s.advantage != 0.0) for s in samples]
-    steps = micro_steps(samples, dp_size, max_tokens)
-    assert sorted(i for step in steps for cell in step for i in cell) == list(range(len(samples)))
-    means = []
-    for step in steps:
-        n, n_live = (
-            sum(len(cell) for cell in step),
-            sum(samples[i].live for cell in step for i in cell),
+    groups: dict[int, list[Answer]] = {}
+    for s in samples:
+        answer = Answer(
+            n_prompt=len(s.prompt_token_ids),
+            logprobs=tuple(map(token_logprob, s.response_token_ids)),
+            advantage=s.advantage,
+            live=s.live,
         )
-        for cell in step:
-            total = sum(len(samples[i].response_token_ids) for i in cell)
-            losses = [
-                samples[i].advantage * token_logprob(t)
-                for i in cell
-                for t in samples[i].response_token_ids
-            ]
-            if total:
-                means.append(-n / n_live * sum(losses) / total if n_live else 0.0)
-    expected = sum(means) / len(means) if means else 0.0
-    cfg = replace(config(max_tokens, train_batch_size=1), algorithm=from_preset("amap"))
-    ranks = [batches_of(samples, cfg, r, dp_size) for r in range(dp_size)]
-    got = packed_loss([batch for batches in ranks for batch in batches])
+        groups.setdefault(s.group, []).append(answer)
+    expected = amap_loss(list(groups.values()), n_ranks=n_ranks, room=room)
+    amap = from_preset("amap")
+    plans = [plan(room, algorithm=amap, dp_rank=r, dp_size=n_ranks) for r in range(n_ranks)]
+    got = packed_loss([batch for mine in plans for batch in make_batches(samples, mine)])
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -476,12 +475,14 @@ def test_samples_without_advantage_are_computed_when_the_loss_has_more_terms(kno
     assert plain.n_skipped_tokens == 2 + 8 + 8
 
 
-def test_a_step_that_is_left_out_has_nothing_to_compute():
-    ((batch,),) = ranks_of([toy_group((1, 0), (4, 2))], AlgorithmConfig(), 100)
-    skipped = left_out(batch)
-    assert skipped.micro_batches == () and skipped.n_computed_tokens == 0
+def test_a_step_that_is_skipped_has_nothing_to_compute():
+    groups = [toy_group((1, 0), (4, 2))]
+    ((batch,),) = ranks_of(groups, AlgorithmConfig())
     assert (batch.n_computed_tokens, batch.n_shared_tokens, batch.n_skipped_tokens) == (7, 3, 0)
-    assert (skipped.n_skipped_tokens, skipped.n_shared_tokens, skipped.flops) == (10, 0, 0.0)
+    for (skipped,) in ranks_of(groups, AlgorithmConfig(), dp_size=3, skipped=True):
+        assert skipped.micro_batches == () and skipped.n_computed_tokens == 0
+        assert (skipped.n_skipped_tokens, skipped.n_shared_tokens, skipped.flops) == (10, 0, 0.0)
+        assert skipped.alpha == batch.alpha
 
 
 @given(rollout_batches())

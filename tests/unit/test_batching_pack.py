@@ -8,20 +8,7 @@ import pytest
 import torch
 
 from gpg_megatron.batching.updates import pack
-from gpg_megatron.types import TrainSample
-
-
-def sample(prompt=(1, 2), response=(3, 4), advantage=1.0):
-    return TrainSample(
-        prompt_id="toy/0",
-        group=0,
-        index=0,
-        prompt_token_ids=prompt,
-        response_token_ids=response,
-        rollout_logprobs=tuple(-0.125 * token for token in response),
-        advantage=advantage,
-        version=0,
-    )
+from tests.samples import train_sample as sample
 
 
 def test_pack_by_hand():

@@ -100,11 +100,8 @@ def save(directory: Path, tensors: Tensors, *, files: int = 1, index: bool = Fal
 def position(tp_rank: int, tp: int, pp_rank: int, pp: int) -> ParallelPosition:
     return ParallelPosition(
         rank=pp_rank * tp + tp_rank,
-        world_size=tp * pp,
         tp_rank=tp_rank,
         tp_size=tp,
-        pp_rank=pp_rank,
-        pp_size=pp,
         dp_rank=0,
         dp_size=1,
     )

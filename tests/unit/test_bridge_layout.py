@@ -23,7 +23,6 @@ from gpg_megatron.layout.boxes import (
     gated_rows,
     qkv_rows,
     replicated,
-    rows,
     vocab_rows,
 )
 from gpg_megatron.types import ModelShape
@@ -160,13 +159,6 @@ def test_replicated(case: tuple[ModelShape, int]) -> None:
     model, tp = case
     hf = numbered(norm=(model.hidden_size,))
     check(replicated, hf, [hf["norm"]] * tp, model, copies=tp)
-
-
-@given(models())
-def test_rows(case: tuple[ModelShape, int]) -> None:
-    model, tp = case
-    hf = numbered(w=(2 * model.num_heads, model.hidden_size))
-    check(rows, hf, np.split(hf["w"], tp), model)
 
 
 @given(models())

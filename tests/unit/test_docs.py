@@ -9,23 +9,25 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpg_megatron.config.ranges import ranges
 from gpg_megatron.config.sections import Config
+from tests.import_graph import file_graph, picture, room_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *filter(Path.exists, [ROOT / "README.md"])]
 SECTIONS = [section.name for section in dataclasses.fields(Config)]
 
 _HEADING = re.compile(r"#+ (?P<title>.+)")
-_ROW = re.compile(r"\| `(?P<key>\w+)` \| `(?P<default>[^`]*)` \| [^|]+ \| [^|]+ \|")
+_ROW = re.compile(r"\| `(?P<key>\w+)` \| `(?P<default>[^`]*)` \| [^|]+ \| (?P<legal>[^|]+) \|")
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
 
-def documented_defaults(section: str) -> dict[str, str]:
-    """Key -> default as docs/configuration.md spells it, from the table under the heading."""
+def documented(section: str) -> dict[str, dict[str, str]]:
+    """Key -> its row in docs/configuration.md, from the table under the heading."""
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    defaults: dict[str, str] = {}
+    rows: dict[str, dict[str, str]] = {}
     title = ""
     for line in text.splitlines():
         if heading := _HEADING.fullmatch(line):
@@ -33,23 +35,35 @@ def documented_defaults(section: str) -> dict[str, str]:
         elif title == section and line.startswith("| `"):
             row = _ROW.fullmatch(line)
             assert row is not None, f"not a row of key, default, meaning, legal: {line}"
-            assert row["key"] not in defaults, f"{section}.{row['key']} appears twice"
-            defaults[row["key"]] = row["default"]
-    return defaults
+            assert row["key"] not in rows, f"{section}.{row['key']} appears twice"
+            rows[row["key"]] = row.groupdict()
+    return rows
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_configuration_page_has_every_key_with_its_default(section: str) -> None:
     expected = dataclasses.asdict(getattr(Config(), section))
-    documented = documented_defaults(section)
-    assert documented.keys() == expected.keys()
+    rows = documented(section)
+    assert rows.keys() == expected.keys()
     for key, default in expected.items():
-        value = yaml.safe_load(documented[key])
+        value = yaml.safe_load(rows[key]["default"])
         if isinstance(default, float):
             value = float(value)  # YAML 1.1 takes 1e-6 for a text
         elif isinstance(default, tuple):
             value = tuple(value)
         assert (value, type(value)) == (default, type(default)), f"{section}.{key}"
+
+
+@pytest.mark.parametrize(("key", "allowed"), [(key, str(x)) for key, x, _ in ranges(Config())])
+def test_the_configuration_page_begins_with_the_range_of_a_number(key: str, allowed: str) -> None:
+    section, _, name = key.partition(".")
+    legal = documented(section)[name]["legal"]
+    assert re.match(rf"{re.escape(allowed)}($|[,;:] )", legal), f"{legal}; expected {allowed}"
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code() -> None:
+    drawn = "\n".join(picture(room_graph(file_graph())))
+    assert drawn in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

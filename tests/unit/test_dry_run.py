@@ -14,11 +14,12 @@ import pytest
 from benchmarks.large_layouts import CASES as LARGE
 from gpg_megatron.bridge.forecast import forecast, worker_elements
 from gpg_megatron.config.loading import load_config
+from gpg_megatron.config.sections import GIB
 from gpg_megatron.data.schema import make_row, write_parquet
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
 from gpg_megatron.start import train
-from gpg_megatron.start.dry_run import GIB, _ranges, count_rows, lines, plan_run, problems
+from gpg_megatron.start.dry_run import _ranges, count_rows, lines, plan_run, problems
 from tests.tiny import write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def test_the_flagship_by_the_numbers(models: Path) -> None:
 
 def test_the_flagship_fits_eight_gpus_of_80_gib(models: Path) -> None:
     config = flagship(models)
-    assert config.world_size == 8
+    assert config.policy.world_size == 8
     assert problems(plan_run(config, device="cuda", gpu_gib=80)) == []
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gpg_megatron.config.sections import Config, RewardConfig, TrainerConfig
+from gpg_megatron.config.sections import Config, RewardConfig, TrainerConfig, ValidationConfig
 from gpg_megatron.evaluation import cli as evaluate_cli
 from gpg_megatron.evaluation.evaluate import by_source, evaluate, write_generations
 from gpg_megatron.reward.pool import RewardPool
@@ -25,7 +26,7 @@ def groups():
         item(["#### 1", "#### 2", "#### 3", "#### 4"], "5", "gsm8k"),
         item(["\\boxed{\\frac12}", "\\boxed{1/2}", "\\boxed{2}", "2"], "0.5", "math"),
     ]
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         return pool.score(items)
 
 
@@ -63,10 +64,10 @@ def test_in_the_loop(tmp_path: Path) -> None:
         for x in "ab"
     ]
     fleet = Scripted({"a": ["#### 5", "#### 5"], "b": ["#### 4", "#### 5"]})
-    trainer = TrainerConfig(val_n=2, val_temperature=0.6, val_top_p=0.95, val_top_k=20, seed=7)
-    config = replace(Config(), trainer=trainer)
+    validation = ValidationConfig(n=2, temperature=0.6, top_p=0.95, top_k=20)
+    config = replace(Config(), validation=validation, trainer=TrainerConfig(seed=7))
     path = tmp_path / "eval" / "step_0.jsonl"
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         metrics = evaluate(fleet, pool, prompts, config, path)
     assert metrics == {
         "eval/gsm8k/mean@2": 0.75,

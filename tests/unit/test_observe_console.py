@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from contextlib import closing
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_step_lines_are_aligned() -> None:
 
 def test_without_a_terminal_there_is_one_line_a_step() -> None:
     stream = io.StringIO()
-    with Progress(40, stream) as progress:
+    with closing(Progress(40, stream)) as progress:
         progress.message("engine ready in 31 s")
         progress.step(1, METRICS)
         progress.step(2, METRICS)
@@ -73,7 +74,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    with Progress(40, stream) as progress:
+    with closing(Progress(40, stream)) as progress:
         progress.message("engine [bold]ready[/bold]")
         progress.step(7, METRICS)
     text = stream.getvalue()
@@ -85,13 +86,13 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_is_terminal_decides_over_the_stream() -> None:
     stream = Terminal()
-    with Progress(40, stream, is_terminal=False) as progress:
+    with closing(Progress(40, stream, is_terminal=False)) as progress:
         progress.step(1, METRICS)
     assert stream.getvalue() == step_line(1, 40, METRICS) + "\n"
 
 
 def test_phases_are_timed_and_added_up() -> None:
-    with Watchdog(rank=0, limit_s=60) as watchdog:
+    with closing(Watchdog(rank=0, limit_s=60)) as watchdog:
         for _ in range(2):
             with watchdog.phase("rollout"):
                 time.sleep(0.05)
@@ -106,7 +107,7 @@ def test_phases_are_timed_and_added_up() -> None:
 
 def test_a_phase_that_fails_is_timed_and_over() -> None:
     stream = io.StringIO()
-    with Watchdog(rank=0, limit_s=0.1, stream=stream) as watchdog:
+    with closing(Watchdog(rank=0, limit_s=0.1, stream=stream)) as watchdog:
         with pytest.raises(KeyError), watchdog.phase("reward"):
             raise KeyError("x")
         time.sleep(0.3)
@@ -117,7 +118,7 @@ def test_a_phase_that_fails_is_timed_and_over() -> None:
 def test_the_watchdog_names_the_innermost_phase_and_the_rank() -> None:
     stream = io.StringIO()
     watchdog = Watchdog(rank=3, limit_s=1.0, stream=stream)
-    with watchdog, watchdog.phase("step"), watchdog.phase("rollout"):
+    with closing(watchdog), watchdog.phase("step"), watchdog.phase("rollout"):
         deadline = time.monotonic() + 20
         while not stream.getvalue():
             assert time.monotonic() < deadline, "waited 20 s for the watchdog's line"
@@ -128,7 +129,7 @@ def test_the_watchdog_names_the_innermost_phase_and_the_rank() -> None:
 
 def test_the_watchdog_says_nothing_while_phases_change() -> None:
     stream = io.StringIO()
-    with Watchdog(rank=0, limit_s=1.0, stream=stream) as watchdog:
+    with closing(Watchdog(rank=0, limit_s=1.0, stream=stream)) as watchdog:
         end = time.monotonic() + 1.6
         with watchdog.phase("step"):
             while time.monotonic() < end:

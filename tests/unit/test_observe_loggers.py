@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 import types
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def rollout(n_groups: int, size: int) -> tuple[list[ScoredGroup], list[TrainSamp
                 rollout_logprobs=c.logprobs,
                 advantage=10.0 * g + c.index,
                 version=4,
+                live=True,
+                score=0.5 * c.index,
             )
             for c in completions
         ]
@@ -75,7 +78,7 @@ def lines(path: Path) -> list[str]:
 
 
 def test_a_row_has_the_step_first_and_sorted_keys(tmp_path: Path) -> None:
-    with RunLogger(tmp_path / "run", PLAIN, "a: 1\n") as logger:
+    with closing(RunLogger(tmp_path / "run", PLAIN, "a: 1\n")) as logger:
         logger.log(3, {"b/x": 0.5, "a/y": 2, "c": None, "d": math.nan, "e": -math.inf})
         # Flushed while the run goes on.
         [line] = lines(tmp_path / "run" / "metrics.jsonl")
@@ -86,29 +89,29 @@ def test_a_row_has_the_step_first_and_sorted_keys(tmp_path: Path) -> None:
 def test_values_of_array_libraries_are_written_as_numbers(tmp_path: Path) -> None:
     import torch
 
-    with RunLogger(tmp_path, PLAIN, "") as logger:
+    with closing(RunLogger(tmp_path, PLAIN, "")) as logger:
         logger.log(1, {"x": torch.tensor(0.25), "y": torch.tensor(math.nan)})  # type: ignore
     assert read_metrics(tmp_path) == [{"step": 1, "x": 0.25, "y": None}]
 
 
 def test_a_second_logger_continues_and_mends_a_torn_line(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, PLAIN, "") as logger:
+    with closing(RunLogger(tmp_path, PLAIN, "")) as logger:
         logger.log(1, {"x": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "x"')
     assert read_metrics(tmp_path) == [{"step": 1, "x": 1.0}]
-    with RunLogger(tmp_path, PLAIN, "") as logger:
+    with closing(RunLogger(tmp_path, PLAIN, "")) as logger:
         logger.log(2, {"x": 2.0})
     assert read_metrics(tmp_path) == [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]
 
 
 def test_rows_of_a_step_merge_and_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, PLAIN, "") as logger:
+    with closing(RunLogger(tmp_path, PLAIN, "")) as logger:
         for step in (0, 1, 2, 3):
             logger.log(step, {"x": float(step)})
         logger.log(3, {"eval/a/mean@1": 0.5})
     assert read_metrics(tmp_path)[-1] == {"step": 3, "x": 3.0, "eval/a/mean@1": 0.5}
-    with RunLogger(tmp_path, PLAIN, "") as logger:
+    with closing(RunLogger(tmp_path, PLAIN, "")) as logger:
         logger.log(2, {"y": 20.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
     assert read_metrics(tmp_path)[:2] == [{"step": 0, "x": 0.0}, {"step": 1, "x": 1.0}]
@@ -132,7 +135,7 @@ def test_bad_run_directories_are_named(tmp_path: Path) -> None:
 def test_rollouts_hold_the_first_samples(tmp_path: Path) -> None:
     groups, samples = rollout(n_groups=3, size=2)
     config = LoggingConfig(tensorboard=False, rollout_samples=3)
-    with RunLogger(tmp_path, config, "") as logger:
+    with closing(RunLogger(tmp_path, config, "")) as logger:
         for step in (1, 2, 10):
             logger.write_rollouts(step, groups, list(reversed(samples)))
     assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == [
@@ -166,7 +169,9 @@ def test_rollouts_hold_the_first_samples(tmp_path: Path) -> None:
 
 
 def test_no_rollouts_when_none_are_wanted(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, LoggingConfig(tensorboard=False, rollout_samples=0), "") as logger:
+    with closing(
+        RunLogger(tmp_path, LoggingConfig(tensorboard=False, rollout_samples=0), "")
+    ) as logger:
         logger.write_rollouts(1, *rollout(n_groups=1, size=2))
     assert not (tmp_path / "rollouts").exists()
 
@@ -175,7 +180,7 @@ def test_tensorboard_gets_the_finite_values(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunLogger(tmp_path, LoggingConfig(), "") as logger:
+    with closing(RunLogger(tmp_path, LoggingConfig(), "")) as logger:
         logger.log(1, {"reward/mean": 0.25, "policy/loss": math.nan})
         logger.log(2, {"reward/mean": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -217,7 +222,7 @@ def test_wandb_is_told_what_metrics_jsonl_is_told(
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = LoggingConfig(tensorboard=False, wandb=True, wandb_project="p")
-    with RunLogger(tmp_path / "run7", config, "model: {path: m}\n") as logger:
+    with closing(RunLogger(tmp_path / "run7", config, "model: {path: m}\n")) as logger:
         logger.log(1, {"x": 0.5, "y": math.nan})
     run7 = str(tmp_path / "run7")
     assert calls == [

@@ -63,6 +63,8 @@ def sample(version: int) -> TrainSample:
         rollout_logprobs=(-0.5,),
         advantage=0.5,
         version=version,
+        live=True,
+        score=1.0,
     )
 
 

@@ -3,28 +3,22 @@ micro-batches than needed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainSample
+from tests.samples import train_sample
 
 LINEAR = TokenCosts(per_token=1.0, per_loss_token=0.0, per_pair=0.0)
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.02)
 
 
-def sample(prompt, n_response):
-    return TrainSample(
-        prompt_id="toy/0",
-        group=0,
-        index=0,
-        prompt_token_ids=tuple(prompt),
-        response_token_ids=(3,) * n_response,
-        rollout_logprobs=(-1.0,) * n_response,
-        advantage=1.0,
-        version=0,
-    )
+def sample(prompt: Iterable[int], n_response: int) -> TrainSample:
+    return train_sample(prompt, (3,) * n_response)
 
 
 def alone(lengths):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_hostile_answers_cost_themselves_only(source: str, truth: str) -> None:
         memory_limit_mb=700,
         timeout_score=-1.0,
     )
-    with RewardPool(config) as pool:
+    with closing(RewardPool(config)) as pool:
         [group] = pool.score([item(responses, truth, source)])
         assert len(children()) == 1
     assert [r.score for r in group.rewards[::2]] == [1.0] * (len(HOSTILE) + 1)
@@ -207,7 +208,7 @@ def agreement_of_math_verify(pairs: Sequence[tuple[str, str]]) -> tuple[list[str
     # Generous: a busy machine must not look like a disagreement.
     config = RewardConfig(scorer="math_verify", timeout_s=120.0)
     prompts = [item([s, corrupted("math", s, t)], t, "math") for s, t in pairs]
-    with RewardPool(config) as pool:
+    with closing(RewardPool(config)) as pool:
         groups = pool.score(prompts)
     missed = [g.prompt.ground_truth for g in groups if g.rewards[0].score != 1.0]
     fooled = [g.prompt.ground_truth for g in groups if g.rewards[1].score != 0.0]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -98,7 +99,7 @@ def test_groups_come_back_in_order() -> None:
         item([], truth="1"),
         item(["x"] * 150 + ["y"], truth="y"),
     ]
-    with RewardPool(RewardConfig(num_workers=2)) as pool:
+    with closing(RewardPool(RewardConfig(num_workers=2))) as pool:
         for _ in range(2):
             groups = pool.score(items)
             assert [group.prompt for group in groups] == [prompt for prompt, _ in items]
@@ -112,7 +113,7 @@ def test_groups_come_back_in_order() -> None:
 @pytest.mark.parametrize("hang", ["sleep", "regex"])
 def test_an_answer_that_hangs_costs_itself_only(bad_scorers: str, hang: str) -> None:
     config = RewardConfig(timeout_s=0.5)
-    with RewardPool(config, scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(config, scorers_module=bad_scorers)) as pool:
         before = children()
         start = time.monotonic()
         [group] = pool.score([item(["yes", hang, "yes", "no"])])
@@ -126,7 +127,7 @@ def test_an_answer_that_hangs_costs_itself_only(bad_scorers: str, hang: str) -> 
 @pytest.mark.parametrize("crash", ["exit", "raise"])
 def test_an_answer_that_crashes_costs_itself_only(bad_scorers: str, crash: str) -> None:
     responses = ["yes", crash, "yes", crash, "no"]
-    with RewardPool(RewardConfig(num_workers=2), scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(RewardConfig(num_workers=2), scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(responses)])
         assert [reward.score for reward in group.rewards] == [1.0, 0.0, 1.0, 0.0, 0.0]
         assert [reward.parts == CRASH for reward in group.rewards] == [
@@ -138,7 +139,7 @@ def test_running_out_of_memory_costs_the_answer_only(bad_scorers: str, monkeypat
     """And it is no crash: a scorer is not broken because answers are too large for it."""
     monkeypatch.setattr(pool_module, "MAX_CRASHES_IN_A_ROW", 2)
     config = RewardConfig(timeout_score=-1.0)
-    with RewardPool(config, scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(config, scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(["yes", "memory", "memory", "memory", "no"])])
         assert [reward.score for reward in group.rewards] == [1.0, -1.0, -1.0, -1.0, 0.0]
         assert [reward.accuracy for reward in group.rewards] == [1.0, 0.0, 0.0, 0.0, 0.0]
@@ -146,7 +147,7 @@ def test_running_out_of_memory_costs_the_answer_only(bad_scorers: str, monkeypat
 
 
 def test_too_deep_a_recursion_costs_no_process(bad_scorers: str) -> None:
-    with RewardPool(RewardConfig(), scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
         before = children()
         [group] = pool.score([item(["deep", "yes"])])
         assert [r.score for r in group.rewards] == [0.0, 1.0]
@@ -155,7 +156,7 @@ def test_too_deep_a_recursion_costs_no_process(bad_scorers: str) -> None:
 
 
 def test_answers_for_votes_come_back_and_are_cut(bad_scorers: str) -> None:
-    with RewardPool(RewardConfig(), scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(["yes", "x" * 10**6])])
     assert [r.answer for r in group.rewards] == ["yes", "x" * 200]
 
@@ -166,7 +167,7 @@ def test_a_score_of_parts() -> None:
         weights={"answer": 1.0, "format": 0.25, "overlong": 2.0, "length": 1.0}, overlong_buffer=4
     )
     texts = ["#### 5", "#### 6", "5", "#### 5"]
-    with RewardPool(config, max_response_length=10) as pool:
+    with closing(RewardPool(config, max_response_length=10)) as pool:
         [group] = pool.score([item(texts, "5", "gsm8k", lengths=[2, 4, 8, 10])])
     answer, form, overlong = [1, 0, 0, 1], [1, 1, 0, 1], [0, 0, -0.5, -1]
     length = [0.5, 0.0, -0.25, -0.5]  # 0.5 - (n - 2) / 8; the second is wrong and gets no 0.25
@@ -184,14 +185,14 @@ def test_a_pattern_decides_about_the_format() -> None:
     config = RewardConfig(
         weights={"answer": 1.0, "format": 0.5}, format_pattern=r"(?s)^<think>.*</think>"
     )
-    with RewardPool(config) as pool:
+    with closing(RewardPool(config)) as pool:
         [group] = pool.score([item(["<think>\n</think>#### 5", "#### 5"], "5", "gsm8k")])
     assert [r.score for r in group.rewards] == [1.5, 1.0]
 
 
 def test_an_answer_without_a_verdict_gets_no_parts(bad_scorers: str) -> None:
     config = RewardConfig(weights={"answer": 1.0, "length": 1.0}, timeout_score=-2.0)
-    with RewardPool(config, scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(config, scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(["exit", "yes"], lengths=[1, 3])])
     assert [r.score for r in group.rewards] == [-2.0, 0.5]
     assert group.rewards[0].parts == CRASH
@@ -199,14 +200,14 @@ def test_an_answer_without_a_verdict_gets_no_parts(bad_scorers: str) -> None:
 
 def test_the_time_limit_is_for_one_answer_not_for_a_chunk(bad_scorers: str) -> None:
     config = RewardConfig(timeout_s=0.8)
-    with RewardPool(config, scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(config, scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(["slow"] * 4 + ["yes"] * 28)])
         assert not any(reward.parts == HANG for reward in group.rewards)
         assert sum(reward.score for reward in group.rewards) == 28
 
 
 def test_a_worker_that_dies_between_batches_costs_nothing() -> None:
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         [child] = children()
         child.kill()
         child.wait(timeout=10)
@@ -218,7 +219,7 @@ def test_a_scorer_that_always_crashes_is_reported(
     bad_scorers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "MAX_CRASHES_IN_A_ROW", 3)
-    with RewardPool(RewardConfig(), scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(["exit", "exit", "yes", "exit", "exit", "yes"])])
         assert sum(reward.score for reward in group.rewards) == 2
         with pytest.raises(RuntimeError, match=r"3 answers in a row \(last exit code 3\)"):
@@ -233,7 +234,7 @@ def test_a_scorer_module_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 def test_an_unknown_data_source_is_the_users_mistake() -> None:
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         with pytest.raises(UserError, match="'unheard-of'"):
             pool.score([item(["yes"], source="unheard-of")])
         [group] = pool.score([item(["yes"])])
@@ -241,7 +242,7 @@ def test_an_unknown_data_source_is_the_users_mistake() -> None:
 
 
 def test_what_a_scorer_prints_goes_to_stderr(bad_scorers: str, capfd) -> None:
-    with RewardPool(RewardConfig(), scorers_module=bad_scorers) as pool:
+    with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
         pool.score([item(["print", "yes"])])
     out, err = capfd.readouterr()
     assert out == "" and "a scorer that talks" in err
@@ -318,7 +319,7 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
 def test_thousands_of_answers_a_second_and_core() -> None:
     text = "She has 3 + 4 = 7 apples and eats 2 of them. " * 20
     items = [item([f"{text}\n#### {n}" for n in range(8)], "5", "gsm8k") for _ in range(500)]
-    with RewardPool(RewardConfig()) as pool:
+    with closing(RewardPool(RewardConfig())) as pool:
         [child] = children()
 
         def cpu_seconds() -> float:
@@ -354,7 +355,7 @@ def test_functions_of_the_users(tmp_path: Path) -> None:
     def scored(name: str) -> list[Reward]:
         spec = f"{tmp_path}/rewards_of_mine.py:{name}"
         config = RewardConfig(by_source={"rid*": "custom"}, custom_function=spec)
-        with RewardPool(config) as pool:
+        with closing(RewardPool(config)) as pool:
             mine, other = pool.score(
                 [item(["yes", "no"], source="riddles"), item(["4"], "4", "arithmetic")]
             )

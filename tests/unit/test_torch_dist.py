@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemReader
 
 from gpg_megatron.checkpoint.torch_dist import (
     METADATA,
@@ -21,6 +25,7 @@ from gpg_megatron.checkpoint.torch_dist import (
 )
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Box
+from gpg_megatron.policy.checkpoint import load_sharded
 
 SHAPE = (3, 8, 6)
 WHOLE = torch.arange(3 * 8 * 6, dtype=torch.float32).view(SHAPE)
@@ -83,15 +88,30 @@ def test_a_box_outside_the_chunks_is_refused(written: Path, tmp_path: Path) -> N
         ChunkReader(written).read(part, Box(((0, 1), (0, 8), (0, 6))), torch.empty(1, 8, 6))
 
 
+@dataclass(frozen=True)
 class _Attack:
-    def __reduce__(self):
-        return os.system, ("true",)
+    """Unpickled it leaves a file behind."""
+
+    path: str
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, (self.path,)
 
 
-def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    (tmp_path / METADATA).write_bytes(pickle.dumps(_Attack()))
-    with pytest.raises(UserError, match=r"not the metadata of a checkpoint: it refers to .*system"):
-        read_index(tmp_path)
+@pytest.mark.parametrize("read", [read_index, partial(load_sharded, {})], ids=["convert", "resume"])
+def test_metadata_that_would_run_code_is_refused(
+    written: Path, tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    for path in written.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = tmp_path / "done"
+    (tmp_path / METADATA).write_bytes(pickle.dumps(_Attack(str(done))))
+    with pytest.raises(UserError, match=r"not the metadata of a checkpoint: it refers to .*mkdir"):
+        read(tmp_path)
+    assert not done.exists()
+    with pytest.raises(AttributeError):  # what it ran is no metadata
+        FileSystemReader(tmp_path).read_metadata()
+    assert done.exists(), "torch alone would have run it"
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300])

@@ -16,12 +16,14 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
+from gpg_megatron.errors import RunError
+
 T = TypeVar("T")
 TransportName = Literal["shm", "gloo", "nccl", "cuda_ipc"]
 SLOTS = 2
 
 
-class TransferError(RuntimeError):
+class TransferError(RunError):
     """A transfer did not come to its end; the engines must not generate before a full one has."""
 
 

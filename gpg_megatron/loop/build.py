@@ -1,0 +1,321 @@
+"""Makes the parts of a run, and ends them with it.
+
+engines begin to start -> policy, weights -> engines ready, scorers, logs -> bridge
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gpg_megatron.batching.updates import BatchPlan
+from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
+from gpg_megatron.bridge.protocol import BACKEND, RECEIVER
+from gpg_megatron.checkpoint.marker import read_marker
+from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
+from gpg_megatron.config.loading import config_yaml
+from gpg_megatron.config.sections import Config
+from gpg_megatron.data.stream import open_stream
+from gpg_megatron.host.collectives import OnRank0, kept_on_rank0, on_rank0
+from gpg_megatron.host.device import Device, has_transformer_engine, peak_flops_per_s
+from gpg_megatron.host.reaper import scratch_directory
+from gpg_megatron.layout.hf_io import load_hf
+from gpg_megatron.layout.topology import policy_grid
+from gpg_megatron.loop.checkpoints import (
+    RunCheckpoints,
+    check_bytes,
+    layout_of,
+    read_trainer_state,
+    saving_of,
+)
+from gpg_megatron.loop.guard import Guard
+from gpg_megatron.loop.handover import Handover
+from gpg_megatron.loop.inputs import is_converted, load_inputs, model_files
+from gpg_megatron.loop.rank0 import Rank0
+from gpg_megatron.loop.rollouts import Collector, Rollouts
+from gpg_megatron.loop.trainer import Run, Schedule
+from gpg_megatron.model.flops import token_costs
+from gpg_megatron.observe.loggers import RunLogger
+from gpg_megatron.observe.progress import Progress
+from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.placement.devices import engine_devices, visible_devices
+from gpg_megatron.placement.states import Placement, State
+from gpg_megatron.policy.policy import DTYPES, Policy
+from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.types import ModelShape
+
+Part = TypeVar("Part", RewardPool, RunLogger, Progress)
+WATCHDOG_LIMIT_S = 300.0
+CPU_WARNING = (
+    "warning: trainer.placement=colocated saves no memory on CPU: vLLM's workers cannot sleep there"
+)
+
+
+@contextmanager
+def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) -> Iterator[Run]:
+    """A run's parts on this rank; all of them end with the context. Collective."""
+    begin = time.perf_counter()
+    # Before the engines start: they would take the cores that are measured.
+    peak = _peak_of_all_ranks(device, DTYPES[config.model.dtype])
+    group = dist.new_group(timeout=_rank0_limit(config), backend="gloo")
+    ask_rank0: OnRank0 = partial(on_rank0, group=group)
+    with ExitStack() as ends:
+        watchdog = ends.enter_context(
+            closing(Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S))
+        )
+        fleet = kept_on_rank0(
+            lambda: ends.enter_context(closing(start_engines(config, device, run_id))), ask_rank0
+        )
+        handover = Handover(fleet, lambda: policy, ask_rank0, group, watchdog)
+        placement = Placement(config.trainer.placement, handover)
+        placement.enter(State.POLICY)
+        policy = Policy(config, shape, device)
+        point = ask_rank0(lambda: _resume_point(config, shape))
+        load_policy(policy, config, shape, point)
+        pids = _pids()
+        rank0 = kept_on_rank0(lambda: open_rank0(config, fleet, watchdog, pids, ends), ask_rank0)
+        if rank0 is not None:
+            rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
+        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, point)
+        placement.enter(State.SYNC)
+        side = PolicySide(
+            shards=policy.named_shards(),
+            model=shape,
+            grid=policy_grid(config.policy, shape, transformer_engine=has_transformer_engine()),
+            rank=policy.position.rank,
+        )
+        bridge = WeightBridge(
+            side,
+            fleet,
+            config.bridge,
+            wire_dtype=DTYPES[config.rollout.dtype],
+            run_id=run_id,
+            group=group,
+        )
+        yield Run(
+            schedule=_schedule(config, point),
+            algorithm=config.algorithm,
+            plan=_batch_plan(config, shape, policy),
+            policy=policy,
+            placement=placement,
+            bridge=ends.enter_context(closing(bridge)),
+            rollouts=rollouts,
+            checkpoints=RunCheckpoints(saving_of(config, shape), ask_rank0, rollouts.state),
+            guard=_guard(config, rank0),
+            watchdog=watchdog,
+            on_rank0=ask_rank0,
+            rank0=rank0,
+            peak_flops_per_s=peak,
+        )
+
+
+# ---- engines --------------------------------------------------------------------------------
+
+
+def start_engines(config: Config, device: Device, run_id: str) -> Fleet:
+    """They go on starting while the policy is built, which takes as long; engines that will
+    share its GPUs must have taken, and given back, their memory first."""
+    colocated = config.trainer.placement == "colocated"
+    fleet = Fleet.start(
+        model_path=os.path.abspath(model_files(config)),
+        random_weights=is_converted(config),
+        config=config.rollout,
+        device=device,
+        max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
+        run_id=run_id,
+        worker_extension=RECEIVER,
+        weight_transfer=BACKEND,
+        scratch_dir=scratch_directory(run_id),
+        log_dir=Path(config.trainer.output_dir) / "logs",
+        devices=_engine_devices(config) if device == "cuda" else None,
+        give_memory_back=colocated,
+    )
+    if colocated:
+        fleet.wait_ready()
+        if device == "cpu":
+            print(CPU_WARNING, file=sys.stderr)
+    return fleet
+
+
+def _engine_devices(config: Config) -> tuple[str, ...] | None:
+    """For a private Ray; an existing cluster has its own."""
+    r = config.rollout
+    if r.ray_address is not None:
+        return None
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return engine_devices(
+        visible_devices(variable, torch.cuda.device_count()),
+        mode=config.trainer.placement,
+        n_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
+        n_workers=r.num_engines * r.tensor_model_parallel_size,
+    )
+
+
+# ---- policy ---------------------------------------------------------------------------------
+
+
+def _resume_point(config: Config, shape: ModelShape) -> ResumePoint | None:
+    point, warnings = find_resume_point(config, shape)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return point
+
+
+def load_policy(
+    policy: Policy, config: Config, shape: ModelShape, point: ResumePoint | None
+) -> None:
+    """The weights of model.path; a run that is resumed goes on with its checkpoint's."""
+    needs_reference = config.algorithm.kl_coef > 0.0
+    if point is None or needs_reference:
+        _load_model(policy, config, shape)
+    if needs_reference:
+        policy.keep_reference()
+    if point is not None:
+        check_bytes(point.directory, point.marker)
+        same = point.marker.layout == layout_of(config.policy)
+        policy.resume(point.directory, version=point.marker.version, same_ranks=same)
+
+
+def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
+    """From a converted model, or from Hugging Face files."""
+    path = Path(config.model.path)
+    if is_converted(config):
+        check_bytes(path, read_marker(path))
+        policy.load_weights(path)
+    else:
+        load_hf(path, policy.named_shards(), shape, policy.position)
+        policy.weights_loaded()
+
+
+# ---- rank 0 ---------------------------------------------------------------------------------
+
+
+def open_rank0(
+    config: Config,
+    fleet: Fleet | None,
+    watchdog: Watchdog,
+    pids: Sequence[int],
+    ends: ExitStack,
+) -> Rank0:
+    """Returns when the engines are ready. ends: closes what is opened."""
+    assert fleet is not None
+
+    def opened(part: Part) -> Part:
+        return ends.enter_context(closing(part))
+
+    inputs = load_inputs(config)
+    fleet.wait_ready()
+    longest, t = config.rollout.max_response_length, config.trainer
+    return Rank0(
+        config=config,
+        inputs=inputs,
+        fleet=fleet,
+        pool=opened(RewardPool(config.reward, max_response_length=longest)),
+        logger=opened(RunLogger(t.output_dir, config.logging, config_yaml(config))),
+        progress=opened(Progress(t.total_training_steps)),
+        watchdog=watchdog,
+        pids=pids,
+    )
+
+
+def open_rollouts(
+    config: Config,
+    rank0: Rank0 | None,
+    watchdog: Watchdog,
+    ask_rank0: OnRank0,
+    point: ResumePoint | None,
+) -> Rollouts:
+    """The batches of the run, from where the resume point left them."""
+    last = config.trainer.total_training_steps if config.trainer.max_staleness else 0
+
+    def open_collector() -> Collector:
+        assert rank0 is not None
+        stream = open_stream(
+            rank0.inputs.train_prompts,
+            per_file=rank0.inputs.per_file,
+            weights=config.data.train_weights,
+            seed=config.trainer.seed,
+            shuffle=config.data.shuffle,
+        )
+        collector = Collector(config, stream, rank0.fleet, rank0.pool, watchdog)
+        if point is not None:
+            collector.restore(read_trainer_state(point.directory))
+            rank0.message(f"resumed from {point.directory}")
+        return collector
+
+    return Rollouts(kept_on_rank0(open_collector, ask_rank0), ask_rank0, watchdog, last_ahead=last)
+
+
+def _pids() -> list[int]:
+    """Of the other ranks and the launcher. Collective."""
+    pids: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    return [*pids[1:], os.getppid()]
+
+
+# ---- plain values ---------------------------------------------------------------------------
+
+
+def _rank0_limit(config: Config) -> timedelta:
+    """Longer than anything that rank 0 does alone may take; its own limits come first."""
+    r = config.rollout
+    draws = 1 + config.algorithm.max_redraws
+    return timedelta(seconds=r.startup_timeout_s + 2 * draws * r.generate_timeout_s)
+
+
+def _peak_of_all_ranks(device: Device, dtype: torch.dtype) -> float:
+    """Collective. Operations per second that all policy ranks together could do at best; they
+    measure at once, because those of one host share its cores."""
+    dist.all_reduce(torch.zeros(1))  # waits for all; a barrier would use the GPU
+    total = torch.tensor(peak_flops_per_s(device, dtype), dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def _schedule(config: Config, point: ResumePoint | None) -> Schedule:
+    t = config.trainer
+    return Schedule(
+        done=point.marker.step if point else 0,
+        last=t.total_training_steps,
+        evaluate_first=config.validation.before_train,
+        evaluate_every=t.test_freq,
+    )
+
+
+def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
+    at, p = policy.position, config.policy
+    return BatchPlan(
+        algorithm=config.algorithm,
+        n_updates=config.trainer.updates_per_batch,
+        max_tokens=p.max_tokens_per_micro_batch,
+        max_response_length=config.rollout.max_response_length,
+        dp_rank=at.dp_rank,
+        dp_size=at.dp_size,
+        costs=token_costs(shape),
+        # Transformer Engine's attention knows no segments with a shared prompt.
+        share_prompts=p.share_prompts and not has_transformer_engine(),
+    )
+
+
+def _guard(config: Config, rank0: Rank0 | None) -> Guard:
+    both_fp32 = config.model.dtype == config.rollout.dtype == "fp32"
+    return Guard(
+        mismatch_limit=config.mismatch_tolerance,
+        # With top_p or top_k the engine's log-probs are those of a cut distribution.
+        judges_steps=both_fp32 and not config.rollout.truncates,
+        max_bad_steps=config.trainer.max_bad_steps,
+        samples_file=Path(config.trainer.output_dir) / "bad_samples.jsonl",
+        say=rank0.message if rank0 is not None else lambda text: None,
+        is_rank0=rank0 is not None,
+    )
