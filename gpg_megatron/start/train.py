@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
     first = os.environ.get("RANK", "0") == "0" and hosts.rank == 0
     if first and RUN_ID_VARIABLE not in os.environ:
-        for line in (*config_warnings(config), *shape_warnings(model_files(config))):
+        for line in config_warnings(config):
+            print(f"warning: {line}", file=sys.stderr)
+        for line in shape_warnings(model_files(config)):
             print(f"warning: {line}", file=sys.stderr)
     if arguments.dry_run:
         return dry_run(config, arguments.gpu_memory_gb)
