@@ -161,9 +161,12 @@ def _prompts(args: argparse.Namespace, config: Config) -> LoadedPrompts:
     """Of all data sets. Raises UserError: the model, the data or the lengths do not fit."""
     from transformers import AutoTokenizer
 
-    from gpg_megatron.model.shape import check_engines, load_model_shape
+    from gpg_megatron.model.layout_rules import check_engines
+    from gpg_megatron.model.shape import load_model_shape, shape_warnings
 
     check_engines(config, load_model_shape(config.model.path))
+    for line in shape_warnings(config.model.path):
+        print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
     return render_all(problems, config.data, tokenizer)

@@ -25,7 +25,8 @@ def place(tmp_path_factory) -> Path:
     """A model's config.json, and raw data in the columns of the two data sets."""
     folder = tmp_path_factory.mktemp("flagship")
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+        "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 320, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
         "rope_theta": 1e6, "tie_word_embeddings": True,
