@@ -29,7 +29,7 @@ class BenchReceiver(BridgeReceiver):
         """Spent on repacking weights so far."""
         return float(self.weight_transfer_engine.installer.effect_seconds)
 
-    def bench_reload(self: Any, path: str, manifest: list) -> None:
+    def bench_reload(self: Any, path: str, manifest: list[Any]) -> None:
         """Full tensors in shared memory through vLLM's own layerwise reload."""
         size = max(offset + 4 * torch.Size(shape).numel() for _, shape, offset in manifest)
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

@@ -147,7 +147,7 @@ def in_own_process(part: Callable[[Path], None], root: Path, size: int) -> tuple
     process = context.Process(target=_measure, args=(part, root, size, sender))
     process.start()
     sender.close()
-    result = receiver.recv()
+    result: tuple[float, float] = receiver.recv()
     process.join()
     return result
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import psutil
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.sections import RewardConfig, Scorer
 from gpg_megatron.data.catalog import load_split
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.types import Completion, Prompt
 
-CASES = {
+CASES: dict[Scorer, tuple[str, str, int]] = {
     "gsm8k": ("gsm8k", "answer", 2000),
     "math": ("math", "solution", 2000),
     "math_verify": ("math", "solution", 200),
@@ -44,7 +44,7 @@ def main() -> None:
     print(json.dumps(rows))
 
 
-def measure(scorer: str, source: str, n_answers: int) -> dict[str, Any]:
+def measure(scorer: Scorer, source: str, n_answers: int) -> dict[str, Any]:
     """One row of the table."""
     name, field, goal = CASES[scorer]
     rows = load_split(name, source, "test").rows
@@ -91,7 +91,7 @@ def _item(truth: str, responses: list[str], source: str) -> tuple[Prompt, list[C
 
 def _cpu_seconds(worker: psutil.Process) -> float:
     times = worker.cpu_times()
-    return time.process_time() + times.user + times.system
+    return float(time.process_time() + times.user + times.system)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ from gpg_megatron.host.reaper import new_run_id, start_reaper
 class Extension:
     """Worker extension."""
 
+    model_runner: Any
+    """The worker's."""
+
     def probe(self) -> dict[str, str]:
         self.installer = Installer(self.model_runner.get_model())
-        return self.installer.policies
+        return dict(self.installer.policies)
 
     def finish_early(self) -> str:
         """The error of an update of which nothing has arrived."""
@@ -86,7 +89,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         worker_extension_cls="tests.stack.install_engine.Extension",
     )
-    result = {"loaded": logprobs(llm, job["prompts"])}
+    result: dict[str, Any] = {"loaded": logprobs(llm, job["prompts"])}
     result["policies"] = llm.collective_rpc("probe")[0]
     result["probed"] = logprobs(llm, job["prompts"])
     result["updates"] = []
@@ -100,7 +103,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def logprobs(llm, prompts: list[list[int]]) -> list[float]:
+def logprobs(llm: Any, prompts: list[list[int]]) -> list[float]:
     """Of every prompt token but the first, all prompts in a row."""
     from vllm import SamplingParams
 
