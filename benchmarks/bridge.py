@@ -200,6 +200,7 @@ def measure(
     args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any
 ) -> dict[str, Any]:
     """The three ways in turns; every rank calls, rank 0's numbers count."""
+    from gpg_megatron.bridge.bridge import PublishResult
     from gpg_megatron.layout.topology import hf_shapes
 
     bound = sum(_on0(lambda: _calls(fleet, "bench_parameter_bytes")))
@@ -207,22 +208,19 @@ def measure(
     gather = GatherReload(policy, shape, fleet, full)
     copy = PlainCopy(bound)
     seconds: dict[str, list[float]] = {"publish": [], "copy": [], "gather": []}
-    paused, sent = [], 0
+    published: list[PublishResult] = []
     for number in range(args.rounds + 1):
         _disturb(policy.named_shards(), number)
-        result = [None]
 
-        def publish(number: int = number, result: list = result) -> None:
-            result[0] = bridge.publish(number)
+        def publish(number: int = number) -> None:
+            published.append(bridge.publish(number))
 
         rows = (("gather", gather.run), ("copy", copy.run), ("publish", publish))
         for name, action in rows:
             elapsed = _timed(action)
             if number:  # the first round warms up
                 seconds[name].append(elapsed)
-        paused.append(result[0].seconds)
-        sent = result[0].n_bytes
-    total = torch.tensor([sent], dtype=torch.int64)
+    total = torch.tensor([published[-1].n_bytes], dtype=torch.int64)
     dist.all_reduce(total)
     slots = torch.tensor([bridge.slot_bytes], dtype=torch.int64)
     dist.all_reduce(slots)
@@ -247,7 +245,7 @@ def measure(
         "seconds_over_copy": median["publish"] / median["copy"],
         "peak_extra_bytes": int(slots) + staged,
         "peak_extra_over_minimum": (int(slots) + staged) / (int(slots) + largest),
-        "pause_to_resume_s": statistics.median(paused[1:]),
+        "pause_to_resume_s": statistics.median(p.seconds for p in published[1:]),
         "canary_logprob_max": canary,
         "speedup_over_gather_reload": median["gather"] / median["publish"],
         "gather_extra_bytes": full,

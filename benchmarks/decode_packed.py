@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -119,7 +119,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _start(folder: Path, model: str, dtype: Any) -> Any:
+def _start(folder: Path, model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
     """An engine in this process, with random weights."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
