@@ -75,16 +75,11 @@ def load_prompts(
     per_file = []
     n_filtered = 0
     for file, label in zip(files, file_labels(files), strict=True):
-        before = len(prompts)
-        for row, problem in enumerate(read_problems(file, data.custom_class)):
-            problem = with_system_prompt(problem, data.system_prompt)
-            ids = render(problem, tokenizer, data.apply_chat_template)
-            if len(ids) > data.max_prompt_length:
-                _refuse_unless_filtered(problem, len(ids), data)
-                n_filtered += 1
-                continue
-            prompts.append(make_prompt(problem, ids, f"{label}/{row}"))
-        per_file.append(len(prompts) - before)
+        problems = read_problems(file, data.custom_class)
+        rendered = render_all(problems, label, data, tokenizer)
+        prompts += rendered
+        per_file.append(len(rendered))
+        n_filtered += len(problems) - len(rendered)
     if not prompts:
         raise UserError(
             f"{', '.join(files)}: all {n_filtered} prompts are longer than "
@@ -93,7 +88,38 @@ def load_prompts(
     return LoadedPrompts(prompts=tuple(prompts), per_file=tuple(per_file), n_filtered=n_filtered)
 
 
-def with_system_prompt(problem: Problem, text: str | None) -> Problem:
+def render_all(
+    problems: Sequence[Problem], label: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    """The prompts of a set of problems, but for those that are filtered as too long; their ids
+    are "<data_source>/<label>/<row>".
+
+    Raises:
+        UserError: see load_prompts.
+    """
+    prompts = []
+    for row, problem in enumerate(problems):
+        problem = _with_system_prompt(problem, data.system_prompt)
+        ids = render(problem, tokenizer, data.apply_chat_template)
+        if len(ids) <= data.max_prompt_length:
+            prompt = Prompt(
+                id=f"{problem.data_source}/{label}/{row}",
+                token_ids=ids,
+                messages=problem.messages,
+                ground_truth=problem.ground_truth,
+                data_source=problem.data_source,
+            )
+            prompts.append(prompt)
+        elif data.overlong_prompts == "error":
+            raise UserError(
+                f"{problem.location}: the prompt has {len(ids)} tokens, more than "
+                f"data.max_prompt_length={data.max_prompt_length}; "
+                "raise it or set data.overlong_prompts=filter"
+            )
+    return prompts
+
+
+def _with_system_prompt(problem: Problem, text: str | None) -> Problem:
     """The problem with a system message in front, unless it has one or text is None."""
     if text is None or problem.messages[0]["role"] == "system":
         return problem
@@ -119,23 +145,3 @@ def file_labels(files: Sequence[str]) -> list[str]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return ["/".join(path.parts[-depth:]) for path in paths]
-
-
-def make_prompt(problem: Problem, ids: tuple[int, ...], row_id: str) -> Prompt:
-    """The prompt with the id "<data_source>/<row_id>"."""
-    return Prompt(
-        id=f"{problem.data_source}/{row_id}",
-        token_ids=ids,
-        messages=problem.messages,
-        ground_truth=problem.ground_truth,
-        data_source=problem.data_source,
-    )
-
-
-def _refuse_unless_filtered(problem: Problem, length: int, data: DataConfig) -> None:
-    if data.overlong_prompts == "error":
-        raise UserError(
-            f"{problem.location}: the prompt has {length} tokens, more than "
-            f"data.max_prompt_length={data.max_prompt_length}; "
-            "raise it or set data.overlong_prompts=filter"
-        )

@@ -19,7 +19,7 @@ from gpg_megatron.config.sections import (
     RolloutConfig,
 )
 from gpg_megatron.data.catalog import DATA_SETS, load_split
-from gpg_megatron.data.prompts import file_labels, make_prompt, render, with_system_prompt
+from gpg_megatron.data.prompts import file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
 from gpg_megatron.errors import UserError, exit_codes
 from gpg_megatron.evaluation.evaluate import Sampling, answer_all, by_source, write_generations
@@ -163,16 +163,9 @@ def _prompts(args: argparse.Namespace, config: Config) -> tuple[list[Prompt], in
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     prompts, n_filtered = [], 0
     for label, problems in _problems(args).items():
-        for row, problem in enumerate(problems):
-            ids = render(
-                with_system_prompt(problem, args.system_prompt),
-                tokenizer,
-                config.data.apply_chat_template,
-            )
-            if len(ids) > args.max_prompt_length:
-                n_filtered += 1
-            else:
-                prompts.append(make_prompt(problem, ids, f"{label}/{row}"))
+        rendered = render_all(problems, label, config.data, tokenizer)
+        prompts += rendered
+        n_filtered += len(problems) - len(rendered)
     if not prompts:
         raise UserError(f"all {n_filtered} prompts are longer than --max-prompt-length")
     return prompts, n_filtered
@@ -209,7 +202,12 @@ def _config(args: argparse.Namespace) -> Config:
     return replace(
         Config(),
         model=ModelConfig(path=args.model),
-        data=DataConfig(apply_chat_template=not args.no_chat_template),
+        data=DataConfig(
+            apply_chat_template=not args.no_chat_template,
+            max_prompt_length=args.max_prompt_length,
+            overlong_prompts="filter",
+            system_prompt=args.system_prompt,
+        ),
         rollout=rollout,
         reward=RewardConfig(scorer=args.scorer, num_workers=args.reward_workers),
     )

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpg_megatron.data.schema import make_row, read_problems, write_parquet, write_parquets
+from gpg_megatron.data.schema import make_row, read_problems, write_parquets
 from gpg_megatron.errors import UserError
 
 
@@ -32,7 +32,7 @@ def jsonl(path: Path, *rows: object) -> Path:
 def test_jsonl_and_parquet_give_the_same_problems(tmp_path):
     rows = [row(), row(data_source="demo/max", reward_model={"style": "rule", "ground_truth": "7"})]
     lines = read_problems(jsonl(tmp_path / "a.jsonl", *rows))
-    write_parquet(rows, tmp_path / "a.parquet")
+    write_parquets({tmp_path / "a.parquet": rows})
     table = read_problems(tmp_path / "a.parquet")
     for problems in (lines, table):
         assert [p.data_source for p in problems] == ["demo/add", "demo/max"]
@@ -78,7 +78,7 @@ def test_a_malformed_row_names_its_line(tmp_path, bad, message):
 
 def test_a_malformed_parquet_row_names_its_number(tmp_path):
     path = tmp_path / "a.parquet"
-    write_parquet([row(), row(data_source=None)], path)
+    write_parquets({path: [row(), row(data_source=None)]})
     with pytest.raises(UserError, match="a.parquet: row 2: data_source is missing"):
         read_problems(path)
 
