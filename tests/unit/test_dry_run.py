@@ -15,11 +15,12 @@ from benchmarks.large_layouts import CASES as LARGE
 from gpg_megatron.bridge.forecast import forecast, worker_elements
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.sections import GIB
-from gpg_megatron.data.schema import make_row, write_parquet
+from gpg_megatron.data.schema import make_row, write_parquets
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
 from gpg_megatron.start import train
-from gpg_megatron.start.dry_run import _ranges, count_rows, lines, plan_run, problems
+from gpg_megatron.start.dry_run import count_rows, plan_run, problems
+from gpg_megatron.start.dry_run_text import lines
 from tests.tiny import write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,7 @@ def test_the_flagship_by_the_numbers(models: Path) -> None:
     text = "\n".join(lines(plan))
     assert "policy     8 ranks: TP2 PP2 DP2" in text
     assert "engines    4 x TP2 = 8 workers" in text
+    assert "  stage 1: layers 14-27, ranks 4-7" in text.splitlines()
     assert "1,024 prompts x 5 = 5,120 responses" in text
     assert "updates    4 per rollout batch, 256 prompts = 1,280 responses each; 840 in 210" in text
     assert "epoch      unknown" in text
@@ -165,7 +167,7 @@ def test_the_forecast_of_a_publish(case) -> None:
 
 def test_rows_are_counted_without_a_tokenizer(tmp_path: Path) -> None:
     row = make_row(data_source="d", content="c", ability="a", ground_truth="1", extra_info={"i": 0})
-    write_parquet([row] * 5, tmp_path / "a.parquet")
+    write_parquets({tmp_path / "a.parquet": [row] * 5})
     jsonl = write_problems(tmp_path / "b.jsonl", ["1", "2"])
     jsonl.write_text(jsonl.read_text() + "\n")
     assert count_rows([str(tmp_path / "a.parquet"), str(jsonl)]) == 7
@@ -182,10 +184,6 @@ def test_epochs(models: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     text = "\n".join(lines(plan_run(config, device="cuda")))
     assert "32 prompts = 2.00 rollout batches = 4.00 updates; the run is 1.50 epochs" in text
-
-
-def test_ranges() -> None:
-    assert _ranges((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
 
 
 def test_the_command_needs_neither_weights_nor_torchrun(models: Path) -> None:
