@@ -18,7 +18,7 @@ import torch
 
 from gpg_megatron.bridge.transports import base as transport
 from gpg_megatron.bridge.transports.base import Patience, TransferError
-from gpg_megatron.bridge.transports.shm import ShmAddress, ShmInbox, ShmOutbox
+from gpg_megatron.bridge.transports.shm import _RECEIVER, ShmAddress, ShmInbox, ShmOutbox
 from gpg_megatron.bridge.transports.table import open_inbox, open_outbox
 
 BUCKET = 256
@@ -101,18 +101,18 @@ def test_messages_keep_their_order_through_both_slots(outbox, inboxes) -> None:
 def test_order_when_two_messages_arrive_during_a_poll(outbox, inboxes, monkeypatch) -> None:
     """The first slot is looked at, then both are filled, then the second is looked at."""
     segment = inboxes[0]._segment
-    look = segment.posted
+    look = segment.get
 
-    def look_and_send(slot: int) -> tuple[int, int]:
-        seen = look(slot)
-        if not sent:
+    def look_and_send(field: int, slot: int = 0) -> int:
+        seen: int = look(field, slot)
+        if field == _RECEIVER and not sent:
             sent.extend([1, 2])
             send(outbox, 0, 1)
             send(outbox, 0, 2)
         return seen
 
     sent: list[int] = []
-    monkeypatch.setattr(segment, "posted", look_and_send)
+    monkeypatch.setattr(segment, "get", look_and_send)
     received = [take(inboxes[0]) for _ in range(4)]
     assert [value for value in received if value is not None] == [1, 2]
 
