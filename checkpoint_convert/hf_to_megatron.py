@@ -20,7 +20,8 @@ from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
 from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig
 from gpg_megatron.errors import UserError, exit_codes
 from gpg_megatron.layout.topology import PolicyGrid, policy_grid
-from gpg_megatron.model.shape import check_policy_layout, load_model_shape
+from gpg_megatron.model.layout_rules import check_policy_layout
+from gpg_megatron.model.shape import load_model_shape, shape_warnings
 
 
 @exit_codes
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     args = _parser().parse_args(argv)
     grid = _grid(args)
+    for line in shape_warnings(args.hf):
+        print(f"warning: {line}", file=sys.stderr)
     with progress_bar("to Megatron", hf_bytes(args.hf)) as progress:
         result = hf_to_megatron(
             args.hf, args.megatron, grid=grid, dtype=CASTS.get(args.dtype), progress=progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class LoadedPrompts:
     prompts: tuple[Prompt, ...]
     """In file order, then row order."""
     per_file: tuple[int, ...]
-    """How many of them each file gave."""
+    """How many of them each file, or list of problems, gave."""
     n_filtered: int
     """Rows left out because their prompt was longer than max_prompt_length."""
 
@@ -71,52 +71,51 @@ def load_prompts(
             data.max_prompt_length while data.overlong_prompts is "error", or no prompt is
             left (of a file, when data.train_weights gives each a share).
     """
-    prompts: list[Prompt] = []
-    per_file = []
-    n_filtered = 0
-    for file, label in zip(files, file_labels(files), strict=True):
-        problems = read_problems(file, data.custom_class)
-        rendered = render_all(problems, label, data, tokenizer)
-        prompts += rendered
-        per_file.append(len(rendered))
-        n_filtered += len(problems) - len(rendered)
-    if not prompts:
-        raise UserError(
-            f"{', '.join(files)}: all {n_filtered} prompts are longer than "
-            f"data.max_prompt_length={data.max_prompt_length}; expected at least one that fits"
-        )
-    return LoadedPrompts(prompts=tuple(prompts), per_file=tuple(per_file), n_filtered=n_filtered)
+    labels = file_labels(files)
+    problems = [read_problems(file, data.custom_class) for file in files]
+    return render_all(dict(zip(labels, problems, strict=True)), data, tokenizer)
 
 
 def render_all(
-    problems: Sequence[Problem], label: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Prompt]:
-    """The prompts of a set of problems, but for those that are filtered as too long; their ids
-    are "<data_source>/<label>/<row>".
+    problems: Mapping[str, Sequence[Problem]], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> LoadedPrompts:
+    """Render lists of problems, each under the label that load_prompts gives to a file.
 
     Raises:
-        UserError: see load_prompts.
+        UserError: a prompt is too long and not to be left out, or none is left.
     """
-    prompts = []
-    for row, problem in enumerate(problems):
-        problem = _with_system_prompt(problem, data.system_prompt)
-        ids = render(problem, tokenizer, data.apply_chat_template)
-        if len(ids) <= data.max_prompt_length:
-            prompt = Prompt(
-                id=f"{problem.data_source}/{label}/{row}",
-                token_ids=ids,
-                messages=problem.messages,
-                ground_truth=problem.ground_truth,
-                data_source=problem.data_source,
-            )
-            prompts.append(prompt)
-        elif data.overlong_prompts == "error":
-            raise UserError(
-                f"{problem.location}: the prompt has {len(ids)} tokens, more than "
-                f"data.max_prompt_length={data.max_prompt_length}; "
-                "raise it or set data.overlong_prompts=filter"
-            )
-    return prompts
+    prompts: list[Prompt] = []
+    per_list = []
+    n_filtered = 0
+    for label, rows in problems.items():
+        before = len(prompts)
+        for row, problem in enumerate(rows):
+            problem = _with_system_prompt(problem, data.system_prompt)
+            ids = render(problem, tokenizer, data.apply_chat_template)
+            if len(ids) <= data.max_prompt_length:
+                prompt = Prompt(
+                    id=f"{problem.data_source}/{label}/{row}",
+                    token_ids=ids,
+                    messages=problem.messages,
+                    ground_truth=problem.ground_truth,
+                    data_source=problem.data_source,
+                )
+                prompts.append(prompt)
+            elif data.overlong_prompts == "error":
+                raise UserError(
+                    f"{problem.location}: the prompt has {len(ids)} tokens, more than "
+                    f"data.max_prompt_length={data.max_prompt_length}; "
+                    "raise it or set data.overlong_prompts=filter"
+                )
+            else:
+                n_filtered += 1
+        per_list.append(len(prompts) - before)
+    if not prompts:
+        raise UserError(
+            f"{', '.join(problems)}: all {n_filtered} prompts are longer than "
+            f"data.max_prompt_length={data.max_prompt_length}; expected at least one that fits"
+        )
+    return LoadedPrompts(prompts=tuple(prompts), per_file=tuple(per_list), n_filtered=n_filtered)
 
 
 def _with_system_prompt(problem: Problem, text: str | None) -> Problem:
