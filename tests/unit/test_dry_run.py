@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.large_layouts import CASES as LARGE
+from benchmarks.large_layouts import LargeCase
 from gpg_megatron.bridge.forecast import forecast, worker_elements
 from gpg_megatron.config.loading import load_config
-from gpg_megatron.config.sections import GIB
+from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.data.schema import make_row, write_parquets
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
@@ -31,7 +32,7 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directories with a config.json and nothing else."""
     folder = tmp_path_factory.mktemp("models")
     for name, (hidden, ffn, layers, heads, kv_heads) in SHAPES.items():
@@ -47,7 +48,7 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def flagship(models: Path, *overrides: str):
+def flagship(models: Path, *overrides: str) -> Config:
     """The shipped configuration, with a model of which only the shape is there."""
     model = f"model.path={models / 'qwen2-7b'}"
     return load_config(ROOT / "configs/qwen2-7b_math_megatron.yaml", [model, *overrides])
@@ -157,7 +158,7 @@ def test_what_does_not_fit_is_named(models: Path) -> None:
 
 
 @pytest.mark.parametrize("case", LARGE[:2], ids=lambda case: case.name)
-def test_the_forecast_of_a_publish(case) -> None:
+def test_the_forecast_of_a_publish(case: LargeCase) -> None:
     found = forecast(case.grid, case.engine, case.n_engines)
     # These vocabularies are multiples of 64 * TP, so that the engines have no padding.
     workers = [worker_elements(case.engine, worker) for worker in range(case.engine.tp_size)]
@@ -203,7 +204,10 @@ def test_the_command_needs_neither_weights_nor_torchrun(models: Path) -> None:
 
 
 def test_mistakes_are_one_line(
-    models: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(RUN_ID_VARIABLE, raising=False)
     config = str(ROOT / "configs/qwen2-7b_math_megatron.yaml")

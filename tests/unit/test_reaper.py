@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
@@ -55,6 +56,10 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def _is_gone(pid: int) -> bool:
+    return not _alive(pid)
+
+
 def _wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not condition():
@@ -92,7 +97,7 @@ def test_nothing_outlives_the_owner(run_id: str, number: signal.Signals) -> None
     owner.wait(timeout=LIMIT_S)
     owner.stdout.close()
     for pid in (reaper, child, int(stray)):
-        _wait_until(lambda pid=pid: not _alive(pid), f"process {pid} to end")
+        _wait_until(partial(_is_gone, pid), f"process {pid} to end")
     assert not (SHARED_MEMORY / segment).exists()
     assert not scratch_directory(run_id).exists()
 
