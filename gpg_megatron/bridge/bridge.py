@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -233,7 +234,7 @@ class WeightBridge:
             part = flat[move.offset : move.offset + move.numel].view(move.source_box.shape)
             part.copy_(self._shards[move.parameter][move.source_box.slices])
         if verify:
-            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy(), message.number)
+            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy().data, message.number)
             slot[n_bytes : n_bytes + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
         return n_bytes + CHECKSUM_BYTES
 
@@ -255,8 +256,8 @@ class WeightBridge:
             return reason
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _gather(self, value: object) -> list:
-        values: list[object] = [None] * dist.get_world_size(self._group)
+    def _gather(self, value: object) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
 

@@ -142,7 +142,9 @@ class Installer:
             for part, local in self._staged.values():
                 # A copy: the engine keeps its own free of references to the module.
                 meta = to_meta_tensor(part.loadable[local])
-                part.module._parameters[local] = restore_layer_refs(meta, part.module)
+                part.module._parameters[local] = restore_layer_refs(  # type: ignore[assignment]
+                    meta, part.module
+                )
             yield
         finally:
             for (module, local), parameter in zip(kept, runtime, strict=True):
@@ -190,7 +192,8 @@ def _probe(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Policy:
     try:
         _post_process(module)
         kept = all(
-            _same_form(new := module._parameters[name], parameter)
+            (new := module._parameters[name]) is not None
+            and _same_form(new, parameter)
             and new.data_ptr() == parameter.data_ptr()
             and torch.equal(samples[name], marks[name])
             for name, parameter in parameters.items()
@@ -215,7 +218,7 @@ def _take_effect(part: _Part) -> None:
     _post_process(module)
     for local, old in runtime.items():
         new = module._parameters[local]
-        assert _same_form(new, old), (
+        assert new is not None and old is not None and _same_form(new, old), (
             f"{part.name}.{local}: the engine packs differently than before"
         )
         # Captured graphs and kernels hold on to the first tensor.

@@ -168,7 +168,7 @@ if torch.cpu._is_amx_tile_supported():
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     contiguous = tensor.contiguous().cpu()
-    return memoryview(contiguous.reshape(-1).view(torch.uint8).numpy())
+    return contiguous.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _remote(method: Callable[..., Any]) -> Callable[[Any, bytes], bytes]:

@@ -28,7 +28,7 @@ class _CopyRecorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fills: list[torch.Tensor] = []
 
@@ -59,7 +59,8 @@ def record_loaders(
     parameters = {_storage(p): name for name, p in model.named_parameters() if p.numel()}
     recorder = _CopyRecorder()
     with recorder, torch.no_grad():
-        model.load_weights(iter(tensors.items()))
+        load: Any = model.load_weights
+        load(iter(tensors.items()))
     result = []
     for target, source in recorder.copies:
         name = names.get(_storage(source))
@@ -79,11 +80,11 @@ def record_loaders(
 
 def _storage(tensor: torch.Tensor) -> int:
     """Identity of the memory under a tensor, also on the meta device."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _view(parameter: str, tensor: torch.Tensor) -> View:
-    return View(parameter, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return View(parameter, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def _box_of(view: torch.Tensor, whole: torch.Tensor, name: str) -> Box:

@@ -76,6 +76,7 @@ def test_a_new_outbox_is_idle_and_has_a_slot(
 ) -> None:
     assert outbox.idle()
     slot = outbox.slot()
+    assert slot is not None
     assert (slot.dtype, slot.shape) == (torch.uint8, (BUCKET,))
     assert take(inboxes[0]) is None
 
@@ -84,10 +85,13 @@ def test_a_message_is_the_posted_bytes_until_it_is_done(
     outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
 ) -> None:
     sent = torch.arange(100, dtype=torch.uint8)
-    outbox.slot()[:100] = sent
+    slot = outbox.slot()
+    assert slot is not None
+    slot[:100] = sent
     outbox.post(1, 100)
     for _ in range(2):
-        assert torch.equal(inboxes[1].poll(100), sent)
+        data = inboxes[1].poll(100)
+        assert data is not None and torch.equal(data, sent)
     assert not outbox.idle()
     inboxes[1].done()
     assert inboxes[1].poll(100) is None
@@ -133,14 +137,16 @@ def test_one_slot_is_filled_while_the_other_is_read(
     first = outbox.slot()
     send(outbox, 0, 1)
     second = outbox.slot()
+    assert first is not None and second is not None
     assert second.data_ptr() != first.data_ptr()
     send(outbox, 0, 2)
     assert outbox.slot() is None
     data = inboxes[0].poll(BUCKET)
-    assert outbox.slot() is None
+    assert outbox.slot() is None and data is not None
     assert set(data.tolist()) == {1}
     inboxes[0].done()
-    assert outbox.slot().data_ptr() == first.data_ptr()
+    third = outbox.slot()
+    assert third is not None and third.data_ptr() == first.data_ptr()
     assert not outbox.idle()
 
 
