@@ -20,7 +20,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
 
 
 def check_engines(config: Config, shape: ModelShape) -> None:
-    """The engines' parallel size, and the longest sequence. Raises UserError, with what is legal."""
+    """The engines' parallel size and the longest sequence. Raises UserError."""
     _check_tensor_parallel("rollout", config.rollout.tensor_model_parallel_size, shape, engine=True)
     _check_engine_heads(shape)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
