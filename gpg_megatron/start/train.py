@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dry_run(config: Config, gpu_gib: float) -> int:
     """Print the plan of a run. Without a GPU here, trainer.device=auto is planned for CPU."""
     from gpg_megatron.host.device import resolve_device
-    from gpg_megatron.start.dry_run import lines, plan_run
+    from gpg_megatron.start.dry_run import plan_run
+    from gpg_megatron.start.dry_run_text import lines
 
     device = config.trainer.device
     if device == "auto":
