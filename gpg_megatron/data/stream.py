@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -35,25 +36,38 @@ class PromptStream:
         places = (divmod(i, len(self._prompts)) for i in range(self.n_taken - n, self.n_taken))
         return [self._prompts[self._order(epoch)[position]] for epoch, position in places]
 
-    def state(self) -> dict[str, int]:
-        """What restore() needs; plain integers."""
+    def state(self) -> dict[str, Any]:
+        """What restore() needs, as plain JSON."""
         epoch, position = divmod(self.n_taken, len(self._prompts))
-        size = {"n_prompts": len(self._prompts), "seed": self._seed}
-        return {"epoch": epoch, "position": position, **size}
+        return {"epoch": epoch, "position": position, **self._identity}
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where state() was taken.
 
         Raises:
-            UserError: the state belongs to another number of prompts or another seed.
+            UserError: the state belongs to other prompts, another order of them, or another seed.
         """
-        for key, here in (("n_prompts", len(self._prompts)), ("seed", self._seed)):
-            if state.get(key) != here:
+        for key, here in self._identity.items():
+            # Earlier versions saved neither shuffle nor digest.
+            if state.get(key, here if key in ("shuffle", "digest") else None) != here:
                 raise UserError(
                     f"the saved data position has {key}={state.get(key)}, this run {here}; "
-                    "expected the data files and the seed of the saved run"
+                    "expected the data files, data.shuffle and the seed of the saved run"
                 )
         self.n_taken = state["epoch"] * len(self._prompts) + state["position"]
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What decides which prompts come, and in which order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for p in self._prompts:
+            digest.update(repr((p.id, p.token_ids, p.ground_truth, p.data_source)).encode())
+        return {
+            "n_prompts": len(self._prompts),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "digest": digest.hexdigest(),
+        }
 
     def _make_order(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -69,6 +70,21 @@ def test_a_state_of_another_run_is_refused(key: str, n: int, seed: int) -> None:
     state = PromptStream(prompts(3), seed=1, shuffle=True).state()
     with pytest.raises(UserError, match=f"{key}="):
         PromptStream(prompts(n), seed=seed, shuffle=True).restore(state)
+
+
+@pytest.mark.parametrize("change", ["content", "order", "shuffle"])
+def test_as_many_other_prompts_are_refused(change: str) -> None:
+    saved = PromptStream(prompts(3), seed=1, shuffle=True).state()
+    others = prompts(3)
+    if change == "content":
+        others[1] = replace(others[1], ground_truth="other")
+    if change == "order":
+        others.reverse()
+    stream = PromptStream(others, seed=1, shuffle=change != "shuffle")
+    with pytest.raises(UserError, match="shuffle=" if change == "shuffle" else "digest="):
+        stream.restore(saved)
+    del saved["digest"], saved["shuffle"]  # as an earlier version saved it
+    stream.restore(saved)
 
 
 MIXES = st.lists(st.tuples(st.integers(1, 9), st.floats(0.05, 10.0)), min_size=1, max_size=5)
