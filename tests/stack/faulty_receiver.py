@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from gpg_megatron.bridge.plan import Bucket
-from gpg_megatron.bridge.receiver import BridgeReceiver
+from gpg_megatron.bridge.receiver import BridgeReceiver, Source
 
 AT_BUCKET = 2
 
@@ -22,9 +21,7 @@ class FaultyReceiver(BridgeReceiver):
         install = type(engine)._install
         seen = 0
 
-        def faulty(
-            bucket: Bucket, data: torch.Tensor, sender: int, number: int, *, verify: bool
-        ) -> None:
+        def faulty(source: Source, data: torch.Tensor, *, verify: bool) -> None:
             nonlocal seen
             if seen == AT_BUCKET:
                 if kind == "raise":
@@ -34,7 +31,7 @@ class FaultyReceiver(BridgeReceiver):
                     data[0] ^= 1
                 time.sleep(seconds)
             seen += 1
-            install(engine, bucket, data, sender, number, verify=verify)
+            install(engine, source, data, verify=verify)
 
         engine._install = faulty
 
