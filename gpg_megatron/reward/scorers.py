@@ -74,7 +74,7 @@ def gsm8k(response: str, ground_truth: str) -> Verdict:
 def math(response: str, ground_truth: str) -> Verdict:
     """1 when the last \\boxed of the response equals the ground truth.
 
-    Compared are the spellings of mathematics.normalise, and plain numbers by value. The part
+    Compared are the spellings of mathematics.compare, and plain numbers by value. The part
     "format" is 1 when there was a box with something in it.
     """
     boxed = last_boxed(response)
