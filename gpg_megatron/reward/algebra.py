@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from fractions import Fraction
 from math import gcd, isqrt, lcm
 
-Term = tuple[tuple[str, Fraction], ...]
-Value = dict[Term, Fraction]
+Rational = int | Fraction
+"""Whole numbers are int: they cost a tenth."""
+Term = tuple[tuple[str, Rational], ...]
+Value = dict[Term, Rational]
 
 MAX_BITS = 1024
 """Of a power that is computed; a larger one stays a power."""
@@ -24,7 +26,6 @@ MAX_KEY = 4000
 """Characters of a key."""
 MAX_FACTORED = 10**6
 """Larger numbers below a root are only tested for being a power."""
-MINUS_ONE = Fraction(-1)
 _CONSTANTS = ("\\pi", "e", "i")
 
 
@@ -32,20 +33,20 @@ class UnreadableError(ValueError):
     """No value can be given."""
 
 
-def number(value: int | Fraction) -> Value:
+def number(value: Rational) -> Value:
     """A constant; zero is the empty sum."""
-    return {(): Fraction(value)} if value else {}
+    return {(): _lowest(value)} if value else {}
 
 
 def symbol(name: str) -> Value:
     """A variable, a constant with a name, or a function of something."""
-    return {((name, Fraction(1)),): Fraction(1)}
+    return {((name, 1),): 1}
 
 
-def rational(value: Value) -> Fraction | None:
+def rational(value: Value) -> Rational | None:
     """The number that a value is; None for one with symbols or roots."""
     if not value:
-        return Fraction(0)
+        return 0
     return value.get(()) if len(value) == 1 else None
 
 
@@ -53,21 +54,21 @@ def add(first: Value, second: Value) -> Value:
     """The sum."""
     total = dict(first)
     for term, coefficient in second.items():
-        result = total.get(term, Fraction(0)) + coefficient
+        result = total.get(term, 0) + coefficient
         if result:
-            total[term] = result
+            total[term] = _lowest(result)
         else:
             del total[term]
     return total
 
 
-def scale(value: Value, factor: Fraction) -> Value:
+def scale(value: Value, factor: Rational) -> Value:
     """The value times a number.
 
     Raises:
         UnreadableError: a coefficient has more than 8 * MAX_BITS bits.
     """
-    scaled = {term: c * factor for term, c in value.items()} if factor else {}
+    scaled = {term: _lowest(c * factor) for term, c in value.items()} if factor else {}
     for c in scaled.values():
         if max(c.numerator.bit_length(), c.denominator.bit_length()) > 8 * MAX_BITS:
             raise UnreadableError
@@ -83,6 +84,8 @@ def multiply(first: Value, second: Value) -> Value:
     if not first or not second:
         return {}
     [(term, coefficient)] = first.items()
+    if not term:
+        return scale(second, coefficient)
     if len(second) > 1 and not _distributes(term):
         second = _factor(second)
     total: Value = {}
@@ -97,6 +100,9 @@ def divide(above: Value, below: Value) -> Value:
     Raises:
         UnreadableError: the divisor is 0.
     """
+    n = rational(below)
+    if n:
+        return scale(above, 1 / Fraction(n))
     return multiply(above, power(below, number(-1)))
 
 
@@ -118,23 +124,23 @@ def power(base: Value, exponent: Value) -> Value:
     if len(base) > 1:
         content, primitive = split(base)
         if content < 0 and n.denominator > 1:
-            content, primitive = -content, scale(primitive, MINUS_ONE)
+            content, primitive = -content, scale(primitive, -1)
         return multiply(_number_power(content, n), _merge(((f"({key(primitive)})", n),)))
     [(term, coefficient)] = base.items()
     return multiply(_number_power(coefficient, n), _term_power(term, n))
 
 
-def split(value: Value) -> tuple[Fraction, Value]:
+def split(value: Value) -> tuple[Rational, Value]:
     """The value as a number times a sum with whole coefficients without a common divisor, whose
     first term, in the order of keys, is positive."""
     if not value:
-        return Fraction(0), {}
+        return 0, {}
     below = lcm(*(c.denominator for c in value.values()))
     above = gcd(*(int(c * below) for c in value.values()))
-    content = Fraction(above, below)
+    content = _lowest(Fraction(above, below))
     if value[min(value, key=_order)] < 0:
         content = -content
-    return content, {term: c / content for term, c in value.items()}
+    return content, {term: int(c / Fraction(content)) for term, c in value.items()}
 
 
 def key(value: Value) -> str:
@@ -150,6 +156,10 @@ def key(value: Value) -> str:
     return text
 
 
+def _lowest(value: Rational) -> Rational:
+    return value.numerator if value.denominator == 1 else value
+
+
 def _order(term: Term) -> str:
     return "".join(f"*{base}^{exponent}" for base, exponent in term)
 
@@ -159,7 +169,7 @@ def _factor(value: Value) -> Value:
     if len(value) < 2:
         return value
     content, primitive = split(value)
-    return {((f"({key(primitive)})", Fraction(1)),): content}
+    return {((f"({key(primitive)})", 1),): content}
 
 
 def _distributes(term: Term) -> bool:
@@ -169,63 +179,65 @@ def _distributes(term: Term) -> bool:
     )
 
 
-def _merge(factors: Iterable[tuple[str, Fraction]]) -> Value:
+def _merge(factors: Iterable[tuple[str, Rational]]) -> Value:
     """The product of powers of bases."""
-    exponents: dict[str, Fraction] = {}
+    exponents: dict[str, Rational] = {}
     for base, exponent in factors:
-        exponents[base] = exponents.get(base, Fraction(0)) + exponent
-    coefficient = Fraction(1)
+        exponents[base] = _lowest(exponents.get(base, 0) + exponent)
+    coefficient: Rational = 1
     for base, exponent in exponents.items():
         if base[0] == "#" and exponent.denominator <= abs(exponent.numerator):
             whole = exponent.numerator // exponent.denominator
             n = int(base[1:])
             if n.bit_length() * abs(whole) <= MAX_BITS:
                 coefficient *= Fraction(n) ** whole
-                exponents[base] = exponent - whole
+                exponents[base] = _lowest(exponent - whole)
         elif base[0] == "#" and exponent < 0:
-            coefficient /= int(base[1:])
+            coefficient /= Fraction(int(base[1:]))
             exponents[base] = exponent + 1
         elif base == "i" and exponent.denominator == 1:
             coefficient *= (1, 1, -1, -1)[exponent.numerator % 4]
-            exponents[base] = Fraction(exponent.numerator % 2)
+            exponents[base] = exponent.numerator % 2
     term = tuple(sorted((base, exponent) for base, exponent in exponents.items() if exponent))
-    return {term: coefficient}
+    return {term: _lowest(coefficient)}
 
 
-def _term_power(term: Term, n: Fraction) -> Value:
+def _term_power(term: Term, n: Rational) -> Value:
     positive = all(base[0] == "#" or base in ("\\pi", "e") for base, _ in term)
     if n.denominator == 1 or positive or all(exponent == 1 for _, exponent in term):
         return _merge((base, exponent * n) for base, exponent in term)
     return _merge(((f"({_order(term)})", n),))
 
 
-def _number_power(base: Fraction, n: Fraction) -> Value:
+def _number_power(base: Rational, n: Rational) -> Value:
+    if base == 1:
+        return number(1)
     if n.denominator == 1:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if (bits - 1) * abs(n.numerator) <= MAX_BITS:
-            return number(base**n.numerator)
+            return number(Fraction(base) ** n.numerator)
         sign = -1 if base < 0 and n.numerator % 2 else 1
         roots = multiply(_root(abs(base.numerator), n), _root(base.denominator, -n))
-        return scale(roots, Fraction(sign))
+        return scale(roots, sign)
     roots = multiply(_root(abs(base.numerator), n), _root(base.denominator, -n))
     if base > 0:
         return roots
     if n.denominator % 2:
-        return scale(roots, Fraction(-1 if n.numerator % 2 else 1))
+        return scale(roots, -1 if n.numerator % 2 else 1)
     return multiply(_merge((("i", 2 * n),)), roots) if n.denominator == 2 else _odd(base, n)
 
 
-def _odd(base: Fraction, n: Fraction) -> Value:
+def _odd(base: Rational, n: Rational) -> Value:
     """A higher even root of a negative number stays what it is."""
     return _merge(((f"({base})", n),))
 
 
-def _root(base: int, n: Fraction) -> Value:
+def _root(base: int, n: Rational) -> Value:
     """base to the n, base at least 1."""
     if base <= MAX_FACTORED:
         return _merge((f"#{prime}", times * n) for prime, times in _primes(base))
     if n.denominator == 2 and isqrt(base) ** 2 == base:
-        return _number_power(Fraction(isqrt(base)), Fraction(n.numerator))
+        return _number_power(isqrt(base), n.numerator)
     return _merge(((f"#{base}", n),))
 
 

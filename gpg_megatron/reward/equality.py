@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from gpg_megatron.reward import algebra
+from gpg_megatron.reward.algebra import Rational
 from gpg_megatron.reward.reading import Answer, Group, Scalar, Words
 from gpg_megatron.reward.units import comparable
 
@@ -86,7 +87,7 @@ def _ratio(group: Group) -> Fraction | None:
     numbers = [part.body.number for part in group.parts if isinstance(part.body, Scalar)]
     if len(numbers) != 2 or len(group.parts) != 2 or numbers[0] is None or not numbers[1]:
         return None
-    return numbers[0] / numbers[1]
+    return Fraction(numbers[0]) / numbers[1]
 
 
 def _form(answer: Answer) -> str:
@@ -107,11 +108,11 @@ def _scalars(a: Scalar, t: Scalar) -> Verdict:
     return _told_apart(a, t)
 
 
-def _numbers(a: Scalar, answer: Fraction, t: Scalar, truth: Fraction) -> bool:
+def _numbers(a: Scalar, answer: Rational, t: Scalar, truth: Rational) -> bool:
     if a.percent == t.percent:
         return answer == truth
     percent, plain = (answer, truth) if a.percent else (truth, answer)
-    return plain == percent or plain == percent / 100
+    return plain == percent or 100 * plain == percent
 
 
 def _told_apart(a: Scalar, t: Scalar) -> Verdict:

@@ -17,7 +17,7 @@ from math import comb, factorial
 
 from gpg_megatron.reward import algebra
 from gpg_megatron.reward import vocabulary as v
-from gpg_megatron.reward.algebra import UnreadableError, Value
+from gpg_megatron.reward.algebra import Rational, UnreadableError, Value
 from gpg_megatron.reward.form import Item, Node, spell
 
 MAX_EXPONENT = 400
@@ -50,12 +50,14 @@ def read_expression(items: Sequence[Item]) -> Expression:
     return Expression(value, algebra.rational(value) is not None and reader.is_literal())
 
 
-def read_number(token: str) -> Fraction:
+def read_number(token: str) -> Rational:
     """The value of a number token.
 
     Raises:
         UnreadableError: it is none, or its exponent is too large.
     """
+    if token.isdigit():
+        return int(token)
     if "\\" in token:
         return _repeating(token)
     mantissa, _, exponent = token.partition("e")
@@ -122,7 +124,7 @@ class _Reader:
             negative ^= sign == "-"
             self.at += 1
         value = self._product()
-        return algebra.scale(value, Fraction(-1)) if negative else value
+        return algebra.scale(value, -1) if negative else value
 
     def _product(self) -> Value:
         value = self._factor()
@@ -159,7 +161,7 @@ class _Reader:
             negative = self.items[self.at] == "-"
             self.at += 1
             value = self._factor()
-            return algebra.scale(value, Fraction(-1)) if negative else value
+            return algebra.scale(value, -1) if negative else value
         return self._factor()
 
     def _factor(self) -> Value:
@@ -346,7 +348,7 @@ def spell_base(node: Node) -> str:
     return v.NUMBER_WORDS.get(word, text)
 
 
-def _is_ten(value: Fraction) -> bool:
+def _is_ten(value: Rational) -> bool:
     text = str(value.numerator * value.denominator)
     return value > 0 and text[0] == "1" and not text[1:].strip("0")
 

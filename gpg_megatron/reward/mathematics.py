@@ -13,6 +13,7 @@ import re
 from fractions import Fraction
 
 from gpg_megatron.reward import equality
+from gpg_megatron.reward.algebra import Rational
 from gpg_megatron.reward.form import MAX_ANSWER, Item, TooDeepError, nest, normal_form
 from gpg_megatron.reward.reading import Answer, Scalar, read_answer
 from gpg_megatron.reward.tokens import tokenize
@@ -64,7 +65,7 @@ def vote(answer: str) -> str:
     return normal_form(text)
 
 
-def _decimal(number: Fraction) -> str:
+def _decimal(number: Rational) -> str:
     """A whole number or a fraction in lowest terms, as an answer would write it."""
     if number.denominator == 1:
         return str(number.numerator)

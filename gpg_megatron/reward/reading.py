@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 from gpg_megatron.reward import algebra, relations
 from gpg_megatron.reward import vocabulary as v
-from gpg_megatron.reward.algebra import UnreadableError, Value
+from gpg_megatron.reward.algebra import Rational, UnreadableError, Value
 from gpg_megatron.reward.expression import read_expression
 from gpg_megatron.reward.form import Item, Node, spell
 from gpg_megatron.reward.relations import Part
@@ -28,7 +27,7 @@ class Scalar(NamedTuple):
     """Its normal form."""
     value: Value | None
     """None: it cannot be read as an expression."""
-    number: Fraction | None
+    number: Rational | None
     """Where the value is one."""
     literal: bool
     """It is a number as numbers are written, with nothing left to work out."""
@@ -71,21 +70,28 @@ def read_answer(items: Sequence[Item], nested: int = 0) -> Answer:
     if several is not None:
         return several
     label, items = _label(items)
-    name, items = relations.name(items)
-    sides = relations.split(items, ("=",))
+    if relations.RELATED.isdisjoint(item for item in items if isinstance(item, str)):
+        return _single(items, nested)._replace(label=label)
+    return _related(items, nested)._replace(label=label)
+
+
+def _related(items: tuple[Item, ...], nested: int) -> Answer:
+    """With a name, an equation or an inequality."""
+    name, rest = relations.name(items)
+    sides = relations.split(rest, ("=",))
     if len(sides) > 1 and all(sides):
         chain = [read_answer(side, nested + 1) for side in sides]
         if all(isinstance(a.body, Scalar) and a.body.number is not None for a in chain):
-            return Answer(name, label, (), Group("chain", "", tuple(chain)))
-    items = relations.split(items, ("\\approx",))[0]
-    bounded = relations.bounds(items)
+            return Answer(name, "", (), Group("chain", "", tuple(chain)))
+    rest = relations.split(rest, ("\\approx",))[0]
+    bounded = relations.bounds(rest)
     if bounded is not None:
         return _interval(bounded, nested)
-    equation = relations.equation(items)
+    equation = relations.equation(rest)
     if equation is not None:
-        return Answer(name, label, (), Words(equation))
-    answer = _single(trim(items) if name else items, nested)
-    return answer._replace(name=name or answer.name, label=label)
+        return Answer(name, "", (), Words(equation))
+    answer = _single(trim(rest), nested)
+    return answer._replace(name=name or answer.name)
 
 
 def trim(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -240,7 +246,7 @@ def _scalar(items: tuple[Item, ...], nested: int) -> Answer:
         expression = read_expression(part.items)
     except UnreadableError:
         return Answer("", "", part.unit, Scalar(form, None, None, False, part.percent))
-    value = algebra.scale(expression.value, Fraction(part.scale))
+    value = algebra.scale(expression.value, part.scale)
     number = algebra.rational(value)
     scalar = Scalar(form, value, number, expression.literal, part.percent)
     return Answer("", "", part.unit, scalar)

@@ -19,6 +19,13 @@ _OPENING = {"(": 1, "[": 1, "\\{": 1, "\\langle": 1, "\\lfloor": 1, "\\lceil": 1
 _CLOSING = {")": 1, "]": 1, "\\}": 1, "\\rangle": 1, "\\rfloor": 1, "\\rceil": 1}
 _LESS, _GREATER = ("<", "\\le"), (">", "\\ge")
 _RELATIONS = ("=", "\\ne", "\\approx", "\\equiv", *_LESS, *_GREATER)
+_SEPARATORS = {
+    **dict.fromkeys((",", ";", "\\\\"), ","),
+    **dict.fromkeys(('"and', "\\and"), "and"),
+    **dict.fromkeys(('"or', "\\or"), "or"),
+}
+RELATED = frozenset((*_RELATIONS, "\\in", ":"))
+"""Signs without which there is neither a name nor a relation."""
 _MAX_SIGNS = 3
 
 
@@ -46,14 +53,13 @@ def split(items: Sequence[Item], signs: Sequence[str]) -> list[Items]:
 
 def split_list(items: Sequence[Item]) -> list[Part]:
     """The parts of a list without brackets; one for what is no list."""
-    separators = {
-        ",": ",", ";": ",", '"and': "and", '"or': "or", "\\and": "and", "\\or": "or", "\\\\": ","
-    }  # fmt: skip
-    parts = [part for part in _split(items, separators) if part.items]
+    parts = [part for part in _split(items, _SEPARATORS) if part.items]
     return parts or [Part("", tuple(items))]
 
 
 def _split(items: Sequence[Item], separators: dict[str, str]) -> list[Part]:
+    if not any(item in separators for item in items if item.__class__ is str):
+        return [Part("", tuple(items))]
     parts: list[Part] = []
     current: list[Item] = []
     depth, before = 0, ""
@@ -177,7 +183,7 @@ def equation(items: Items) -> str | None:
         sign, parts = {">": "<", "\\ge": "\\le"}[sign], parts[::-1]
     try:
         left, right = (read_expression(part).value for part in parts)
-        difference = algebra.add(left, algebra.scale(right, algebra.MINUS_ONE))
+        difference = algebra.add(left, algebra.scale(right, -1))
         if algebra.rational(difference) is not None:
             return None
         content, primitive = algebra.split(difference)

@@ -126,7 +126,7 @@ TEXT_STYLES = frozenset(
 """Commands whose argument is text."""
 
 SWALLOWED = frozenset(
-    r"\phantom \hphantom \vphantom \hspace \hspace* \vspace \label \tag \color \kern \mkern".split()
+    r"\phantom \hphantom \vphantom \hspace \hspace* \vspace \label \tag \color \textcolor \kern \mkern".split()
 )
 """Commands that vanish together with their argument."""
 
