@@ -56,7 +56,7 @@ def _bodies(answer: Answer, truth: Answer) -> Verdict:
     if isinstance(t, Group) and t.kind == "chain":
         return _any(compare(answer, side) for side in t.parts)
     if isinstance(a, Group) and a.kind == "chain":
-        return compare(a.parts[-1], truth)
+        return compare(a.parts[-1], truth) if _consistent(a.parts) else False
     if isinstance(a, Scalar) and isinstance(t, Scalar):
         return _scalars(a, t)
     if isinstance(a, Group) and isinstance(t, Group):
@@ -64,8 +64,30 @@ def _bodies(answer: Answer, truth: Answer) -> Verdict:
     if isinstance(a, Words) and isinstance(t, Words):
         return True if a.text == t.text else None
     if isinstance(a, Words) or isinstance(t, Words):
-        return None
+        sides = {_as_equation(answer), _as_equation(truth)}
+        return True if len(sides) == 1 and "" not in sides else None
     return _scalar_and_group(answer, truth)
+
+
+def _consistent(sides: Sequence[Answer]) -> bool:
+    """Whether a = b = c is true, percent signs being what they are."""
+    bodies = [side.body for side in sides if isinstance(side.body, Scalar)]
+    last = bodies[-1]
+    return all(
+        a.number is not None and last.number is not None and _numbers(a, a.number, last, last.number)
+        for a in bodies
+    )
+
+
+def _as_equation(answer: Answer) -> str:
+    """y = 3x + 1 as the reader writes 3x - y + 1 = 0; "" for what is no equation."""
+    body = answer.body
+    if isinstance(body, Words):
+        return body.text if body.text.endswith(" = 0") else ""
+    if not isinstance(body, Scalar) or body.value is None or not answer.name.isalpha():
+        return ""
+    difference = algebra.add(body.value, {((answer.name, 1),): -1})
+    return f"{algebra.key(algebra.split(difference)[1])} = 0"
 
 
 def _scalar_and_group(answer: Answer, truth: Answer) -> Verdict:
@@ -121,15 +143,10 @@ def _told_apart(a: Scalar, t: Scalar) -> Verdict:
 
 
 def _is_plain(scalar: Scalar) -> bool:
-    """A number, a number of another base, a name, or a product of these."""
-    if scalar.number is not None:
-        return True
+    """A polynomial in symbols and roots of primes: no two of them are equal."""
     assert scalar.value is not None
-    return all(
-        exponent == 1 and (base.isalnum() or base[0].isdigit())
-        for term in scalar.value
-        for base, exponent in term
-    )
+    bases = (base for term in scalar.value for base, _ in term)
+    return all("(" not in base and not (base[0] == "#" and len(base) > 7) for base in bases)
 
 
 def _groups(a: Group, t: Group) -> Verdict:
@@ -151,6 +168,12 @@ def _across(a: Group, t: Group) -> Verdict:
     kinds = {a.kind, t.kind}
     if kinds == {"sequence", "matrix"} or kinds == {"matrix"}:
         return False if kinds == {"matrix"} else None
+    if kinds == {"list", "sequence"}:
+        named, other = (a, t) if a.kind == "list" else (t, a)
+        if len({part.name for part in named.parts} - {""}) == len(named.parts):
+            # x = 1, y = 2 is the point (1, 2).
+            bare = [part._replace(name="") for part in named.parts]
+            return _ordered(bare, other.parts) if other.brackets == "()" else None
     return False if kinds <= {"sequence", "set", "list", "union", "matrix"} else None
 
 

@@ -139,7 +139,7 @@ class _Reader:
                 value = algebra.divide(value, below)
             elif isinstance(item, str) and item in _STOPS and not self._opens(item):
                 break
-            elif isinstance(item, str) and item[0].isdigit() and self._is_number(self.at - 1):
+            elif self._is_number(self.at) and self._is_number(self.at - 1) and not self._power_next():
                 raise UnreadableError  # 3 4
             else:
                 value = self._times(value, self._factor())
@@ -193,6 +193,10 @@ class _Reader:
         if n is not None and n.denominator == 1 and 0 <= n <= 100:
             return algebra.number(factorial(int(n)))
         return algebra.symbol(f"!({algebra.key(value)})")
+
+    def _power_next(self) -> bool:
+        following = self.items[self.at + 1] if self.at + 1 < len(self.items) else ""
+        return isinstance(following, Node) and following.command == "^"
 
     def _is_number(self, at: int) -> bool:
         item = self.items[at]

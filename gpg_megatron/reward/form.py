@@ -33,6 +33,9 @@ class Node(NamedTuple):
 Item = str | Node
 
 
+_EMPTY_POWER = Node("^", ((),))
+
+
 class TooDeepError(ValueError):
     """Nested more than MAX_DEPTH deep."""
 
@@ -60,6 +63,12 @@ def nest(tokens: Sequence[str]) -> tuple[Item, ...]:
         items += reader.items(0)
         if reader.rest:
             reader.rest.pop()  # A brace that nothing opened.
+    while items and items[0] == "*":
+        items.pop(0)  # Of bold print in Markdown, or a sign without a factor.
+    while items and (items[-1] == "*" or items[-1] == _EMPTY_POWER):
+        items.pop()
+    if items and isinstance(items[0], Node) and items[0].command == "^":
+        items[:1] = items[0].arguments[0]
     return tuple(items)
 
 

@@ -20,6 +20,10 @@ MAX_PARTS = 400
 MAX_NESTED = 8
 
 
+_GOES_ON = frozenset((*"+-*/()!'", "\\pm", "\\cup", "\\cap", "\\to"))
+"""What makes the letter in brackets a factor or a term, and no label."""
+
+
 class Scalar(NamedTuple):
     """One value."""
 
@@ -105,7 +109,16 @@ def trim(items: Sequence[Item]) -> tuple[Item, ...]:
         if not filler and item not in ("=", "\\approx", ":", ",", ";", ".", "\\Rightarrow", "\\to"):
             break
         start += 1
-    return tuple(items[start:end])
+    return _without_aside(tuple(items[start:end]))
+
+
+def _without_aside(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """Without words in brackets at the end: 5 (five)."""
+    if len(items) > 3 and items[-1] == ")" and "(" in items:
+        at = len(items) - 1 - items[::-1].index("(")
+        if at and at < len(items) - 2 and all(map(is_word, items[at + 1 : -1])):
+            return items[:at]
+    return items
 
 
 def _several(items: tuple[Item, ...], nested: int) -> Answer | None:
@@ -169,8 +182,10 @@ def _merged(joined: str, answers: Sequence[Answer]) -> Answer | None:
 def _label(items: tuple[Item, ...]) -> tuple[str, tuple[Item, ...]]:
     """The letter of a choice, where its value follows: (D) 12."""
     letter = items[1] if len(items) > 3 and items[0] == "(" and items[2] == ")" else ""
-    if isinstance(letter, str) and len(letter) == 1 and letter in "ABCDEFGH":
-        return letter, trim(items[3:])
+    rest = trim(items[3:])
+    operated = not rest or isinstance(rest[0], Node) and rest[0].command == "^" or rest[0] in _GOES_ON
+    if isinstance(letter, str) and len(letter) == 1 and letter in "ABCDEFGH" and not operated:
+        return letter, rest
     return "", items
 
 
@@ -183,6 +198,8 @@ def _single(items: tuple[Item, ...], nested: int) -> Answer:
     """No list, no relation."""
     if not items:
         return _words(items)
+    if items == (v.NOTHING,):
+        return Answer("", "", (), Group("set", "", ()))
     union = relations.split(items, ("\\cup",))
     if len(union) > 1:
         parts = tuple(read_answer(part, nested + 1) for part in union)
@@ -233,6 +250,8 @@ def _matrix(items: tuple[Item, ...], nested: int) -> Answer:
 
 def _scalar(items: tuple[Item, ...], nested: int) -> Answer:
     part = measured(_in_digits(items))
+    if '"to' in part.items:
+        part = part._replace(items=tuple(":" if item == '"to' else item for item in part.items))
     ratio = relations.split(part.items, (":",))
     if len(ratio) > 1 and all(ratio):
         answer = _group("ratio", "", ratio, nested)
@@ -272,10 +291,11 @@ def _in_digits(items: tuple[Item, ...]) -> tuple[Item, ...]:
 
 
 def _words(items: Sequence[Item]) -> Answer:
+    items = [item for item in items if item != '"th']
     text = " ".join(str(item).removeprefix('"') for item in items if not isinstance(item, Node))
     if all(not isinstance(item, Node) for item in items) and text in v.PHRASES:
         sign = v.PHRASES[text]
-        if sign == v.NOTHING:
+        if sign == v.NOTHING:  # The set without elements.
             return Answer("", "", (), Group("set", "", ()))
         return Answer("", "", (), Scalar(sign, algebra.symbol(sign), None, False, False))
     return Answer("", "", (), Words(spell(items)))

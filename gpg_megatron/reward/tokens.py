@@ -19,7 +19,7 @@ _TOKEN = re.compile(
     (?P<mixed>(?P<whole>\d{{1,9}})(?:\s|{_THIN})+(?P<above>\d{{1,9}})\s*/\s*(?P<below>\d{{1,9}})
         (?![\d.]))
   | (?P<repeating>\d*\.\d*\\(?:overline|bar)\s*\{{\d+\}})
-  | (?P<number>(?:\d{{1,3}}(?:(?:\{{,\}}(?:\\!)?|,\\!|{_THIN}|[ ])\d{{3}})+(?!\d)(?:\.\d+)?
+  | (?P<number>(?:\d{{1,3}}(?:(?:\{{,\}}(?:\\!)?|,\\!\s?|{_THIN}|[ ])\d{{3}})+(?!\d)(?:\.\d+)?
         |\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?![\d.A-Za-z]))?)
   | (?P<ordinal>\^\s*(?:\{{\s*)?(?:\\(?:text|mathrm|textrm)\s*\{{\s*)?(?:st|nd|rd|th)\b[}}\s]*)
   | (?P<degrees>\^\s*(?:\{{\s*)?(?:\\circ|∘|o)(?![A-Za-z])(?:\s*\}})?)
@@ -84,7 +84,7 @@ class Lexer:
         elif kind == "command":
             return self._command(found, match.end(), end, in_text)
         elif kind == "sign":
-            self._sign(found, in_text)
+            self._sign(found, in_text, self.text[match.end() : match.end() + 1])
         elif kind == "mixed":
             self._mixed(match)
         elif kind == "environment":
@@ -129,11 +129,12 @@ class Lexer:
         self._add_sign(v.SIGNS.get(found, found))
         return at
 
-    def _sign(self, found: str, in_text: bool) -> None:
+    def _sign(self, found: str, in_text: bool, following: str) -> None:
         if found in v.DROPPED or found in "\"`“”„«»*#_" and (in_text or found not in "*#_"):
             return
-        if in_text and found in "-'’" and self.tokens and self.tokens[-1].startswith('"'):
-            return
+        if in_text and found in "-'’" and following.isalpha() and self.tokens:
+            if self.tokens[-1].startswith('"'):
+                return
         sign = v.SIGNS.get(found, found)
         if len(sign) == 1 and not sign.isascii():
             sign = unicodedata.normalize("NFKC", sign)

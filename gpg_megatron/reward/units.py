@@ -11,6 +11,7 @@ from gpg_megatron.reward.form import Item, Node, spell
 Unit = tuple[tuple[str, str], ...]
 """Sorted pairs of a sign and its exponent, as text."""
 _KNOWN = frozenset(v.UNITS.values()) | {"am", "pm"}
+_SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmh": ("km", "h")}
 _SQUARE = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
 
 
@@ -28,6 +29,7 @@ class Measured(NamedTuple):
 
 def measured(items: Sequence[Item]) -> Measured:
     """Take the unit off the end, or a currency sign off the front."""
+    items = _fraction_of_words(items)
     end = len(items)
     while end and _belongs(items, end - 1):
         end -= 1
@@ -82,6 +84,20 @@ def _belongs(items: Sequence[Item], at: int) -> bool:
     return item in ("C", "F", "a", "x") and bool(at) and before == "\\deg"
 
 
+def _fraction_of_words(items: Sequence[Item]) -> Sequence[Item]:
+    """km/h in place of a fraction of words at the end."""
+    last = items[-1] if items else ""
+    if not isinstance(last, Node) or last.command != "\\frac" or len(items) < 2:
+        return items
+    above, below = last.arguments
+    words = above and below and all(map(_is_unit, (*above, *below)))
+    return (*items[:-1], *above, "/", *below) if words else items
+
+
+def _is_unit(item: Item) -> bool:
+    return is_word(item) or isinstance(item, Node) and item.command == "^"
+
+
 def _qualified(tail: Sequence[Item]) -> bool:
     words = {item[1:] for item in tail if isinstance(item, str) and is_word(item)}
     return bool(words & (v.QUALIFIERS | v.CONNECTIVES | set(v.NUMBER_WORDS) | {"half", "to"}))
@@ -106,6 +122,9 @@ def _unit(words: Sequence[Item]) -> Unit:
             power = _SQUARE[name]
             if last and name.endswith("ed"):
                 exponents[last], power = _times(sign, power), ""
+        elif name in _SPEEDS:
+            above, last = _SPEEDS[name]
+            exponents |= {above: sign, last: -sign}
         elif name not in ("*", ".", "-", "of", "the", "in", "a") or (name == "in" and not exponents):
             last = unit_name(name)
             exponents[last], power = _times(sign, power or "1"), ""

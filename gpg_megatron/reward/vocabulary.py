@@ -217,8 +217,6 @@ UNITS: Mapping[str, str] = _table(
     ml : ml milliliter millilitre cc
     l : l liter litre
     gal : gal gallon
-    mph : mph
-    kph : kph kmh
     hz : hz hertz
     khz : khz
     mhz : mhz
@@ -303,6 +301,7 @@ PHRASES: Mapping[str, str] = {
     "all real numbers": "\\R",
     "all reals": "\\R",
     "all real number": "\\R",
+    "dne": "dne",
     "does not exist": "dne",
     "do not exist": "dne",
     "not exist": "dne",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gpg_megatron.config import RewardConfig
 from gpg_megatron.data.catalog import load_split
-from gpg_megatron.reward.mathematics import MAX_ANSWER, equal, normalise, vote
+from gpg_megatron.reward.form import MAX_ANSWER, normal_form
+from gpg_megatron.reward.mathematics import equal, vote
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.reward.scorers import Verdict, gsm8k, math, math_verify
 from tests.unit.test_reward_pool import children, item
@@ -80,7 +81,7 @@ def test_what_differs(answer: str, truth: str) -> None:
 def test_normalising_ends_and_equal_holds_for_itself(text: str) -> None:
     assert equal(text, text)
     assert vote(text) == vote(text)
-    assert len(normalise(text)) <= 8 * len(text) + 8
+    assert len(normal_form(text)) <= 8 * len(text) + 8
 
 
 def test_an_answer_that_is_too_long_is_wrong() -> None:
