@@ -74,7 +74,9 @@ def _consistent(sides: Sequence[Answer]) -> bool:
     bodies = [side.body for side in sides if isinstance(side.body, Scalar)]
     last = bodies[-1]
     return all(
-        a.number is not None and last.number is not None and _numbers(a, a.number, last, last.number)
+        a.number is not None
+        and last.number is not None
+        and _numbers(a, a.number, last, last.number)
         for a in bodies
     )
 

@@ -61,7 +61,11 @@ def read_number(token: str) -> Rational:
     if "\\" in token:
         return _repeating(token)
     mantissa, _, exponent = token.partition("e")
-    if not token[0].isdigit() and token[0] != "." or (exponent and abs(int(exponent)) > MAX_EXPONENT):
+    if (
+        not token[0].isdigit()
+        and token[0] != "."
+        or (exponent and abs(int(exponent)) > MAX_EXPONENT)
+    ):
         raise UnreadableError
     value = Fraction(mantissa)
     return value * Fraction(10) ** int(exponent) if exponent else value
@@ -139,7 +143,9 @@ class _Reader:
                 value = algebra.divide(value, below)
             elif isinstance(item, str) and item in _STOPS and not self._opens(item):
                 break
-            elif self._is_number(self.at) and self._is_number(self.at - 1) and not self._power_next():
+            elif (
+                self._is_number(self.at) and self._is_number(self.at - 1) and not self._power_next()
+            ):
                 raise UnreadableError  # 3 4
             else:
                 value = self._times(value, self._factor())
@@ -286,7 +292,9 @@ class _Reader:
             return algebra.symbol(f"abs({algebra.key(inside)})")
         if n is not None:
             whole = n.numerator // n.denominator
-            return algebra.number(whole if opening == "\\lfloor" else -(-n.numerator // n.denominator))
+            return algebra.number(
+                whole if opening == "\\lfloor" else -(-n.numerator // n.denominator)
+            )
         return algebra.symbol(f"{opening}({algebra.key(value)})")
 
     def _of_base(self, value: Value) -> Value:

@@ -21,7 +21,8 @@ _UNIT_END = re.compile(
 def in_text(run: str, before: Sequence[str]) -> list[str]:
     """The tokens of a run of letters inside \\text{} and the like."""
     if len(run) == 1:
-        unit = run in _SINGLE_UNITS and (_after_number(before) or _within_unit(before))
+        counted = _after_number(before) or _within_unit(before) or _in_fraction(before)
+        unit = counted and run in _SINGLE_UNITS
         return ['"' + run.casefold() if unit else run]
     if run in _TEXT_COMMANDS:
         return [v.BARE_COMMANDS[run]]
@@ -74,6 +75,13 @@ def _after_number(before: Sequence[str]) -> bool:
 def _within_unit(before: Sequence[str]) -> bool:
     """Behind "m/": an s is a second."""
     return len(before) > 1 and before[-1] in "/*" and before[-2][0] == '"'
+
+
+def _in_fraction(before: Sequence[str]) -> bool:
+    """The fraction m over s, in text."""
+    if before and before[-1] == "\\frac":
+        return True
+    return len(before) > 1 and before[-2] == "\\frac" and before[-1][0] == '"'
 
 
 def _factors(run: str) -> list[str]:

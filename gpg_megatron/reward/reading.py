@@ -1,6 +1,6 @@
 """What an answer consists of: a value, several values in brackets, an interval, words.
 
-    Answer -- name, label, unit --> body: Scalar | Group | Words
+Answer -- name, label, unit --> body: Scalar | Group | Words
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def _label(items: tuple[Item, ...]) -> tuple[str, tuple[Item, ...]]:
     """The letter of a choice, where its value follows: (D) 12."""
     letter = items[1] if len(items) > 3 and items[0] == "(" and items[2] == ")" else ""
     rest = trim(items[3:])
-    operated = not rest or isinstance(rest[0], Node) and rest[0].command == "^" or rest[0] in _GOES_ON
+    operated = (
+        not rest or isinstance(rest[0], Node) and rest[0].command == "^" or rest[0] in _GOES_ON
+    )
     if isinstance(letter, str) and len(letter) == 1 and letter in "ABCDEFGH" and not operated:
         return letter, rest
     return "", items

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from gpg_megatron.config import RewardConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.plugins import load_object
-from gpg_megatron.reward.scorers import parse_number
+from gpg_megatron.reward.gsm8k import exact_number
 from gpg_megatron.types import Prompt
 
 DATA_SOURCES = {
@@ -83,6 +83,6 @@ def check_prompts(prompts: Iterable[Prompt], config: RewardConfig) -> None:
         if scorer != "gsm8k":
             continue
         try:
-            parse_number(prompt.ground_truth)
+            exact_number(prompt.ground_truth)
         except ValueError as error:
             raise UserError(f"{prompt.id}: ground truth {error}; scorer gsm8k needs one") from None

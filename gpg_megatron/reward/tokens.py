@@ -130,7 +130,7 @@ class Lexer:
         return at
 
     def _sign(self, found: str, in_text: bool, following: str) -> None:
-        if found in v.DROPPED or found in "\"`“”„«»*#_" and (in_text or found not in "*#_"):
+        if found in v.DROPPED or found in '"`“”„«»*#_' and (in_text or found not in "*#_"):
             return
         if in_text and found in "-'’" and following.isalpha() and self.tokens:
             if self.tokens[-1].startswith('"'):

@@ -125,7 +125,9 @@ def _unit(words: Sequence[Item]) -> Unit:
         elif name in _SPEEDS:
             above, last = _SPEEDS[name]
             exponents |= {above: sign, last: -sign}
-        elif name not in ("*", ".", "-", "of", "the", "in", "a") or (name == "in" and not exponents):
+        elif name not in ("*", ".", "-", "of", "the", "in", "a") or (
+            name == "in" and not exponents
+        ):
             last = unit_name(name)
             exponents[last], power = _times(sign, power or "1"), ""
     if power and not exponents:

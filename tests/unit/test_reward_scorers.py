@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from gpg_megatron.config import RewardConfig
 from gpg_megatron.data.catalog import DATA_SETS
 from gpg_megatron.errors import UserError
+from gpg_megatron.reward.gsm8k import TAIL as GSM8K_TAIL
+from gpg_megatron.reward.gsm8k import exact_number as parse_number
+from gpg_megatron.reward.gsm8k import last_answer as gsm8k_answer
 from gpg_megatron.reward.scorers import (
-    GSM8K_TAIL,
     SCORERS,
     exact_match,
     gsm8k,
-    gsm8k_answer,
-    parse_number,
 )
 from gpg_megatron.reward.sources import (
     DATA_SOURCES,
@@ -89,6 +89,18 @@ def test_exact_match(response: str, truth: str, score: float) -> None:
         ("#### 1\n#### 2", "2"),
         ("#### 2\n#### the end", "2"),
         ("#### 7 #### 8 and more", "8"),
+        ("####\n42", "42"),
+        ("#### \\boxed{42}", "42"),
+        ("#### \\(42\\)", "42"),
+        ("#### (42)", "42"),
+        ("####: 42", "42"),
+        ("#### *42*", "42"),
+        ("#### 42\N{NO-BREAK SPACE}", "42"),
+        ("#### **Final answer:** 42 clips.", "42"),
+        ("#### 1{,}234", "1234"),
+        ("#### 42 m^2", "42"),
+        ("#### 42 (clips)", "42"),
+        ("#### 42 ####", "42"),
     ],
 )
 def test_gsm8k_finds_the_number(response: str, number: str) -> None:
@@ -104,7 +116,7 @@ def test_gsm8k_finds_the_number(response: str, number: str) -> None:
         "#### forty-two",
         "####",
         "#### x = 42",
-        "####\n42",
+        "####\n42 apples, 3 of them red",
         "#### 1/2",
         "#### 1 / 2",
         "#### 5-7",
@@ -120,6 +132,23 @@ def test_gsm8k_finds_the_number(response: str, number: str) -> None:
         "#### --4",
         "#### -$-4",
         "#### 5\n#### 1/2",
+        "#### 3 or 4",
+        "#### 3 1/2",
+        "#### 5, 6",
+        "#### 10 000",
+        "#### 12!",
+        "#### 12x",
+        "#### 12\N{SUPERSCRIPT TWO}",
+        "#### 5 x 3 = 15",
+        "#### 5 to 7",
+        "#### 70 #### unknown",
+        "#### 70\n#### unknown",
+        "#### 72 \N{DIVISION SIGN} 2",
+        "#### 72 thousand",
+        "#### 72k",
+        "#### 72nd",
+        "#### 72 and a half",
+        "#### 72, no, 73",
         "#### 42" + " " * GSM8K_TAIL,
     ],
 )
