@@ -91,7 +91,6 @@ WHOLE = Family(
         <n>0
         <swapped>
         <n>x
-        <n>!
         <n>, <next>
         <n> \text{ or } <next>
         <n>^2

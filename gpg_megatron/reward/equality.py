@@ -28,16 +28,16 @@ def compare(answer: Answer, truth: Answer) -> Verdict:
         return truth.label == answer.body.form if isinstance(answer.body, Scalar) else None
     if answer.name and truth.name and answer.name != truth.name and not _functions(answer, truth):
         return False
-    if answer.unit and truth.unit and answer.unit != truth.unit:
-        if comparable(answer.unit) and comparable(truth.unit):
-            return False
+    units = (answer.unit, truth.unit)
+    if all(units) and answer.unit != truth.unit and all(map(comparable, units)):
+        return False
     return _bodies(answer, truth)
 
 
 def _functions(answer: Answer, truth: Answer) -> bool:
     """y = 2x and f(x) = 2x name the same function; words and vectors are names of no variable."""
     names = (answer.name, truth.name)
-    if any("(" in name or len(name) > 1 and name[0].islower() or "{" in name for name in names):
+    if any("(" in name or (len(name) > 1 and name[0].islower()) or "{" in name for name in names):
         return True
     return any(name.isupper() for name in names) or _has_symbols(truth)
 
@@ -141,7 +141,19 @@ def _numbers(a: Scalar, answer: Rational, t: Scalar, truth: Rational) -> bool:
 
 def _told_apart(a: Scalar, t: Scalar) -> Verdict:
     """False where two values that have no other spelling differ: symbols and numbers."""
-    return False if _is_plain(a) and _is_plain(t) else None
+    assert a.value is not None and t.value is not None
+    multiples = len(a.value) == 1 and a.value.keys() == t.value.keys()
+    if (_is_large(a) and t.number is not None) or (_is_large(t) and a.number is not None):
+        return False
+    return False if multiples or (_is_plain(a) and _is_plain(t)) else None
+
+
+def _is_large(scalar: Scalar) -> bool:
+    """The factorial of a number that is too large to be written out."""
+    terms = list(scalar.value or {})
+    return len(terms) == 1 and any(
+        base[:2] == "!(" and base[2:-1].isdigit() for base, _ in terms[0]
+    )
 
 
 def _is_plain(scalar: Scalar) -> bool:
@@ -156,7 +168,7 @@ def _groups(a: Group, t: Group) -> Verdict:
         first, second = _ratio(a), _ratio(t)
         if first is not None and second is not None:
             return first == second
-    if t.kind == "union" and a.kind == "union" or {a.kind, t.kind} <= {"set", "list"}:
+    if (t.kind == "union" and a.kind == "union") or {a.kind, t.kind} <= {"set", "list"}:
         return _unordered(a.parts, t.parts)
     if a.kind != t.kind or a.brackets != t.brackets:
         return _across(a, t)

@@ -13,15 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import comb, factorial
 
-from gpg_megatron.reward import algebra
+from gpg_megatron.reward import algebra, functions
 from gpg_megatron.reward import vocabulary as v
-from gpg_megatron.reward.algebra import Rational, UnreadableError, Value
+from gpg_megatron.reward.algebra import UnreadableError, Value
 from gpg_megatron.reward.form import Item, Node, spell
 
-MAX_EXPONENT = 400
-"""Of ten in 1e400; larger ones are no number."""
 MAX_NESTED = 60
 _CLOSED_BY = {"(": ")", "[": "]", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
 _STOPS = frozenset((")", "]", "|", "\\rfloor", "\\rceil", "+", "-", "*", "/", "!", "'", ",", "%"))
@@ -50,37 +47,6 @@ def read_expression(items: Sequence[Item]) -> Expression:
     return Expression(value, algebra.rational(value) is not None and reader.is_literal())
 
 
-def read_number(token: str) -> Rational:
-    """The value of a number token.
-
-    Raises:
-        UnreadableError: it is none, or its exponent is too large.
-    """
-    if token.isdigit():
-        return int(token)
-    if "\\" in token:
-        return _repeating(token)
-    mantissa, _, exponent = token.partition("e")
-    if (
-        not token[0].isdigit()
-        and token[0] != "."
-        or (exponent and abs(int(exponent)) > MAX_EXPONENT)
-    ):
-        raise UnreadableError
-    value = Fraction(mantissa)
-    return value * Fraction(10) ** int(exponent) if exponent else value
-
-
-def _repeating(token: str) -> Fraction:
-    """0.1\\overline{6} is 1/6."""
-    start, _, rest = token.partition("\\overline{")
-    whole, _, fixed = start.partition(".")
-    period = rest.rstrip("}")
-    shift = 10 ** len(fixed)
-    tail = Fraction(int(period), (10 ** len(period) - 1) * shift)
-    return Fraction(int((whole or "0") + fixed), shift) + tail
-
-
 class _Reader:
     def __init__(self, items: Sequence[Item], nested: int = 0) -> None:
         if nested > MAX_NESTED:
@@ -103,12 +69,15 @@ class _Reader:
         value = reader.sum()
         if reader.at != len(items):
             raise UnreadableError
-        self.sums += reader.sums
-        self.products += reader.products
-        self.quotients += reader.quotients
-        self.powers += reader.powers
-        self.others += reader.others
+        self._count(reader)
         return value
+
+    def _count(self, inner: _Reader) -> None:
+        self.sums += inner.sums
+        self.products += inner.products
+        self.quotients += inner.quotients
+        self.powers += inner.powers
+        self.others += inner.others
 
     def sum(self) -> Value:
         total = self._signed()
@@ -159,7 +128,11 @@ class _Reader:
         a, b = algebra.rational(first), algebra.rational(second)
         if a is not None and b is not None and 1 not in (abs(a), abs(b)):
             # 4.5 * 10^33 is a number; 3 * 4 is to be worked out.
-            self.products += 1 if self.powers and (_is_ten(a) or _is_ten(b)) else 2
+            self.products += (
+                1
+                if self.powers and (functions.is_power_of_ten(a) or functions.is_power_of_ten(b))
+                else 2
+            )
         return algebra.multiply(first, second)
 
     def _signed_factor(self) -> Value:
@@ -195,10 +168,7 @@ class _Reader:
 
     def _factorial(self, value: Value) -> Value:
         self.others += 1
-        n = algebra.rational(value)
-        if n is not None and n.denominator == 1 and 0 <= n <= 100:
-            return algebra.number(factorial(int(n)))
-        return algebra.symbol(f"!({algebra.key(value)})")
+        return functions.factorial(value)
 
     def _power_next(self) -> bool:
         following = self.items[self.at + 1] if self.at + 1 < len(self.items) else ""
@@ -231,7 +201,7 @@ class _Reader:
             self.at += 1
             self.others += 1
             return algebra.symbol(f"{token}_{{{spell_base(following)}}}")
-        value = read_number(token)
+        value = functions.read_number(token)
         if isinstance(following, Node) and following.command == "\\frac" and token.isdigit():
             above, below = following.arguments
             if len(above) == len(below) == 1 and all(map(_is_whole, (above[0], below[0]))):
@@ -255,11 +225,7 @@ class _Reader:
         if node.command == "\\binom":
             self.others += 1
             n, k = map(self.inner, node.arguments)
-            a, b = algebra.rational(n), algebra.rational(k)
-            if a is not None and b is not None and a.denominator == b.denominator == 1:
-                if 0 <= b <= a <= 200:
-                    return algebra.number(comb(int(a), int(b)))
-            return algebra.symbol(f"binom({algebra.key(n)},{algebra.key(k)})")
+            return functions.binomial(n, k)
         if node.command in ("^", "_"):
             raise UnreadableError
         return self._symbol(spell([node]))
@@ -274,28 +240,11 @@ class _Reader:
         if reader.peek() != _CLOSED_BY[opening]:
             raise UnreadableError
         self.at = reader.at + 1
-        self.sums += reader.sums
-        self.products += reader.products
-        self.quotients += reader.quotients
-        self.powers += reader.powers
-        self.others += reader.others
+        self._count(reader)
         if opening in "([":
             return self._of_base(value)
         self.others += 1
-        n = algebra.rational(value)
-        if opening == "|":
-            if n is not None:
-                return algebra.number(abs(n))
-            # |a - b| = |b - a|
-            content, primitive = algebra.split(value)
-            inside = algebra.scale(primitive, abs(content))
-            return algebra.symbol(f"abs({algebra.key(inside)})")
-        if n is not None:
-            whole = n.numerator // n.denominator
-            return algebra.number(
-                whole if opening == "\\lfloor" else -(-n.numerator // n.denominator)
-            )
-        return algebra.symbol(f"{opening}({algebra.key(value)})")
+        return functions.bracket(opening, value)
 
     def _of_base(self, value: Value) -> Value:
         """(101)_2 is 101_2."""
@@ -318,8 +267,9 @@ class _Reader:
                 name += f"_{{{spell(item.arguments[0])}}}"
             else:
                 exponent = self.inner(item.arguments[0])
-        if exponent is not None and algebra.rational(exponent) == -1 and name in _INVERSE:
-            name, exponent = _INVERSE[name], None
+        if exponent is not None and algebra.rational(exponent) == -1:
+            inverse = functions.INVERSE.get(name)
+            name, exponent = (inverse, None) if inverse else (name, exponent)
         argument = self._argument()
         if name == "\\exp":
             return algebra.power(algebra.symbol("e"), argument)
@@ -350,19 +300,11 @@ class _Reader:
         return algebra.symbol(name)
 
 
-_INVERSE = {"\\sin": "\\arcsin", "\\cos": "\\arccos", "\\tan": "\\arctan"}
-
-
 def spell_base(node: Node) -> str:
     """The base of a number, in digits."""
     text = spell(node.arguments[0])
     word = text.removeprefix("\\text{").removesuffix("}")
     return v.NUMBER_WORDS.get(word, text)
-
-
-def _is_ten(value: Rational) -> bool:
-    text = str(value.numerator * value.denominator)
-    return value > 0 and text[0] == "1" and not text[1:].strip("0")
 
 
 def _is_whole(item: Item) -> bool:

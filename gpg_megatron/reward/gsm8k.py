@@ -12,6 +12,8 @@ import functools
 import re
 from decimal import Decimal
 
+from gpg_megatron.reward.vocabulary import words
+
 TAIL = 300
 """Characters at the end of a response in which the answer must stand."""
 
@@ -44,12 +46,12 @@ _ANSWER = re.compile(
 _REST = re.compile(rf"{_CLOSE}(?:[-–—/(]?{_SPACE}*{_WORD}{_CLOSE})*(?:\#+)?{_SPACE}*", re.VERBOSE)
 _LETTERS = re.compile(rf"{_L}+")
 _EXACT = re.compile(_NUMBER + r"\.?", re.VERBOSE)
-_NO_UNITS = frozenset(
+_NO_UNITS = words(
     """or to st nd rd th plus minus times divided over half quarter third thirds hundred hundreds
     thousand thousands million millions billion billions trillion dozen dozens x y z n i e k pi
     sqrt frac no not wait wrong incorrect unknown unsure none nothing unclear cannot but sorry
     maybe through until between one two three four five six seven eight nine ten eleven twelve
-    cdot mod squared cubed""".split()
+    cdot mod squared cubed"""
 )
 """Words that make another answer of the number in front of them."""
 
@@ -63,7 +65,9 @@ def last_answer(response: str) -> Decimal | None:
     """
     tail = response[-TAIL:]
     marks = [match.end() for match in _MARK.finditer(tail)]
-    while marks and (not tail[marks[-1] :].strip() or len(marks) > 1 and _is_heading(tail, marks)):
+    while marks and (
+        not tail[marks[-1] :].strip() or (len(marks) > 1 and _is_heading(tail, marks))
+    ):
         marks.pop()
     if not marks:
         return None
@@ -73,8 +77,8 @@ def last_answer(response: str) -> Decimal | None:
 
 def _is_heading(tail: str, marks: list[int]) -> bool:
     before, line = tail[marks[-2] : marks[-1]], tail[marks[-1] :]
-    words = _LETTERS.findall(line.casefold())
-    return "\n" in before and not re.search(r"\d", line) and _NO_UNITS.isdisjoint(words)
+    found = _LETTERS.findall(line.casefold())
+    return "\n" in before and not re.search(r"\d", line) and _NO_UNITS.isdisjoint(found)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,10 +108,10 @@ def _number_at(text: str, at: int) -> Decimal | None:
 def _may_follow(rest: str, glued: bool) -> bool:
     if not _REST.fullmatch(rest):
         return False
-    words = _LETTERS.findall(rest.casefold().replace("\\text", ""))
-    if glued and len(words[0]) == 1 and rest[0] not in "gmlLhs":
+    found = _LETTERS.findall(rest.casefold().replace("\\text", ""))
+    if glued and len(found[0]) == 1 and rest[0] not in "gmlLhs":
         return False  # 12x
-    return _NO_UNITS.isdisjoint(words)
+    return _NO_UNITS.isdisjoint(found)
 
 
 def _value(match: re.Match[str]) -> Decimal | None:

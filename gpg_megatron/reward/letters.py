@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 from gpg_megatron.reward import vocabulary as v
 
-_TEXT_COMMANDS = frozenset(
-    "sin cos tan cot csc log ln lcm gcd arcsin arccos arctan pi infinity".split()
-)
-_CAPITAL_WORDS = frozenset("AM PM USD DNE NOT AND OR YES NO".split())
+_TEXT_COMMANDS = v.words("sin cos tan cot csc log ln lcm gcd arcsin arccos arctan pi infinity")
+_CAPITAL_WORDS = v.words("AM PM USD DNE NOT AND OR YES NO")
 _SINGLE_UNITS = frozenset("mgshLlJNWVACKF")
 _TIMES = re.compile(r"\s*\{?10\}?\s*(?:\^|\*\*|[⁰¹²³⁴⁵⁶⁷⁸⁹])|\s+\d")
 _UNIT_END = re.compile(

@@ -14,9 +14,11 @@ from fractions import Fraction
 
 from gpg_megatron.reward import equality
 from gpg_megatron.reward.algebra import Rational
-from gpg_megatron.reward.form import MAX_ANSWER, Item, TooDeepError, nest, normal_form
-from gpg_megatron.reward.reading import Answer, Scalar, read_answer
+from gpg_megatron.reward.form import MAX_ANSWER as MAX_ANSWER
+from gpg_megatron.reward.form import Item, TooDeepError, nest, normal_form
+from gpg_megatron.reward.reading import Answer, Scalar, Words, read_answer
 from gpg_megatron.reward.tokens import tokenize
+from gpg_megatron.reward.vocabulary import QUALIFIERS
 
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?", re.ASCII)
 _LIST_OF_THREES = re.compile(r"\d,\d{3}(?!\d)", re.ASCII)
@@ -52,6 +54,16 @@ def compare(answer: str, truth: str) -> bool | None:
         )
         verdict = again if again else verdict
     return verdict
+
+
+def says_more(answer: str) -> bool:
+    """Whether an answer is an equation, or has words that make another answer of its value
+    ("at least 5", "not C"): a library that reads on to the value would be misled."""
+    body = _read(answer.strip()).answer.body
+    if not isinstance(body, Words):
+        return False
+    qualified = any(f"\\text{{{word}}}" in body.text for word in QUALIFIERS)
+    return qualified or body.text.endswith(" 0") or body.text.startswith("0 ")
 
 
 def vote(answer: str) -> str:

@@ -42,7 +42,8 @@ class Group(NamedTuple):
     """Several values."""
 
     kind: str
-    """"sequence" in brackets, "list" without, "set", "union", "matrix", "ratio", "chain" (a = b)."""
+    """"sequence" in brackets, "list" without, "set", "union", "matrix", "ratio" (a : b), "chain"
+    (a = b)."""
     brackets: str
     """Of a sequence; of a matrix, its shape."""
     parts: tuple[Answer, ...]
@@ -184,7 +185,7 @@ def _label(items: tuple[Item, ...]) -> tuple[str, tuple[Item, ...]]:
     letter = items[1] if len(items) > 3 and items[0] == "(" and items[2] == ")" else ""
     rest = trim(items[3:])
     operated = (
-        not rest or isinstance(rest[0], Node) and rest[0].command == "^" or rest[0] in _GOES_ON
+        not rest or (isinstance(rest[0], Node) and rest[0].command == "^") or rest[0] in _GOES_ON
     )
     if isinstance(letter, str) and len(letter) == 1 and letter in "ABCDEFGH" and not operated:
         return letter, rest

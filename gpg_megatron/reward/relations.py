@@ -7,7 +7,6 @@ from itertools import product
 from typing import NamedTuple
 
 from gpg_megatron.reward import algebra
-from gpg_megatron.reward import vocabulary as v
 from gpg_megatron.reward.algebra import UnreadableError
 from gpg_megatron.reward.expression import read_expression
 from gpg_megatron.reward.form import Item, Node, spell
@@ -133,7 +132,7 @@ def is_name(items: Items) -> bool:
     if all(is_word(item) for item in letters) and letters:
         return True
     called = items[0] != "(" and "(" in items and items[-1] == ")"
-    plain = all(item[-1].isalpha() or item.isdigit() and called for item in letters)
+    plain = all(item[-1].isalpha() or (item.isdigit() and called) for item in letters)
     bracketed = items[0] == "(" and items[-1] == ")"
     return plain and bool(letters or nodes) and (len(letters) < 2 or bracketed or called)
 

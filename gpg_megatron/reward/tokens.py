@@ -41,8 +41,8 @@ _MARKS = re.compile(rf"[{{}},]|{_THIN}|\s")
 _SPACES = frozenset(("\\,", "\\;", "\\:", "\\quad", "\\qquad"))
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 _BOARDS = frozenset("RZQNC")
-_MATRICES = frozenset("matrix pmatrix bmatrix array smallmatrix psmallmatrix bsmallmatrix".split())
-_FRAMES = frozenset("equation align aligned gather gathered split math displaymath center".split())
+_MATRICES = v.words("matrix pmatrix bmatrix array smallmatrix psmallmatrix bsmallmatrix")
+_FRAMES = v.words("equation align aligned gather gathered split math displaymath center")
 _OPENING = frozenset(("(", "[", "\\{", "\\langle"))
 _CLOSING = frozenset((")", "]", "\\}", "\\rangle"))
 _REST = 40
@@ -130,11 +130,11 @@ class Lexer:
         return at
 
     def _sign(self, found: str, in_text: bool, following: str) -> None:
-        if found in v.DROPPED or found in '"`“”„«»*#_' and (in_text or found not in "*#_"):
+        if found in v.DROPPED or (found in '"`“”„«»*#_' and (in_text or found not in "*#_")):
             return
-        if in_text and found in "-'’" and following.isalpha() and self.tokens:
-            if self.tokens[-1].startswith('"'):
-                return
+        after_word = bool(self.tokens) and self.tokens[-1].startswith('"')
+        if in_text and found in "-'’" and following.isalpha() and after_word:
+            return  # right-angled
         sign = v.SIGNS.get(found, found)
         if len(sign) == 1 and not sign.isascii():
             sign = unicodedata.normalize("NFKC", sign)

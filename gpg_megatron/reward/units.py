@@ -95,7 +95,7 @@ def _fraction_of_words(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def _is_unit(item: Item) -> bool:
-    return is_word(item) or isinstance(item, Node) and item.command == "^"
+    return is_word(item) or (isinstance(item, Node) and item.command == "^")
 
 
 def _qualified(tail: Sequence[Item]) -> bool:

@@ -14,6 +14,16 @@ def _table(text: str) -> dict[str, str]:
     return result
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+def _numbered(text: str, start: int, step: int = 1) -> dict[str, str]:
+    """Each word of a text with its number."""
+    return {word: str(start + step * i) for i, word in enumerate(text.split())}
+
+
 SIGNS: Mapping[str, str] = _table(
     r"""
     \frac : \dfrac \tfrac \cfrac \nicefrac \sfrac
@@ -95,8 +105,7 @@ SIGNS: Mapping[str, str] = _table(
 )
 """Another spelling -> the sign. A currency sign is \\dollar: answers do not change currencies."""
 
-DROPPED = frozenset(
-    r"""
+DROPPED = words(r"""
     \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl
     \Biggr \bigm \Bigm \biggm \Biggm \displaystyle \textstyle \scriptstyle \scriptscriptstyle
     \limits \nolimits \quad \qquad \enspace \thinspace \medspace \thickspace \negthinspace \space
@@ -104,44 +113,37 @@ DROPPED = frozenset(
     \large \Large \LARGE \huge \Huge \small \normalsize \! \, \; \: \> \/ \- \( \) \[ \] $ ~
     \ensuremath \mathopen \mathclose \mathord \therefore \because \checkmark \blacksquare
     \square \displaylimits \break \par \hline \cdotp
-    """.split()
-)
+    """)
 """Typesetting: no part of the answer."""
 
-STYLES = frozenset(
-    r"""
+STYLES = words(r"""
     \mathbf \mathit \mathsf \mathtt \mathcal \mathscr \mathfrak \boldsymbol \bm \pmb \boxed \fbox
     \underline \vec \hat \widehat \overrightarrow \num \mathnormal \smash \ensuremath \emph
     \cancel \mathop \mathbin \mathrel \bold \Bold \textstyle
-    """.split()
-)
+    """)
 """Commands whose argument stands for itself, in mathematics."""
 
-TEXT_STYLES = frozenset(
-    r"""
+TEXT_STYLES = words(r"""
     \text \textbf \textrm \textit \textsf \texttt \textnormal \textsc \textup \textmd \textsl
     \mathrm \mbox \hbox \operatorname \operatorname* \unit \si \rom \mathregular \texttip
-    """.split()
-)
+    """)
 """Commands whose argument is text."""
 
-SWALLOWED = frozenset(
-    r"\phantom \hphantom \vphantom \hspace \hspace* \vspace \label \tag \color \textcolor \kern \mkern".split()
+SWALLOWED = words(
+    r"\phantom \hphantom \vphantom \hspace \hspace* \vspace \label \tag \color \textcolor \kern"
 )
 """Commands that vanish together with their argument."""
 
 ARGUMENTS: Mapping[str, int] = {
-    **dict.fromkeys(r"\sqrt \overline \widetilde \tilde \dot \ddot ^ _".split(), 1),
-    **dict.fromkeys((r"\frac", r"\binom"), 2),
+    **dict.fromkeys(words(r"\sqrt \overline \widetilde \tilde \dot \ddot ^ _"), 1),
+    **dict.fromkeys(words(r"\frac \binom"), 2),
 }
 """Commands and signs that have arguments, and how many."""
 
-FUNCTIONS = frozenset(
-    r"""
+FUNCTIONS = words(r"""
     \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \log \ln \lg \exp
     \max \min \gcd \lcm \det \dim \ker \arg
-    """.split()
-)
+    """)
 BARE_COMMANDS: Mapping[str, str] = {
     **{name[1:]: name for name in FUNCTIONS},
     **_table(
@@ -163,23 +165,18 @@ BARE_COMMANDS: Mapping[str, str] = {
 """Runs of letters that mean a command though their backslash is missing."""
 
 NUMBER_WORDS: Mapping[str, str] = {
-    word: str(number)
-    for number, word in enumerate(
+    **_numbered(
         """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-        fifteen sixteen seventeen eighteen nineteen twenty""".split()
-    )
-} | dict(
-    zip("thirty forty fifty sixty seventy eighty ninety".split(), map(str, range(30, 100, 10)))
-)
-ORDINALS: Mapping[str, str] = {
-    word: str(number)
-    for number, word in enumerate(
-        """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
-        thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth
-        twentieth""".split(),
-        start=1,
-    )
+        fifteen sixteen seventeen eighteen nineteen""",
+        0,
+    ),
+    **_numbered("twenty thirty forty fifty sixty seventy eighty ninety", 20, 10),
 }
+ORDINALS: Mapping[str, str] = _numbered(
+    """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
+    thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth""",
+    1,
+)
 SCALES: Mapping[str, int] = {
     "dozen": 12,
     "hundred": 100,
@@ -260,33 +257,33 @@ UNITS: Mapping[str, str] = _table(
 )
 """Word for a unit, in the singular and in small letters -> its sign."""
 
-BARE_UNITS = frozenset(
+BARE_UNITS = words(
     """mm cm km nm ft mi mg kg lb lbs oz sec min mins hr hrs ml mph kph Hz kHz MHz kJ kN kW Pa kPa
     atm eV keV MeV GeV mol rad deg cc inch inches feet foot yards yard miles mile meters meter
     metres kilometers kilometer centimeters centimeter millimeters grams gram kilograms kilogram
     pounds pound ounces seconds second minutes minute hours hour days day weeks week months years
     year liters litres liter gallons dollars dollar cents cent degrees degree radians units unit
     percent square sq cubic people students ways points in gal milliliters erg ergs joules Newtons
-    newtons watts volts million billion thousand hundred dozen mL km/h m/s USD am pm AM PM""".split()
+    newtons watts volts million billion thousand hundred dozen mL km/h m/s USD am pm AM PM"""
 )
 """Runs of letters that are words after a number, though no command says so."""
 
-BARE_WORDS = frozenset(
+BARE_WORDS = words(
     """and or no yes true false none not solution solutions undefined even odd both neither all
-    real numbers does exist answer the is option choice odd than least most between""".split()
+    real numbers does exist answer the is option choice odd than least most between"""
 )
 """Runs of small letters that are words anywhere."""
 
 CONNECTIVES = frozenset(("and", "or"))
-FILLERS = frozenset(
+FILLERS = words(
     """the a an answer answers final is are equals equal to option choice of so thus hence therefore
     value values i.e that gives get we have solution solutions exactly approximately about
-    roughly result correct""".split()
+    roughly result correct"""
 )
 """Words in front of an answer, or in a text, that add nothing to it."""
-QUALIFIERS = frozenset(
+QUALIFIERS = words(
     """not least most more less than between greater fewer over under above below except without
-    at up before after until larger smaller never negative minus""".split()
+    at up before after until larger smaller never negative minus"""
 )
 """Words that make another answer of a value."""
 NOTHING = "\\emptyset"
