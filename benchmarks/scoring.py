@@ -1,11 +1,15 @@
 """Whether the scorers are right, and how fast they are.
 
-    python -m benchmarks.scoring [--per-way N] [--laid-aside] [--scorers math ...]
+    python -m benchmarks.scoring [--per-way N] [--laid-aside] [--scorers math ...] [--source DIR]
 
 Every pair of an answer and a truth is made from a value that is known (benchmarks/spelling), so
 its label does not depend on any scorer. A third of the ways of spelling is laid aside while the
-scorers are worked on; --laid-aside reports it, alone. math-verify's own defaults are reported
-beside ours.
+scorers are worked on; --laid-aside reports it, alone. "library" is math-verify as its authors set
+it. answers/s divides by CPU seconds, on one core; math_verify and the library run in a pool of one
+process with a limit of time, and their own speed is by the clock.
+
+With --source, a folder as gpg-data takes it, the scorers also judge the reference solutions of
+GSM8K's and MATH's test splits, half of them next to the wrong problem, through the pool.
 
 The last line is JSON.
 """
@@ -14,18 +18,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
 
 from benchmarks.spelling.tables import grade_school, mathematical
 from benchmarks.spelling.ways import Pair
-from gpg_megatron.reward.scorers import PREPARE, SCORERS
+from gpg_megatron.config import RewardConfig
+from gpg_megatron.data.catalog import load_split
+from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.reward.scorers import SCORERS
+from gpg_megatron.types import Completion, Prompt
 
 SEED = 20261125
+TIMEOUT_S = 10.0
 
-Judge = Callable[[str, str], bool]
+Judge = Callable[[Sequence[Pair]], list[bool]]
+
+REFERENCES = {
+    "gsm8k": ("gsm8k", "answer", 40_000),
+    "math": ("math", "solution", 10_000),
+    "math_verify": ("math", "solution", 200),
+}
+"""Scorer -> data set, field with the solution, answers per second and core that are wanted."""
 
 
 def main() -> None:
@@ -34,78 +52,133 @@ def main() -> None:
     parser.add_argument("--laid-aside", action="store_true", help="the third that was laid aside")
     parser.add_argument("--scorers", nargs="+", default=list(JUDGES), choices=list(JUDGES))
     parser.add_argument("--show", type=int, default=0, help="wrong verdicts to show for each kind")
+    parser.add_argument("--source", help="folder with the data sets; their solutions are timed")
+    parser.add_argument("--answers", type=int, default=4000, help="of each scorer from --source")
     args = parser.parse_args()
-    summary: dict[str, float] = {}
+    summary: dict[str, Any] = {}
     for name in args.scorers:
         source = grade_school if name == "gsm8k" else mathematical
         chosen = [p for p in source(args.per_way, SEED) if p.laid_aside == args.laid_aside]
-        summary |= report(name, JUDGES[name](), chosen, args.show)
+        summary |= report(name, JUDGES[name], chosen, args.show)
+    for name in REFERENCES if args.source else ():
+        row = speed(name, args.source, args.answers)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        summary[f"{name}_references"] = row
+    summary["answers_per_s"] = summary.get("math_answers_per_s")
     print(json.dumps(summary))
 
 
-def report(name: str, judge: Judge, chosen: Sequence[Pair], shown: int) -> dict[str, float]:
+def report(name: str, judge: Judge, chosen: Sequence[Pair], shown: int) -> Mapping[str, float]:
     """Print one line for each kind; the shares and the speed over all of them."""
     by_kind: dict[str, list[Pair]] = defaultdict(list)
     for pair in chosen:
         by_kind[pair.kind].append(pair)
-    missed: list[Pair] = []
-    fooled: list[Pair] = []
+    missed = fooled = 0
     total = 0.0
+    clock = time.process_time if name in ("math", "gsm8k") else time.perf_counter
     for kind, of_kind in by_kind.items():
-        begin = time.process_time()
-        verdicts = [judge(pair.response, pair.truth) for pair in of_kind]
-        seconds = time.process_time() - begin
+        begin = clock()
+        verdicts = judge(of_kind)
+        seconds = clock() - begin
         total += seconds
         wrong = [p for p, right in zip(of_kind, verdicts, strict=True) if right != p.right]
-        wrongly_0 = [p for p in wrong if p.right]
-        wrongly_1 = [p for p in wrong if not p.right]
+        wrongly_0 = sum(p.right for p in wrong)
         missed += wrongly_0
-        fooled += wrongly_1
+        fooled += len(wrong) - wrongly_0
         n_right = sum(p.right for p in of_kind)
         print(
-            f"{name:12} {kind:11} right {n_right:5} wrongly_0 {len(wrongly_0):4}  "
-            f"wrong {len(of_kind) - n_right:5} wrongly_1 {len(wrongly_1):4}  "
-            f"answers/s {len(of_kind) / seconds:8.0f}"
+            f"{name:12} {kind:11} right {n_right:5} wrongly_0 {wrongly_0:4}  "
+            f"wrong {len(of_kind) - n_right:5} wrongly_1 {len(wrong) - wrongly_0:4}  "
+            f"answers/s {len(of_kind) / seconds:8.0f}",
+            flush=True,
         )
         for pair in list({p.way: p for p in wrong}.values())[:shown]:
             print(f"    {'wrongly_0' if pair.right else 'wrongly_1'} {pair}")
     n_right = sum(p.right for p in chosen)
     short = {"math_verify": "verify"}.get(name, name)
     return {
-        f"{short}_wrongly_0": round(len(missed) / n_right, 4),
-        f"{short}_wrongly_1": round(len(fooled) / (len(chosen) - n_right), 4),
+        f"{short}_wrongly_0": round(missed / n_right, 4),
+        f"{short}_wrongly_1": round(fooled / (len(chosen) - n_right), 4),
         f"{short}_pairs": len(chosen),
         f"{short}_answers_per_s": round(len(chosen) / total),
     }
 
 
-def ours(name: str) -> Judge:
-    """A scorer of gpg_megatron."""
-    if name in PREPARE:
-        PREPARE[name]()
+def direct(name: str) -> Judge:
+    """A scorer in this process."""
     scorer = SCORERS[name]
-    return lambda response, truth: scorer(response, truth).accuracy == 1.0
+    return lambda chosen: [scorer(p.response, p.truth).accuracy == 1.0 for p in chosen]
 
 
-def library() -> Judge:
-    """math-verify as its authors set it."""
-    from math_verify import parse, verify
+def pooled(name: str, module: str = "gpg_megatron.reward.scorers") -> Judge:
+    """A scorer that may take any time, in a process that is killed when it does."""
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    def judge(response: str, truth: str) -> bool:
-        target = parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
-        return bool(verify(target, parse(response, parsing_timeout=None), timeout_seconds=None))
+    def judge(chosen: Sequence[Pair]) -> list[bool]:
+        config = RewardConfig(scorer="math_verify", timeout_s=TIMEOUT_S)
+        with RewardPool(config, scorers_module=module) as pool:
+            groups = pool.score([item(p.truth, [p.response]) for p in chosen])
+        return [group.rewards[0].accuracy == 1.0 for group in groups]
 
     return judge
 
 
-JUDGES: dict[str, Callable[[], Judge]] = {
-    "math": lambda: ours("math"),
-    "math_verify": lambda: ours("math_verify"),
-    "gsm8k": lambda: ours("gsm8k"),
-    "library": library,
+JUDGES: Mapping[str, Judge] = {
+    "math": direct("math"),
+    "gsm8k": direct("gsm8k"),
+    "math_verify": pooled("math_verify"),
+    "library": pooled("library", "benchmarks.spelling.library"),
 }
+
+
+def speed(scorer: str, source: str, n_answers: int) -> dict[str, Any]:
+    """One row about the reference solutions."""
+    name, field, goal = REFERENCES[scorer]
+    rows = load_split(name, source, "test").rows
+    solutions = [row["extra_info"][field] for row in rows]
+    truths = [row["reward_model"]["ground_truth"] for row in rows]
+    n = len(rows)
+    items = [
+        item(truths[i % n], [solutions[i % n], solutions[(i + 1) % n]])
+        for i in range(n_answers // 2)
+    ]
+    with RewardPool(RewardConfig(by_source={"-": scorer})) as pool:
+        pool.score(items[:8])  # starts up outside of the measurement
+        (worker,) = psutil.Process().children()
+        before, begin = _cpu_seconds(worker), time.perf_counter()
+        groups = pool.score(items)
+        cpu, seconds = _cpu_seconds(worker) - before, time.perf_counter() - begin
+    rewards = [reward for group in groups for reward in group.rewards]
+    return {
+        "scorer": scorer,
+        "answers": len(rewards),
+        "right": sum(reward.accuracy for reward in rewards),
+        "unjudged": sum(bool({"timeout", "memory", "crash"} & r.parts.keys()) for r in rewards),
+        "per_core": round(len(rewards) / cpu),
+        "per_second": round(len(rewards) / seconds),
+        "goal": goal,
+    }
+
+
+def item(truth: str, responses: Sequence[str]) -> tuple[Prompt, list[Completion]]:
+    """A problem and the answers to it, as the pool takes them."""
+    prompt = Prompt(id="-", token_ids=(0,), messages=(), ground_truth=truth, data_source="-")
+    return prompt, [
+        Completion(
+            prompt_id="-",
+            index=i,
+            token_ids=(),
+            logprobs=(),
+            finish_reason="stop",
+            text=text,
+            versions=(),
+        )
+        for i, text in enumerate(responses)
+    ]
+
+
+def _cpu_seconds(worker: psutil.Process) -> float:
+    times = worker.cpu_times()
+    return time.process_time() + float(times.user) + float(times.system)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Lexer:
         return match.end()
 
     def _letters(self, run: str, at: int, end: int, in_text: bool) -> None:
-        before = [token for token in self.tokens[-6:] if token not in "{}"]
+        before = [token for token in self.tokens[-10:] if token not in "{}"]
         if in_text:
             self.tokens += letters.in_text(run, before)
         else:
