@@ -68,7 +68,11 @@ def scale(value: Value, factor: Rational) -> Value:
     Raises:
         UnreadableError: a coefficient has more than 8 * MAX_BITS bits.
     """
-    scaled = {term: _lowest(c * factor) for term, c in value.items()} if factor else {}
+    if not factor:
+        return {}
+    if factor == 1:
+        return value
+    scaled = {term: _lowest(c * factor) for term, c in value.items()}
     for c in scaled.values():
         if max(c.numerator.bit_length(), c.denominator.bit_length()) > 8 * MAX_BITS:
             raise UnreadableError
@@ -88,6 +92,9 @@ def multiply(first: Value, second: Value) -> Value:
         return scale(second, coefficient)
     if len(second) > 1 and not _distributes(term):
         second = _factor(second)
+    if len(second) == 1:
+        [(other, c)] = second.items()
+        return scale(_merge((*term, *other)), coefficient * c)
     total: Value = {}
     for other, c in second.items():
         total = add(total, scale(_merge((*term, *other)), coefficient * c))
@@ -157,6 +164,8 @@ def key(value: Value) -> str:
 
 
 def _lowest(value: Rational) -> Rational:
+    if value.__class__ is int:
+        return value
     return value.numerator if value.denominator == 1 else value
 
 

@@ -14,8 +14,7 @@ from fractions import Fraction
 
 from gpg_megatron.reward import equality
 from gpg_megatron.reward.algebra import Rational
-from gpg_megatron.reward.form import MAX_ANSWER as MAX_ANSWER
-from gpg_megatron.reward.form import Item, TooDeepError, nest, normal_form
+from gpg_megatron.reward.form import MAX_ANSWER, Item, Node, TooDeepError, nest, spell
 from gpg_megatron.reward.reading import Answer, Scalar, Words, read_answer
 from gpg_megatron.reward.tokens import tokenize
 from gpg_megatron.reward.vocabulary import QUALIFIERS
@@ -43,14 +42,13 @@ def compare(answer: str, truth: str) -> bool | None:
         return True
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(truth):
         return Fraction(answer) == Fraction(truth)
-    first, second = _read(answer), _read(truth)
-    if first.flat == second.flat:
+    if _flat(answer) == _flat(truth):
         return True
-    verdict = equality.compare(first.answer, second.answer)
+    verdict = equality.compare(_read(answer), _read(truth))
     if verdict is not True and _LIST_OF_THREES.search(answer + " " + truth):
         # 100,200 may be two numbers.
         again = equality.compare(
-            _read(answer, commas_group=False).answer, _read(truth, commas_group=False).answer
+            _read(answer, commas_group=False), _read(truth, commas_group=False)
         )
         verdict = again if again else verdict
     return verdict
@@ -59,22 +57,23 @@ def compare(answer: str, truth: str) -> bool | None:
 def says_more(answer: str) -> bool:
     """Whether an answer is an equation, or has words that make another answer of its value
     ("at least 5", "not C"): a library that reads on to the value would be misled."""
-    body = _read(answer.strip()).answer.body
+    body = _read(answer.strip()).body
     if not isinstance(body, Words):
         return False
     qualified = any(f"\\text{{{word}}}" in body.text for word in QUALIFIERS)
     return qualified or body.text.endswith(" 0") or body.text.startswith("0 ")
 
 
+@functools.lru_cache(maxsize=4096)
 def vote(answer: str) -> str:
     """One spelling for answers of the same value: that of the number, or the normal form."""
     text = answer.strip()
     if len(text) > MAX_ANSWER:
         return text[:MAX_ANSWER]
-    body = _read(text).answer.body
+    body = _read(text).body
     if isinstance(body, Scalar) and body.number is not None:
         return _decimal(body.number) + ("%" if body.percent else "")
-    return normal_form(text)
+    return spell(_items(text, True))
 
 
 def _decimal(number: Rational) -> str:
@@ -85,28 +84,24 @@ def _decimal(number: Rational) -> str:
     return f"{sign}\\frac{{{abs(number.numerator)}}}{{{number.denominator}}}"
 
 
-class _Read:
-    __slots__ = ("answer", "flat")
-
-    def __init__(self, answer: Answer, flat: str) -> None:
-        self.answer = answer
-        self.flat = flat
+@functools.lru_cache(maxsize=4096)
+def _items(text: str, commas_group: bool) -> tuple[Item, ...]:
+    try:
+        return nest(tokenize(text, commas_group=commas_group))
+    except TooDeepError:
+        return (text,)
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(text: str, commas_group: bool = True) -> _Read:
-    tokens = tokenize(text, commas_group=commas_group)
-    try:
-        items = nest(tokens)
-    except TooDeepError:
-        items = (text,)
-    return _Read(read_answer(items), _flat(items))
+def _read(text: str, commas_group: bool = True) -> Answer:
+    return read_answer(_items(text, commas_group))
 
 
-def _flat(items: tuple[Item, ...]) -> str:
-    """The letters alone, where a word is among them: "Evelyn" in whatever style and case."""
+def _flat(text: str) -> str | tuple[Item, ...]:
+    """The items; the letters alone, where there are only letters and words: "Evelyn" in whatever
+    style and case."""
+    items = _items(text, True)
     letters = [item for item in items if isinstance(item, str) and item not in (".", "-")]
-    if len(letters) < len([x for x in items if x not in (".", "-")]):
-        return repr(items)
-    bare = "".join(item.removeprefix('"') for item in letters)
-    return bare.casefold() if bare.isalpha() and len(bare) > 2 else repr(items)
+    bare = "".join(letters).replace('"', "")
+    plain = len(bare) > 2 and bare.isalpha() and not any(isinstance(i, Node) for i in items)
+    return bare.casefold() if plain else items

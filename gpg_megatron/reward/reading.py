@@ -75,7 +75,7 @@ def read_answer(items: Sequence[Item], nested: int = 0) -> Answer:
     if several is not None:
         return several
     label, items = _label(items)
-    if relations.RELATED.isdisjoint(item for item in items if isinstance(item, str)):
+    if relations.RELATED.isdisjoint(items):
         return _single(items, nested)._replace(label=label)
     return _related(items, nested)._replace(label=label)
 
@@ -124,7 +124,7 @@ def _without_aside(items: tuple[Item, ...]) -> tuple[Item, ...]:
 
 def _several(items: tuple[Item, ...], nested: int) -> Answer | None:
     """A list without brackets, or with a sign that stands for two."""
-    if any(item in ("\\pm", "\\mp") for item in items):
+    if "\\pm" in items or "\\mp" in items:
         both = relations.both_signs(items)
         return None if both is None else _listed([Part("", x) for x in both], nested)
     parts = relations.split_list(items)

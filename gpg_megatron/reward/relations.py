@@ -57,7 +57,7 @@ def split_list(items: Sequence[Item]) -> list[Part]:
 
 
 def _split(items: Sequence[Item], separators: dict[str, str]) -> list[Part]:
-    if not any(item in separators for item in items if item.__class__ is str):
+    if separators.keys().isdisjoint(items):
         return [Part("", tuple(items))]
     parts: list[Part] = []
     current: list[Item] = []

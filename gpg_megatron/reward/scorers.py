@@ -62,7 +62,8 @@ def math(response: str, ground_truth: str) -> Verdict:
     """
     boxed = last_boxed(response)
     right = float(bool(boxed) and mathematics.equal(boxed or "", ground_truth))
-    found = mathematics.vote(boxed) if boxed else None
+    # All right answers vote alike, and the truth's vote is known from the first of them.
+    found = mathematics.vote(ground_truth if right else boxed) if boxed else None
     return Verdict(right, right, {"math": right, "format": float(bool(boxed))}, found)
 
 
@@ -74,7 +75,7 @@ def math_verify(response: str, ground_truth: str) -> Verdict:
     """
     boxed = last_boxed(response)
     right = float(equivalence.equivalent(response, ground_truth))
-    found = mathematics.vote(boxed) if boxed else None
+    found = mathematics.vote(ground_truth if right else boxed) if boxed else None
     return Verdict(right, right, {"math_verify": right, "format": float(bool(boxed))}, found)
 
 

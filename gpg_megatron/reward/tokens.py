@@ -54,7 +54,7 @@ class Lexer:
 
     def __init__(self, text: str, commas_group: bool) -> None:
         self.text = text
-        self.commas_group = commas_group
+        self.commas_group = commas_group and "," in text
         self.tokens: list[str] = []
         self.brackets = 0
         self.spaced = False
@@ -71,8 +71,11 @@ class Lexer:
                     continue
             match = _TOKEN.match(self.text, at, end)
             assert match is not None, "the last alternative takes any character"
-            at = self._take(match, end, in_text)
-            self.spaced = match.lastgroup == "none" or match[0] in _SPACES
+            if match.lastgroup == "none":
+                at, self.spaced = match.end(), True
+            else:
+                at = self._take(match, end, in_text)
+                self.spaced = match[0] in _SPACES
 
     def _take(self, match: re.Match[str], end: int, in_text: bool) -> int:
         """Append what a match stands for; where to go on."""

@@ -10,6 +10,7 @@ from gpg_megatron.reward.form import Item, Node, spell
 
 Unit = tuple[tuple[str, str], ...]
 """Sorted pairs of a sign and its exponent, as text."""
+_ENDS_NO_UNIT = frozenset("0123456789)]xyz")
 _KNOWN = frozenset(v.UNITS.values()) | {"am", "pm"}
 _SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmh": ("km", "h")}
 _SQUARE = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
@@ -29,6 +30,9 @@ class Measured(NamedTuple):
 
 def measured(items: Sequence[Item]) -> Measured:
     """Take the unit off the end, or a currency sign off the front."""
+    last = items[-1] if items else ""
+    if isinstance(last, str) and last[-1] in _ENDS_NO_UNIT and "\\dollar" not in items:
+        return Measured(tuple(items), (), False, 1)
     items = _fraction_of_words(items)
     end = len(items)
     while end and _belongs(items, end - 1):
