@@ -21,6 +21,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -59,7 +60,8 @@ def main() -> None:
     for name in args.scorers:
         source = grade_school if name == "gsm8k" else mathematical
         chosen = [p for p in source(args.per_way, SEED) if p.laid_aside == args.laid_aside]
-        summary |= report(name, JUDGES[name], chosen, args.show)
+        with ExitStack() as pools:
+            summary |= report(name, JUDGES[name](pools), chosen, args.show)
     for name in REFERENCES if args.source else ():
         row = speed(name, args.source, args.answers)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -110,23 +112,24 @@ def direct(name: str) -> Judge:
     return lambda chosen: [scorer(p.response, p.truth).accuracy == 1.0 for p in chosen]
 
 
-def pooled(name: str, module: str = "gpg_megatron.reward.scorers") -> Judge:
-    """A scorer that may take any time, in a process that is killed when it does."""
+def pooled(module: str, open_pools: ExitStack) -> Judge:
+    """The math_verify of a module, in a process that is killed when it takes too long."""
+    config = RewardConfig(scorer="math_verify", timeout_s=TIMEOUT_S)
+    pool = open_pools.enter_context(RewardPool(config, scorers_module=module))
+    pool.score([item("1", ["\\boxed{1}"])])  # starts up outside of the measurement
 
     def judge(chosen: Sequence[Pair]) -> list[bool]:
-        config = RewardConfig(scorer="math_verify", timeout_s=TIMEOUT_S)
-        with RewardPool(config, scorers_module=module) as pool:
-            groups = pool.score([item(p.truth, [p.response]) for p in chosen])
+        groups = pool.score([item(p.truth, [p.response]) for p in chosen])
         return [group.rewards[0].accuracy == 1.0 for group in groups]
 
     return judge
 
 
-JUDGES: Mapping[str, Judge] = {
-    "math": direct("math"),
-    "gsm8k": direct("gsm8k"),
-    "math_verify": pooled("math_verify"),
-    "library": pooled("library", "benchmarks.spelling.library"),
+JUDGES: Mapping[str, Callable[[ExitStack], Judge]] = {
+    "math": lambda _: direct("math"),
+    "gsm8k": lambda _: direct("gsm8k"),
+    "math_verify": lambda pools: pooled("gpg_megatron.reward.scorers", pools),
+    "library": lambda pools: pooled("benchmarks.spelling.library", pools),
 }
 
 

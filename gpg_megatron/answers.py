@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"\\[A-Za-z]+|[^\s${}]+")
@@ -19,10 +18,12 @@ def last_boxed(text: str) -> str | None:
     most 300 characters, otherwise nothing; the box before it is not taken. A box in a box is
     opened.
     """
-    boxes = deque(_BOX.finditer(text), maxlen=1)
-    found = boxes[0] if boxes else None
-    if found is None:
-        return None
+    found, at = None, len(text)
+    while found is None:
+        at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
+        if at < 0:
+            return None
+        found = _BOX.match(text, at)
     start = found.end()
     if text[start : start + 1] != "{":
         bare = _BARE.match(text, start)

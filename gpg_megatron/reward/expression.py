@@ -176,7 +176,7 @@ class _Reader:
 
     def _is_number(self, at: int) -> bool:
         item = self.items[at]
-        return isinstance(item, str) and (item[0].isdigit() or item[0] == ".")
+        return isinstance(item, str) and functions.is_number(item)
 
     def _primary(self) -> Value:
         item = self.peek()
@@ -185,7 +185,7 @@ class _Reader:
         self.at += 1
         if isinstance(item, Node):
             return self._node(item)
-        if item[0].isdigit() or item[0] == ".":
+        if functions.is_number(item):
             return self._number(item)
         if item in _CLOSED_BY:
             return self._bracketed(item)
@@ -202,7 +202,7 @@ class _Reader:
             self.others += 1
             return algebra.symbol(f"{token}_{{{spell_base(following)}}}")
         value = functions.read_number(token)
-        if isinstance(following, Node) and following.command == "\\frac" and token.isdigit():
+        if isinstance(following, Node) and following.command == "\\frac" and token.isdecimal():
             above, below = following.arguments
             if len(above) == len(below) == 1 and all(map(_is_whole, (above[0], below[0]))):
                 part = Fraction(int(str(above[0])), int(str(below[0])) or 1)
@@ -308,4 +308,4 @@ def spell_base(node: Node) -> str:
 
 
 def _is_whole(item: Item) -> bool:
-    return isinstance(item, str) and item.isdigit()
+    return isinstance(item, str) and item.isdecimal()

@@ -122,7 +122,7 @@ class _Reader:
             if depth > MAX_DEPTH:
                 raise TooDeepError
             return (self._node(token, depth + 1),)
-        if command in ("\\frac", "\\binom") and token[0].isdigit() and len(token) > 1:
+        if command in ("\\frac", "\\binom") and token[0].isdecimal() and len(token) > 1:
             self.rest.append(token[1:])
             return (token[0],)
         if command == "\\sqrt" and token == "(":
@@ -173,6 +173,6 @@ def _gap(before: str, after: str) -> str:
     """What keeps two tokens apart: braces where a space would join them."""
     if not before or after[0] in "^_":
         return ""
-    if after[0].isdigit() or after[0] == ".":
-        return "{}" if before[-1].isalnum() else " "
-    return "" if before[-1].isdigit() and after.isalpha() else " "
+    if after[0].isdecimal() or after[0] == ".":
+        return "{}" if before[-1].isalnum() and before[0] != "\\" else " "
+    return "" if before[-1].isdecimal() and after.isalpha() else " "

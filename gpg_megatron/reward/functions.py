@@ -16,18 +16,23 @@ INVERSE = {"\\sin": "\\arcsin", "\\cos": "\\arccos", "\\tan": "\\arctan"}
 """What a function to the power -1 is."""
 
 
+def is_number(token: str) -> bool:
+    """Whether a token is a number."""
+    return token[0].isdecimal() or (token[0] == "." and len(token) > 1)
+
+
 def read_number(token: str) -> Rational:
     """The value of a number token.
 
     Raises:
         UnreadableError: it is none, or its exponent is too large.
     """
-    if token.isdigit():
+    if token.isdecimal():
         return int(token)
     if "\\" in token:
         return _repeating(token)
     mantissa, _, exponent = token.partition("e")
-    if (not token[0].isdigit() and token[0] != ".") or (
+    if (not token[0].isdecimal() and token[0] != ".") or (
         exponent and abs(int(exponent)) > MAX_EXPONENT
     ):
         raise UnreadableError

@@ -41,7 +41,7 @@ def compare(answer: str, truth: str) -> bool | None:
     if answer == truth:
         return True
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(truth):
-        return Fraction(answer) == Fraction(truth)
+        return _value(answer) == _value(truth)
     if _flat(answer) == _flat(truth):
         return True
     verdict = equality.compare(_read(answer), _read(truth))
@@ -52,6 +52,10 @@ def compare(answer: str, truth: str) -> bool | None:
         )
         verdict = again if again else verdict
     return verdict
+
+
+def _value(text: str) -> int | Fraction:
+    return Fraction(text) if "." in text else int(text)
 
 
 def says_more(answer: str) -> bool:

@@ -132,7 +132,7 @@ def is_name(items: Items) -> bool:
     if all(is_word(item) for item in letters) and letters:
         return True
     called = items[0] != "(" and "(" in items and items[-1] == ")"
-    plain = all(item[-1].isalpha() or (item.isdigit() and called) for item in letters)
+    plain = all(item[-1].isalpha() or (item.isdecimal() and called) for item in letters)
     bracketed = items[0] == "(" and items[-1] == ")"
     return plain and bool(letters or nodes) and (len(letters) < 2 or bracketed or called)
 

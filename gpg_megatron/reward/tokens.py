@@ -63,7 +63,7 @@ class Lexer:
     def read(self, at: int, end: int, in_text: bool) -> None:
         """Append the tokens of text[at:end]."""
         while at < end:
-            if self.commas_group and not self.brackets and self.text[at].isdigit():
+            if self.commas_group and not self.brackets and self.text[at].isdecimal():
                 grouped = _COMMAS.match(self.text, at, end)
                 if grouped:
                     self.tokens.append(grouped[0].replace(",", ""))
@@ -81,7 +81,7 @@ class Lexer:
         """Append what a match stands for; where to go on."""
         kind, found, add = match.lastgroup, match[0], self.tokens.append
         if kind == "number":
-            add(found if found.isdigit() else _MARKS.sub("", found).replace("E", "e"))
+            add(found if found.isdecimal() else _MARKS.sub("", found).replace("E", "e"))
         elif kind == "letters":
             self._letters(found, match.end(), end, in_text)
         elif kind == "command":
@@ -133,6 +133,8 @@ class Lexer:
         return at
 
     def _sign(self, found: str, in_text: bool, following: str) -> None:
+        if found == "\\":
+            return  # At the very end: a command without a name.
         if found in v.DROPPED or (found in '"`“”„«»*#_' and (in_text or found not in "*#_")):
             return
         after_word = bool(self.tokens) and self.tokens[-1].startswith('"')
@@ -140,7 +142,9 @@ class Lexer:
             return  # right-angled
         sign = v.SIGNS.get(found, found)
         if len(sign) == 1 and not sign.isascii():
-            sign = unicodedata.normalize("NFKC", sign)
+            plain = unicodedata.normalize("NFKC", sign)
+            # Digits of other scripts; the rest stays what it is.
+            sign = plain if plain.replace("\N{FRACTION SLASH}", "").isdecimal() else sign
             above, slash, below = sign.partition("\N{FRACTION SLASH}")
             if slash:  # One half as one character.
                 self.tokens += ["\\frac", "{", above, "}", "{", below, "}"]

@@ -69,7 +69,7 @@ def comparable(unit: Unit) -> bool:
 
 def is_word(item: Item) -> bool:
     """Whether an item is a word of several letters."""
-    return isinstance(item, str) and item[0] == '"'
+    return isinstance(item, str) and item.startswith('"')
 
 
 def _belongs(items: Sequence[Item], at: int) -> bool:
@@ -141,7 +141,7 @@ def _unit(words: Sequence[Item]) -> Unit:
 
 
 def _times(sign: int, exponent: str) -> int | str:
-    return sign * int(exponent) if exponent.lstrip("-").isdigit() else exponent
+    return sign * int(exponent) if exponent.lstrip("-").isdecimal() else exponent
 
 
 def unit_name(word: str) -> str:
