@@ -227,14 +227,37 @@ def _any(verdicts: Iterable[Verdict]) -> Verdict:
     return result
 
 
-def same_value(first: Scalar, second: Scalar) -> bool:
-    """Whether the values are the same, without regard to how they are written."""
-    return first.value is not None and first.value == second.value
-
-
-def vote_key(answer: Answer) -> str | None:
-    """The value in one spelling; None where only the normal form stands for it."""
+def vote_key(answer: Answer) -> str:
+    """One text for answers of the same value; names, labels and units are not in it, and a
+    percentage is the number that is written."""
     body = answer.body
-    if not isinstance(body, Scalar) or body.value is None:
-        return None
-    return str(body.number) if body.number is not None else algebra.key(body.value)
+    if isinstance(body, Words):
+        return body.text.replace("\\text", "").translate(_NO_BRACES).casefold()
+    if isinstance(body, Group):
+        return _group_key(body)
+    if body.value is None:
+        return body.form
+    return algebra.key(body.value) if body.number is None else _written(body.number)
+
+
+_NO_BRACES = str.maketrans("", "", "{} ")
+
+
+def _group_key(group: Group) -> str:
+    parts = [vote_key(part) for part in group.parts]
+    if group.kind == "chain":
+        return parts[-1]
+    if group.kind in ("set", "list", "union"):
+        separator = "\\cup" if group.kind == "union" else ","
+        return separator.join(sorted(set(parts))) or "\\emptyset"
+    opening, closing = group.brackets if len(group.brackets) == 2 else ("(", ")")
+    separator = ":" if group.kind == "ratio" else ","
+    return f"{opening}{separator.join(parts)}{closing}{group.brackets * (group.kind == 'matrix')}"
+
+
+def _written(number: Rational) -> str:
+    """A whole number, or a fraction in lowest terms."""
+    if number.denominator == 1:
+        return str(number.numerator)
+    sign = "-" if number < 0 else ""
+    return f"{sign}\\frac{{{abs(number.numerator)}}}{{{number.denominator}}}"

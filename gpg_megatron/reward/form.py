@@ -63,12 +63,21 @@ def nest(tokens: Sequence[str]) -> tuple[Item, ...]:
         items += reader.items(0)
         if reader.rest:
             reader.rest.pop()  # A brace that nothing opened.
-    while items and items[0] == "*":
-        items.pop(0)  # Of bold print in Markdown, or a sign without a factor.
-    while items and (items[-1] == "*" or items[-1] == _EMPTY_POWER):
-        items.pop()
-    if items and isinstance(items[0], Node) and items[0].command == "^":
-        items[:1] = items[0].arguments[0]
+    return _without_marks(items)
+
+
+def _without_marks(items: list[Item]) -> tuple[Item, ...]:
+    """Without the stars of bold print at both ends, which may have been read as powers."""
+    while items:
+        first = items[0]
+        if first == "*":
+            items = items[1:]
+        elif items[-1] in ("*", _EMPTY_POWER):
+            items = items[:-1]
+        elif isinstance(first, Node) and first.command == "^":
+            items = [*first.arguments[0], *items[1:]]
+        else:
+            break
     return tuple(items)
 
 

@@ -25,16 +25,14 @@ def read_number(token: str) -> Rational:
     """The value of a number token.
 
     Raises:
-        UnreadableError: it is none, or its exponent is too large.
+        UnreadableError: its exponent is too large.
     """
     if token.isdecimal():
         return int(token)
     if "\\" in token:
         return _repeating(token)
     mantissa, _, exponent = token.partition("e")
-    if (not token[0].isdecimal() and token[0] != ".") or (
-        exponent and abs(int(exponent)) > MAX_EXPONENT
-    ):
+    if exponent and abs(int(exponent)) > MAX_EXPONENT:
         raise UnreadableError
     value = Fraction(mantissa)
     return value * Fraction(10) ** int(exponent) if exponent else value

@@ -99,7 +99,8 @@ def _number_at(text: str, at: int) -> Decimal | None:
     match = _ANSWER.match(text, at)
     if match is None:
         return None
-    rest = match["glued"] + match["rest"]
+    # A box with the same number says it once more.
+    rest = (match["glued"] + match["rest"]).replace(f"\\boxed{{{match['digits']}}}", "")
     if rest and not _may_follow(rest, glued=bool(match["glued"])):
         return None
     return _value(match)

@@ -13,9 +13,8 @@ import re
 from fractions import Fraction
 
 from gpg_megatron.reward import equality
-from gpg_megatron.reward.algebra import Rational
-from gpg_megatron.reward.form import MAX_ANSWER, Item, Node, TooDeepError, nest, spell
-from gpg_megatron.reward.reading import Answer, Scalar, Words, read_answer
+from gpg_megatron.reward.form import MAX_ANSWER, Item, Node, TooDeepError, nest
+from gpg_megatron.reward.reading import Answer, Words, read_answer
 from gpg_megatron.reward.tokens import tokenize
 from gpg_megatron.reward.vocabulary import QUALIFIERS
 
@@ -36,10 +35,12 @@ def compare(answer: str, truth: str) -> bool | None:
             is equal to nothing.
     """
     answer, truth = answer.strip(), truth.strip()
-    if not answer or not truth or max(len(answer), len(truth)) > MAX_ANSWER:
+    if max(len(answer), len(truth)) > MAX_ANSWER:
         return False
     if answer == truth:
         return True
+    if not answer or not truth:
+        return False
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(truth):
         return _value(answer) == _value(truth)
     if _flat(answer) == _flat(truth):
@@ -70,22 +71,11 @@ def says_more(answer: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def vote(answer: str) -> str:
-    """One spelling for answers of the same value: that of the number, or the normal form."""
+    """One text for answers of the same value; a number as an answer would write it."""
     text = answer.strip()
     if len(text) > MAX_ANSWER:
         return text[:MAX_ANSWER]
-    body = _read(text).body
-    if isinstance(body, Scalar) and body.number is not None:
-        return _decimal(body.number) + ("%" if body.percent else "")
-    return spell(_items(text, True))
-
-
-def _decimal(number: Rational) -> str:
-    """A whole number or a fraction in lowest terms, as an answer would write it."""
-    if number.denominator == 1:
-        return str(number.numerator)
-    sign = "-" if number < 0 else ""
-    return f"{sign}\\frac{{{abs(number.numerator)}}}{{{number.denominator}}}"
+    return equality.vote_key(_read(text))
 
 
 @functools.lru_cache(maxsize=4096)
