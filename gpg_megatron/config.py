@@ -173,7 +173,16 @@ class BridgeConfig:
 class RewardConfig:
     """Scoring of completions."""
 
-    scorer: Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"] = "auto"
+    scorer: Literal[
+        "auto",
+        "exact_match",
+        "gsm8k",
+        "math",
+        "math_verify",
+        "verl_gsm8k",
+        "verl_math",
+        "custom",
+    ] = "auto"
     """auto: chosen by each row's data_source."""
     by_source: dict[str, str] = field(default_factory=dict)
     """data_source pattern (shell style) -> scorer; the first that fits comes before `scorer`."""

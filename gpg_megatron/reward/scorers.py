@@ -7,10 +7,11 @@ verdicts into gpg_megatron.types.Reward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import NamedTuple
 
 from gpg_megatron.answers import last_boxed
-from gpg_megatron.reward import equivalence, mathematics
+from gpg_megatron.reward import equivalence, mathematics, verl
 from gpg_megatron.reward.gsm8k import exact_number, last_answer
 
 
@@ -50,8 +51,8 @@ def gsm8k(response: str, ground_truth: str) -> Verdict:
     truth = exact_number(ground_truth)
     answer = last_answer(response)
     right = float(answer is not None and answer == truth)
-    found = None if answer is None else format(answer.normalize(), "f")
-    return Verdict(right, right, {"gsm8k": right, "format": float(answer is not None)}, found)
+    parts = {"gsm8k": right, "format": float(answer is not None)}
+    return Verdict(right, right, parts, _written(answer))
 
 
 def math(response: str, ground_truth: str) -> Verdict:
@@ -79,11 +80,30 @@ def math_verify(response: str, ground_truth: str) -> Verdict:
     return Verdict(right, right, {"math_verify": right, "format": float(bool(boxed))}, found)
 
 
+def verl_gsm8k(response: str, ground_truth: str) -> Verdict:
+    """verl's own verdict on an answer to GSM8K, to compare with numbers measured with verl."""
+    right = float(verl.gsm8k_equal(response, ground_truth))
+    return Verdict(right, right, {"verl_gsm8k": right}, _written(last_answer(response)))
+
+
+def verl_math(response: str, ground_truth: str) -> Verdict:
+    """verl's own verdict on an answer to MATH, to compare with numbers measured with verl."""
+    right = float(verl.math_equal(response, ground_truth))
+    boxed = last_boxed(response)
+    return Verdict(right, right, {"verl_math": right}, mathematics.vote(boxed) if boxed else None)
+
+
+def _written(answer: Decimal | None) -> str | None:
+    return None if answer is None else format(answer.normalize(), "f")
+
+
 SCORERS: Mapping[str, Scorer] = {
     "exact_match": exact_match,
     "gsm8k": gsm8k,
     "math": math,
     "math_verify": math_verify,
+    "verl_gsm8k": verl_gsm8k,
+    "verl_math": verl_math,
 }
 """Name (as in reward.scorer) -> scorer."""
 

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "collectives": OBJECTS,
     "console": OBJECTS,
     "platform": frozenset({"errors"}),
-    "data": OBJECTS | {"console", "answers", "plugins"},
+    # gpg-data lists the reference answers that their own scorer does not accept.
+    "data": OBJECTS | {"console", "answers", "plugins", "reward"},
     "reward": OBJECTS | {"answers", "plugins"},
     "algorithm": OBJECTS,
     "flops": OBJECTS,
