@@ -100,6 +100,8 @@ def _scalar_and_group(answer: Answer, truth: Answer) -> Verdict:
         value = _ratio(group.body)
         number = other.body.number if isinstance(other.body, Scalar) else None
         return None if value is None or number is None else value == number
+    if kind == "list" and group is answer and _all(compare(part, truth) for part in parts):
+        return True  # 3/4 or 0.75
     if kind in ("set", "list") and len(parts) == 1:
         return compare(parts[0], truth) if group is answer else compare(answer, parts[0])
     if kind == "sequence" and isinstance(other.body, Scalar) and other.body.form == "\\R":
@@ -170,7 +172,9 @@ def _groups(a: Group, t: Group) -> Verdict:
             return first == second
     if (t.kind == "union" and a.kind == "union") or {a.kind, t.kind} <= {"set", "list"}:
         return _unordered(a.parts, t.parts)
-    if a.kind != t.kind or a.brackets != t.brackets:
+    # Three numbers in square brackets are no interval.
+    points = {a.brackets, t.brackets} == {"()", "[]"} and min(len(a.parts), len(t.parts)) > 2
+    if a.kind != t.kind or (a.brackets != t.brackets and not points):
         return _across(a, t)
     return _ordered(a.parts, t.parts)
 
@@ -250,7 +254,8 @@ def _group_key(group: Group) -> str:
     if group.kind in ("set", "list", "union"):
         separator = "\\cup" if group.kind == "union" else ","
         return separator.join(sorted(set(parts))) or "\\emptyset"
-    opening, closing = group.brackets if len(group.brackets) == 2 else ("(", ")")
+    brackets = group.brackets if group.kind == "sequence" else "()"
+    opening, closing = brackets[0], brackets[1:]
     separator = ":" if group.kind == "ratio" else ","
     return f"{opening}{separator.join(parts)}{closing}{group.brackets * (group.kind == 'matrix')}"
 

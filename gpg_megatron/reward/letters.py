@@ -71,7 +71,9 @@ def _after_number(before: Sequence[str]) -> bool:
 
 
 def _within_unit(before: Sequence[str]) -> bool:
-    """Behind "m/": an s is a second."""
+    """Behind "m/" or "erg ": an s is a second."""
+    if before and before[-1][0] == '"' and before[-1][1:] in v.UNITS:
+        return True
     return len(before) > 1 and before[-1] in "/*" and before[-2][0] == '"'
 
 

@@ -14,7 +14,7 @@ from gpg_megatron.reward.algebra import Rational, UnreadableError, Value
 from gpg_megatron.reward.expression import read_expression
 from gpg_megatron.reward.form import Item, Node, spell
 from gpg_megatron.reward.relations import Part
-from gpg_megatron.reward.units import Unit, is_word, measured
+from gpg_megatron.reward.units import Unit, is_word, measured, unit_name
 
 MAX_PARTS = 400
 MAX_NESTED = 8
@@ -124,13 +124,11 @@ def _without_aside(items: tuple[Item, ...]) -> tuple[Item, ...]:
 
 def _several(items: tuple[Item, ...], nested: int) -> Answer | None:
     """A list without brackets, or with a sign that stands for two."""
-    if "\\pm" in items or "\\mp" in items:
-        both = relations.both_signs(items)
-        return None if both is None else _listed([Part("", x) for x in both], nested)
     parts = relations.split_list(items)
-    if len(parts) == 1:
-        return None
-    return _listed(parts, nested)
+    if len(parts) > 1:
+        return _listed(parts, nested)
+    both = relations.both_signs(items)
+    return None if both is None else _listed([Part("", x) for x in both], nested)
 
 
 def _listed(parts: Sequence[Part], nested: int) -> Answer:
@@ -182,8 +180,13 @@ def _merged(joined: str, answers: Sequence[Answer]) -> Answer | None:
 
 def _label(items: tuple[Item, ...]) -> tuple[str, tuple[Item, ...]]:
     """The letter of a choice, where its value follows: (D) 12."""
-    letter = items[1] if len(items) > 3 and items[0] == "(" and items[2] == ")" else ""
-    rest = trim(items[3:])
+    letter: Item = ""
+    rest = items[3:]
+    if len(items) > 3 and items[0] == "(" and items[2] == ")":
+        letter = items[1]
+    elif len(items) > 2 and items[1] in (".", ":", ")") and not str(items[2])[:1].isupper():
+        letter, rest = items[0], items[2:]
+    rest = trim(rest)
     operated = (
         not rest or (isinstance(rest[0], Node) and rest[0].command == "^") or rest[0] in _GOES_ON
     )
@@ -301,4 +304,5 @@ def _words(items: Sequence[Item]) -> Answer:
         if sign == v.NOTHING:  # The set without elements.
             return Answer("", "", (), Group("set", "", ()))
         return Answer("", "", (), Scalar(sign, algebra.symbol(sign), None, False, False))
-    return Answer("", "", (), Words(spell(items)))
+    named = ['"' + unit_name(str(x)[1:]) if is_word(x) else x for x in items]
+    return Answer("", "", (), Words(spell(named)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -83,20 +83,45 @@ def joined(separators: Sequence[str]) -> str:
     return words.pop() if len(words) == 1 else ""
 
 
-def both_signs(items: Sequence[Item]) -> list[Items] | None:
-    """The values that plus-minus signs stand for; with a minus-plus sign they change together."""
-    places = [i for i, item in enumerate(items) if item in ("\\pm", "\\mp")]
-    if len(places) > _MAX_SIGNS:
+def both_signs(items: Items) -> list[Items] | None:
+    """The values that plus-minus signs stand for; with a minus-plus sign they change together.
+
+    None where there is no such sign, or too many.
+    """
+    found = list(_signs(items))
+    if not 0 < len(found) <= _MAX_SIGNS:
         return None
-    together = "\\mp" in items
+    together = "\\mp" in found
     results = []
-    for signs in product("+-", repeat=1 if together else len(places)):
-        chosen = list(items)
-        for place, sign in zip(places, signs * len(places) if together else signs, strict=True):
-            flipped = items[place] == "\\mp"
-            chosen[place] = {"+": "-", "-": "+"}[sign] if flipped else sign
-        results.append(tuple(chosen))
+    for signs in product("+-", repeat=1 if together else len(found)):
+        chosen = list(signs * len(found) if together else signs)
+        results.append(_with_signs(items, chosen))
     return results
+
+
+def _signs(items: Items) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, Node):
+            for argument in item.arguments:
+                yield from _signs(argument)
+        elif item in ("\\pm", "\\mp"):
+            yield item
+
+
+def _with_signs(items: Items, chosen: list[str]) -> Items:
+    """The items with the next of the chosen signs in each place, which it takes off the list."""
+    result: list[Item] = []
+    for item in items:
+        if isinstance(item, Node):
+            arguments = tuple(_with_signs(argument, chosen) for argument in item.arguments)
+            result.append(item._replace(arguments=arguments))
+        elif item in ("\\pm", "\\mp"):
+            sign = chosen.pop(0)
+            flipped = {"+": "-", "-": "+"}[sign]
+            result.append(flipped if item == "\\mp" else sign)
+        else:
+            result.append(item)
+    return tuple(result)
 
 
 def name(items: Items) -> tuple[str, Items]:

@@ -42,7 +42,7 @@ _SPACES = frozenset(("\\,", "\\;", "\\:", "\\quad", "\\qquad"))
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 _BOARDS = frozenset("RZQNC")
 _MATRICES = v.words("matrix pmatrix bmatrix array smallmatrix psmallmatrix bsmallmatrix")
-_FRAMES = v.words("equation align aligned gather gathered split math displaymath center")
+_FRAMES = v.words("equation align aligned gather gathered split math displaymath center cases")
 _OPENING = frozenset(("(", "[", "\\{", "\\langle"))
 _CLOSING = frozenset((")", "]", "\\}", "\\rangle"))
 _REST = 40
@@ -57,6 +57,8 @@ class Lexer:
         self.commas_group = commas_group and "," in text
         self.tokens: list[str] = []
         self.brackets = 0
+        self.framed = False
+        """Whether & and \\\\ align lines and make no matrix."""
         self.spaced = False
         """Whether a space stands in front of what comes next."""
 
@@ -133,8 +135,8 @@ class Lexer:
         return at
 
     def _sign(self, found: str, in_text: bool, following: str) -> None:
-        if found == "\\":
-            return  # At the very end: a command without a name.
+        if found == "\\" or (found == "&" and self.framed):
+            return  # A command without a name at the very end, or an aligned line.
         if found in v.DROPPED or (found in '"`“”„«»*#_' and (in_text or found not in "*#_")):
             return
         after_word = bool(self.tokens) and self.tokens[-1].startswith('"')
@@ -166,7 +168,9 @@ class Lexer:
             self.tokens += [whole, above, "/", below]
 
     def _environment(self, edge: str, name: str) -> None:
-        if name not in _FRAMES:
+        if name in _FRAMES:
+            self.framed = edge == "begin"
+        else:
             name = "matrix" if name in _MATRICES else name
             self.tokens.append(f"\\{edge}{{{name}}}")
 

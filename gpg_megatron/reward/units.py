@@ -79,7 +79,7 @@ def _belongs(items: Sequence[Item], at: int) -> bool:
         if item.command != "^" or not at:
             return False
         return is_word(items[at - 1]) or items[at - 1] in ("\\deg", "\\dollar")
-    if item in ("%", "\\deg", "\\dollar", ".") or is_word(item):
+    if item in ("%", "\\deg", "\\dollar", "\\Omega", "\\AA", ".") or is_word(item):
         return True
     before, after = items[at - 1] if at else "", items[at + 1] if at + 1 < len(items) else ""
     if item in ("/", "*", "-"):

@@ -221,23 +221,9 @@ def test_math_verify_agrees_on_a_sample(development_data: Path) -> None:
     assert (missed, fooled) == ([], [])
 
 
-# Where math-verify takes a changed answer for the same: it compares decimals to 6 digits (the
-# first of each split), takes either side of an equation, or cannot parse the whole of the answer.
-FOOLED = {
-    "test": ["\\frac{1}{2004!}", "\\frac \\pi4 + 2 - \\sqrt2", "\\frac{7}{5} + \\frac{1}{5} i."],
-    "train": [
-        "\\frac{1}{2^{98}}",
-        "0.56 = 56\\%",
-        "2007 + \\frac\\pi 2",
-        "\\begin{pmatrix} 1 & -1 \\\\ 1 & \\phantom -1 \\end{pmatrix}",
-        "\\begin{pmatrix} -1 & 0 \\\\ 0 & -1 \\end{pmatrix}.",
-    ],
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_math_verify_agrees_on_every_reference_solution(development_data: Path, split: str) -> None:
     missed, fooled = agreement_of_math_verify(references(development_data, "math", split))
     assert missed == []
-    assert sorted(fooled) == sorted(FOOLED[split])
+    assert fooled == []
