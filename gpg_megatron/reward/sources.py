@@ -36,6 +36,9 @@ _AS_ANSWER = {
 """Scorer -> how a ground truth is written as an answer."""
 _NO_ANSWERS = frozenset(("nan", "none", "null", "n/a", "<na>"))
 
+SHOWN = 60
+"""Characters of a ground truth in a message."""
+
 WITH_FORMAT = ("gsm8k", "math", "math_verify")
 """Scorers whose verdicts have a part "format"."""
 
@@ -117,5 +120,5 @@ def unmet(scorer: str, ground_truth: str) -> str | None:
     # math-verify is not asked: our own comparison knows that a truth is equal to itself.
     judge = SCORERS["math" if scorer == "math_verify" else scorer]
     if judge(_AS_ANSWER[scorer].format(ground_truth), ground_truth).accuracy != 1.0:
-        return f"{ground_truth!r} does not score 1 against itself"
+        return f"{ground_truth[:SHOWN]!r} does not score 1 against itself"
     return None

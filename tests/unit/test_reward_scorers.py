@@ -26,6 +26,7 @@ from gpg_megatron.reward.sources import (
     check_data_sources,
     check_prompts,
     scorer_name,
+    unmet,
 )
 from gpg_megatron.types import Prompt
 
@@ -229,6 +230,27 @@ def test_an_unknown_data_source_is_named() -> None:
     with pytest.raises(UserError, match=r"'lighteval/x'.*known: arithmetic\*, gsm8k"):
         check_data_sources(["gsm8k", "lighteval/x"], RewardConfig())
     check_data_sources(["lighteval/x"], RewardConfig(scorer="gsm8k"))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "truth", "reason"),
+    [
+        ("math", "5}", None),
+        ("math", "\\boxed{72}", None),
+        ("math_verify", "\\frac{1}{2}", None),
+        ("gsm8k", "56.0", None),
+        ("custom", "", None),
+        ("math", " ", "is empty"),
+        ("gsm8k", "NaN", "is what a missing value is written as"),
+        ("gsm8k", "word", "is not a number"),
+        ("math_verify", "x" * 3000, "does not score 1 against itself"),
+        ("verl_math", "a\\sqrt", None),
+        ("verl_gsm8k", "1,000", "does not score 1 against itself"),
+    ],
+)
+def test_ground_truths_that_no_answer_can_meet(scorer: str, truth: str, reason: str | None) -> None:
+    found = unmet(scorer, truth)
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_an_unreadable_ground_truth_is_named() -> None:
