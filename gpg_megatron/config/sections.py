@@ -18,7 +18,9 @@ MIB, GIB = 2**20, 2**30
 
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
 
-Scorer = Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"]
+Scorer = Literal[
+    "auto", "exact_match", "gsm8k", "math", "math_verify", "verl_gsm8k", "verl_math", "custom"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
