@@ -10,13 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpg_megatron.layout.boxes import (
-    Box,
-    Piece,
-    Shard,
-    gated_rows,
-    split_dimension,
-)
+from gpg_megatron.layout.boxes import Box, Piece, Shard, gated_rows, split_dimension
 from gpg_megatron.layout.families import Rule
 from gpg_megatron.layout.topology import Parameter, PolicyGrid, parameters
 from gpg_megatron.types import ModelShape
@@ -43,7 +37,10 @@ class StoredParameter:
     def pieces(self, model: ModelShape) -> list[Piece]:
         """What it holds, in Hugging Face coordinates; each piece is whole rows of both."""
         rule = self.parameter.rule
-        return rule.layout(self.parameter.hf_names, Shard(self.parameter.shape, 0, 1), model)
+        pieces = rule.layout(self.parameter.hf_names, Shard(self.parameter.shape, 0, 1), model)
+        ranges = [r for x in pieces for r in (*x.hf.ranges[1:], *x.local.ranges[1:])]
+        assert all(start == 0 for start, _ in ranges), pieces
+        return pieces
 
 
 def stored_parameters(model: ModelShape, tp_size: int) -> Iterator[StoredParameter]:

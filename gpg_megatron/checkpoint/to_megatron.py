@@ -10,33 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import xxhash
 
 from gpg_megatron.checkpoint.conversion import (
-    MEMORY_BYTES,
-    N_THREADS,
     Converted,
     Progress,
-    check_whole_rows,
     dtype_name,
-    hf_places,
+    open_hf,
     output_directory,
 )
 from gpg_megatron.checkpoint.marker import HF_FILES, FileStamp, Marker, stamp, write_marker
-from gpg_megatron.checkpoint.raw_io import Flusher
-from gpg_megatron.checkpoint.safetensors_files import RowReader, TensorPlace
+from gpg_megatron.checkpoint.raw_io import flushed
+from gpg_megatron.checkpoint.safetensors_files import TensorPlace, read_rows
 from gpg_megatron.checkpoint.store import copy_hf_files, relative_files
 from gpg_megatron.checkpoint.stored_layout import StoredParameter, shard_boxes, stored_parameters
 from gpg_megatron.checkpoint.torch_dist import Written, append_chunk, write_index
-from gpg_megatron.checkpoint.workers import Budget, work_through
-from gpg_megatron.layout.hf_io import check_checkpoint
+from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, work_through
+from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes
-from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.types import ModelShape
 
 
@@ -46,7 +43,7 @@ def hf_to_megatron(
     *,
     grid: PolicyGrid,
     dtype: torch.dtype | None = None,
-    progress: Progress = lambda n: None,
+    progress: Progress = lambda n, total: None,
 ) -> Converted:
     """Write a torch_dist checkpoint that any layout can load.
 
@@ -61,57 +58,58 @@ def hf_to_megatron(
         UserError: bad input, or no place to write to. What was written so far has no marker and
             no loader takes it.
     """
-    shape = load_model_shape(hf)
-    check_checkpoint(hf, shape)
-    places = hf_places(hf)
+    shape, places = open_hf(hf)
+    files: dict[str, _HashedFile] = {}
+    written: list[Written] = []
+    budget = Budget()
+
+    def place_of(item: StoredParameter) -> TensorPlace:
+        return places[item.parameter.hf_names[0]]
+
+    def n_bytes_of(item: StoredParameter) -> int:
+        return math.prod(item.parameter.shape) * (dtype or place_of(item).dtype).itemsize
+
+    def convert(item: StoredParameter) -> None:
+        with budget.hold(n_bytes_of(item)) as scratch:
+            tensor = scratch.tensor(item.parameter.shape, dtype or place_of(item).dtype)
+            _assemble(item, tensor, places, shape)
+            for rank, box in _shards(item, grid, shape):
+                # No two threads write to the same file.
+                name = f"__{rank}_{scratch.number}.distcp"
+                if name not in files:
+                    files[name] = _HashedFile(megatron / name)
+                part = tensor[box.slices]
+                whole = part.numel() == tensor.numel()
+                data = tensor if whole else part.clone(memory_format=torch.contiguous_format)
+                written.append(append_chunk(files[name], item.key, item.shape, item.box(box), data))
+        progress(n_bytes_of(item), total)
+
+    items = list(stored_parameters(shape, grid.tp_size))
+    total = sum(map(n_bytes_of, items))
+    # The largest are handled alone; the others come as they lie in their files.
+    items.sort(
+        key=lambda item: (
+            place_of(item).n_bytes < MEMORY_BYTES,
+            place_of(item).path,
+            place_of(item).offset,
+        )
+    )
     with output_directory(megatron):
-        items = _in_file_order(list(stored_parameters(shape, grid.tp_size)), places, shape)
-        with _ChunkFiles(megatron) as output, Flusher(output.files):
-            budget = Budget(MEMORY_BYTES)
-
-            def worker(number: int) -> Callable[[StoredParameter], None]:
-                reader = RowReader()
-
-                def convert(item: StoredParameter) -> None:
-                    wanted = dtype or places[item.parameter.hf_names[0]].dtype
-                    n_bytes = math.prod(item.parameter.shape) * wanted.itemsize
-                    with budget.hold(number, n_bytes) as scratch:
-                        tensor = scratch.tensor(item.parameter.shape, wanted)
-                        _assemble(item, tensor, places, reader, shape)
-                        _store(item, tensor, output, number, grid, shape)
-                    progress(n_bytes)
-
-                return convert
-
-            work_through(items, worker, N_THREADS)
-        stamps = output.stamps()
-        write_index(megatron, output.written)
+        with flushed(lambda: list(files.values())):
+            work_through(convert, items)
+        write_index(megatron, written)
         copy_hf_files(hf, megatron / HF_FILES)
-        for name in relative_files(megatron):
-            if name not in stamps:
-                stamps[name] = stamp(megatron / name)
-        write_marker(megatron, _marker(shape, output.written, grid, stamps))
-    n_bytes = sum(w.chunk.box.numel * w.dtype.itemsize for w in output.written)
-    return Converted(n_bytes=n_bytes, n_tensors=len(hf_shapes(shape)))
-
-
-def _in_file_order(
-    items: list[StoredParameter], places: Mapping[str, TensorPlace], shape: ModelShape
-) -> list[StoredParameter]:
-    """The largest first, since they are handled alone; the others as they lie in their files."""
-
-    def key(item: StoredParameter) -> tuple[bool, str, int]:
-        place = places[item.parameter.hf_names[0]]
-        return place.n_bytes < MEMORY_BYTES, str(place.path), place.offset
-
-    return sorted(items, key=key)
+        stamps = {name: file.stamp for name, file in files.items()}
+        for name in set(relative_files(megatron)) - stamps.keys():
+            stamps[name] = stamp(megatron / name)
+        write_marker(megatron, _marker(shape, written, grid, stamps))
+    return Converted(n_bytes=total, n_tensors=len(hf_shapes(shape)))
 
 
 def _assemble(
     item: StoredParameter,
     tensor: torch.Tensor,
     places: Mapping[str, TensorPlace],
-    reader: RowReader,
     shape: ModelShape,
 ) -> None:
     """Fill a whole Megatron parameter from the rows of its Hugging Face tensors."""
@@ -119,24 +117,18 @@ def _assemble(
     if sum(piece.local.numel for piece in pieces) < tensor.numel():
         tensor.zero_()  # padding of the vocabulary
     for piece in pieces:
-        check_whole_rows(piece)
         place, target = places[piece.hf_name], tensor[piece.local.slices]
         same = place.dtype == tensor.dtype
         rows = target if same else torch.empty(target.shape, dtype=place.dtype)
-        reader.read(place, piece.hf.ranges[0][0], rows)
+        read_rows(place, piece.hf.ranges[0][0], rows)
         if rows is not target:
             target.copy_(rows)
 
 
-def _store(
-    item: StoredParameter,
-    tensor: torch.Tensor,
-    output: _ChunkFiles,
-    number: int,
-    grid: PolicyGrid,
-    shape: ModelShape,
-) -> None:
-    """Append the parameter's shards to the files of the ranks that hold them."""
+def _shards(
+    item: StoredParameter, grid: PolicyGrid, shape: ModelShape
+) -> Iterator[tuple[int, Box]]:
+    """(rank, what it stores of the parameter) for each rank that stores a part."""
     parameter = item.parameter
     stage = grid.pp_size - 1 if parameter.rule.at_end else 0
     if parameter.numbers:
@@ -145,71 +137,28 @@ def _store(
     if parameter.expert is not None:
         ep = parameter.expert // (shape.num_experts // grid.ep_size)
     for tp in range(grid.tp_size):
-        rank = grid.holders(stage, tp, ep)[0]
         for box in shard_boxes(parameter, tp, grid.tp_size):
-            part = tensor[box.slices]
-            whole = part.numel() == tensor.numel()
-            data = tensor if whole else part.clone(memory_format=torch.contiguous_format)
-            output.append(f"__{rank}_{number}.distcp", item.key, item.shape, item.box(box), data)
+            yield grid.holders(stage, tp, ep)[0], box
 
 
-class _ChunkFiles:
-    """The .distcp files of one checkpoint; no two threads write to the same one."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files: dict[str, _HashedFile] = {}
-        self.written: list[Written] = []
-
-    def append(self, name: str, *what: Any) -> None:
-        if name not in self._files:
-            self._files[name] = _HashedFile((self._directory / name).open("wb", buffering=0))
-        self.written.append(append_chunk(self._files[name], name, *what))  # type: ignore[arg-type]
-
-    def files(self) -> list[BinaryIO]:
-        """Those that are open now."""
-        return [file.file for file in list(self._files.values())]
-
-    def stamps(self) -> dict[str, FileStamp]:
-        """What the files must be."""
-        return {name: file.stamp() for name, file in self._files.items()}
-
-    def __enter__(self) -> _ChunkFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-class _HashedFile:
+class _HashedFile(BufferedWriter):
     """A file that is only appended to, and its digest."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path, "w"))
         self._digest = xxhash.xxh3_128()
-        self._size = 0
+        self._n_bytes = 0
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        done = 0
-        while done < len(view):
-            done += self.file.write(view[done:])
-        self._size += done
-        return done
+        self._digest.update(data)
+        n_bytes = super().write(data)
+        self._n_bytes += n_bytes
+        return n_bytes
 
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        pass  # nothing is buffered
-
+    @property
     def stamp(self) -> FileStamp:
-        return FileStamp(n_bytes=self._size, xxh3=self._digest.hexdigest())
-
-    def close(self) -> None:
-        self.file.close()
+        """What the file must be."""
+        return FileStamp(n_bytes=self._n_bytes, xxh3=self._digest.hexdigest())
 
 
 def _marker(

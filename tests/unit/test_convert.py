@@ -157,7 +157,7 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert out.count("50 tensors, 0.00 GB in") == 2
     # Log-probs too: in a process of its own, since Megatron's groups are global.
-    command = [sys.executable, "-m", "checkpoint_convert.verify", "--hf", h, "--megatron", m]
+    command = [sys.executable, "-m", "checkpoint_convert", "verify", "--hf", h, "--megatron", m]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "50 of 50 tensors are equal" in done.stdout and "differ by at most" in done.stdout

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from gpg_megatron.checkpoint.torch_dist import (
     METADATA,
-    ChunkReader,
     append_chunk,
+    read_box,
     read_index,
     write_index,
 )
@@ -42,10 +42,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layer in range(3):
             for r0, r1, c0, c1 in CUTS:
                 file = a if r0 == 0 else b
-                name = Path(file.name).name
                 box = Box(((layer, layer + 1), (r0, r1), (c0, c1)))
                 data = WHOLE[box.slices].clone()
-                items.append(append_chunk(file, name, "weight", SHAPE, box, data))
+                items.append(append_chunk(file, "weight", SHAPE, box, data))
     write_index(directory, items)
     return directory
 
@@ -59,10 +58,10 @@ def test_torch_reads_what_was_written(written: Path) -> None:
 def test_what_torch_writes_is_read(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16()}
     dcp.save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
-    index, reader = read_index(tmp_path), ChunkReader(tmp_path)
+    index = read_index(tmp_path)
     for name, right in tensors.items():
         out = torch.empty_like(right)
-        reader.read(index[name], Box.whole(right.shape), out)
+        read_box(tmp_path, index[name], Box.whole(right.shape), out)
         assert index[name].dtype == right.dtype and torch.equal(out, right)
 
 
@@ -77,7 +76,7 @@ def test_any_box_is_read_from_the_chunks_that_it_crosses(
         ranges.append((start, data.draw(st.integers(start + 1, n))))
     box = Box(tuple(ranges))
     out = torch.empty(box.shape)
-    ChunkReader(written).read(read_index(written)["weight"], box, out)
+    read_box(written, read_index(written)["weight"], box, out)
     assert torch.equal(out, WHOLE[box.slices])
 
 
@@ -85,7 +84,7 @@ def test_a_box_outside_the_chunks_is_refused(written: Path, tmp_path: Path) -> N
     stored = read_index(written)["weight"]
     part = type(stored)(stored.shape, stored.dtype, stored.chunks[:2])
     with pytest.raises(UserError, match="only 42 of 48 elements are stored"):
-        ChunkReader(written).read(part, Box(((0, 1), (0, 8), (0, 6))), torch.empty(1, 8, 6))
+        read_box(written, part, Box(((0, 1), (0, 8), (0, 6))), torch.empty(1, 8, 6))
 
 
 @dataclass(frozen=True)
@@ -130,12 +129,9 @@ def test_a_cut_file_is_named(written: Path, tmp_path: Path) -> None:
     for path in written.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     os.truncate(tmp_path / "__0_0.distcp", 500)
+    stored = read_index(tmp_path)["weight"]
     with pytest.raises(UserError, match=r"__0_0\.distcp.* damaged"):
-        ChunkReader(tmp_path).read(
-            read_index(tmp_path)["weight"], Box(((0, 1), (0, 5), (0, 6))), torch.empty(5, 6)
-        )
+        read_box(tmp_path, stored, Box(((0, 1), (0, 5), (0, 6))), torch.empty(5, 6))
     (tmp_path / "__0_1.distcp").unlink()
     with pytest.raises(UserError, match=r"__0_1\.distcp: No such file"):
-        ChunkReader(tmp_path).read(
-            read_index(tmp_path)["weight"], Box(((0, 1), (5, 8), (0, 6))), torch.empty(3, 6)
-        )
+        read_box(tmp_path, stored, Box(((0, 1), (5, 8), (0, 6))), torch.empty(3, 6))
