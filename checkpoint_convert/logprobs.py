@@ -13,7 +13,7 @@ from gpg_megatron.checkpoint.marker import HF_FILES
 from gpg_megatron.config.sections import Config, ModelConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.types import DTYPES, MicroBatch, TrainSample
+from gpg_megatron.types import MicroBatch, TrainSample
 
 
 def prompts(hf: Path, count: int, length: int) -> torch.Tensor:
@@ -40,13 +40,12 @@ def megatron_logprobs(megatron: Path, ids: torch.Tensor, dtype: torch.dtype) -> 
     from gpg_megatron.policy.policy import Policy
 
     path = megatron / HF_FILES
-    name = next((n for n, d in DTYPES.items() if d == dtype), "fp32")
     config = Config(
-        model=ModelConfig(path=str(path), dtype=name),
+        model=ModelConfig(path=str(path), dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
         rollout=RolloutConfig(temperature=1.0),
         trainer=TrainerConfig(device="cpu"),
     )
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         policy = Policy(config, load_model_shape(path, need_weights=False), "cpu")

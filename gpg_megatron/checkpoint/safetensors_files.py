@@ -112,7 +112,7 @@ class ShardWriter:
             size += place.n_bytes
         self._places: dict[str, tuple[BinaryIO, TensorPlace]] = {}
         self.files: list[BinaryIO] = []
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             path = directory / f"model{part}.safetensors"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from gpg_megatron.checkpoint.raw_io import flushed
 from gpg_megatron.checkpoint.safetensors_files import TensorPlace, read_rows
 from gpg_megatron.checkpoint.store import copy_hf_files, relative_files
 from gpg_megatron.checkpoint.stored_layout import StoredParameter, shard_boxes, stored_parameters
-from gpg_megatron.checkpoint.torch_dist import Written, append_chunk, write_index
+from gpg_megatron.checkpoint.torch_dist import Chunk, Stored, append_chunk, write_index
 from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, work_through
 from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes
@@ -60,18 +61,21 @@ def hf_to_megatron(
     """
     shape, places = open_hf(hf)
     files: dict[str, _HashedFile] = {}
-    written: list[Written] = []
+    chunks: defaultdict[str, list[Chunk]] = defaultdict(list)
     budget = Budget()
 
     def place_of(item: StoredParameter) -> TensorPlace:
         return places[item.parameter.hf_names[0]]
 
+    def dtype_of(item: StoredParameter) -> torch.dtype:
+        return dtype or place_of(item).dtype
+
     def n_bytes_of(item: StoredParameter) -> int:
-        return math.prod(item.parameter.shape) * (dtype or place_of(item).dtype).itemsize
+        return math.prod(item.parameter.shape) * dtype_of(item).itemsize
 
     def convert(item: StoredParameter) -> None:
         with budget.hold(n_bytes_of(item)) as scratch:
-            tensor = scratch.tensor(item.parameter.shape, dtype or place_of(item).dtype)
+            tensor = scratch.tensor(item.parameter.shape, dtype_of(item))
             _assemble(item, tensor, places, shape)
             for rank, box in _shards(item, grid, shape):
                 # No two threads write to the same file.
@@ -81,7 +85,7 @@ def hf_to_megatron(
                 part = tensor[box.slices]
                 whole = part.numel() == tensor.numel()
                 data = tensor if whole else part.clone(memory_format=torch.contiguous_format)
-                written.append(append_chunk(files[name], item.key, item.shape, item.box(box), data))
+                chunks[item.key].append(append_chunk(files[name], item.box(box), data))
         progress(n_bytes_of(item), total)
 
     items = list(stored_parameters(shape, grid.tp_size))
@@ -97,12 +101,15 @@ def hf_to_megatron(
     with output_directory(megatron):
         with flushed(lambda: list(files.values())):
             work_through(convert, items)
-        write_index(megatron, written)
+        index = {
+            item.key: Stored(item.shape, dtype_of(item), tuple(chunks[item.key])) for item in items
+        }
+        write_index(megatron, index)
         copy_hf_files(hf, megatron / HF_FILES)
         stamps = {name: file.stamp for name, file in files.items()}
-        for name in set(relative_files(megatron)) - stamps.keys():
+        for name in sorted(set(relative_files(megatron)) - stamps.keys()):
             stamps[name] = stamp(megatron / name)
-        write_marker(megatron, _marker(shape, written, grid, stamps))
+        write_marker(megatron, _marker(shape, index, grid, stamps))
     return Converted(n_bytes=total, n_tensors=len(hf_shapes(shape)))
 
 
@@ -163,18 +170,16 @@ class _HashedFile(BufferedWriter):
 
 def _marker(
     shape: ModelShape,
-    written: Sequence[Written],
+    index: Mapping[str, Stored],
     grid: PolicyGrid,
     files: Mapping[str, FileStamp],
 ) -> Marker:
-    dtypes = {w.dtype for w in written}
-    rows = next(w.shape[0] for w in written if w.key == "embedding.word_embeddings.weight")
     return Marker(
         step=0,
         version=0,
         model=dataclasses.asdict(shape),
-        padded_vocab_size=rows,
-        dtype=dtype_name(dtypes),
+        padded_vocab_size=index["embedding.word_embeddings.weight"].shape[0],
+        dtype=dtype_name({stored.dtype for stored in index.values()}),
         has_optimizer=False,
         distributed_optimizer=False,
         layout={"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size, "ep": grid.ep_size},

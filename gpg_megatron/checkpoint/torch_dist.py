@@ -14,7 +14,7 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -160,7 +160,7 @@ def _read_part(file: BinaryIO, chunk: Chunk, box: Box, out: torch.Tensor) -> Non
     length = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True))
     in_place = out.is_contiguous() and length == box.numel
     span = out if in_place else torch.empty(length, dtype=out.dtype)
-    start = _data_offset(file, chunk, chunk.box.numel * size) + part.storage_offset() * size
+    start = _data_offset(file, chunk, chunk.box.numel * size) + int(part.storage_offset()) * size
     read_exactly(file, span, start)
     if not in_place:
         out.copy_(span.as_strided(part.shape, part.stride()))
@@ -185,32 +185,19 @@ def _data_offset(file: BinaryIO, chunk: Chunk, n_bytes: int) -> int:
         raise UserError(
             f"{file.name}: damaged at byte {chunk.offset}: expected {n_bytes} plain bytes"
         )
-    name_and_extra = sum(struct.unpack_from("<HH", head, 26))
-    return begin + record.header_offset + len(head) + name_and_extra
+    name, extra = struct.unpack_from("<HH", head, 26)
+    return begin + record.header_offset + len(head) + int(name) + int(extra)
 
 
 # ---- writing ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One chunk that is in its file now."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunk: Chunk
-
-
-def append_chunk(
-    file: BinaryIO, key: str, shape: tuple[int, ...], box: Box, data: torch.Tensor
-) -> Written:
+def append_chunk(file: BinaryIO, box: Box, data: torch.Tensor) -> Chunk:
     """Write one chunk at the end of an open file of the checkpoint's directory.
 
     Args:
         file: opened for writing; its own position must be right.
-        shape: of the whole tensor.
-        box: the part that data is, in the tensor's coordinates.
+        box: the part that data is, in the whole tensor's coordinates.
         data: contiguous, alone in its storage.
 
     Raises:
@@ -223,26 +210,24 @@ def append_chunk(
     except RuntimeError as error:
         # torch closes its archive after a failed write, and fails again.
         raise error.__context__ or error from None
-    chunk = Chunk(box, Path(file.name).name, offset, file.tell() - offset)
-    return Written(key, shape, data.dtype, chunk)
+    return Chunk(box, Path(file.name).name, offset, file.tell() - offset)
 
 
-def write_index(directory: Path, written: Sequence[Written]) -> None:
+def write_index(directory: Path, index: Mapping[str, Stored]) -> None:
     """Everything besides the chunks, so that Megatron-Core finds them."""
-    tensors: dict[str, TensorStorageMetadata] = {}
+    tensors: dict[str, Any] = {}
     places = {}
-    for item in written:
-        offsets = torch.Size(start for start, _ in item.chunk.box.ranges)
-        if item.key not in tensors:
-            properties = TensorProperties(dtype=item.dtype)
-            tensors[item.key] = TensorStorageMetadata(properties, torch.Size(item.shape), [])
-        tensors[item.key].chunks.append(
-            ChunkStorageMetadata(offsets, torch.Size(item.chunk.box.shape))
-        )
-        places[MetadataIndex(item.key, offsets)] = _StorageInfo(
-            item.chunk.file, item.chunk.offset, item.chunk.length
-        )
+    for key, stored in index.items():
+        chunks = []
+        for chunk in stored.chunks:
+            offsets = torch.Size(start for start, _ in chunk.box.ranges)
+            chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.box.shape)))
+            places[MetadataIndex(key, offsets)] = _StorageInfo(
+                chunk.file, chunk.offset, chunk.length
+            )
+        properties = TensorProperties(dtype=stored.dtype)
+        tensors[key] = TensorStorageMetadata(properties, torch.Size(stored.shape), chunks)
     with (directory / METADATA).open("wb") as file:
-        pickle.dump(Metadata(cast(Any, tensors), storage_data=places), file)
+        pickle.dump(Metadata(tensors, storage_data=places), file)
     torch.save({}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))

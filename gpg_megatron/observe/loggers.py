@@ -64,8 +64,21 @@ class RunLogger:
         path = self._dir / "metrics.jsonl"
         _drop_torn_line(path)
         self._metrics = path.open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(self._dir) if config.tensorboard else None
-        self._wandb = _open_wandb(self._dir, config, config_yaml_text) if config.wandb else None
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._dir / "tensorboard"))
+        if config.wandb:
+            import wandb  # type: ignore[import-not-found]
+
+            self._wandb = wandb.init(
+                project=config.wandb_project,
+                name=self._dir.resolve().name,
+                dir=str(self._dir),
+                config=yaml.safe_load(config_yaml_text),
+            )
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Append one step to every log. Values that are not finite become null."""
@@ -125,23 +138,6 @@ def _drop_torn_line(path: Path) -> None:
         complete = content.rfind(b"\n") + 1
         if complete < len(content):
             path.write_bytes(content[:complete])
-
-
-def _open_tensorboard(directory: Path) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory / "tensorboard"))
-
-
-def _open_wandb(directory: Path, config: LoggingConfig, config_yaml_text: str) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=config.wandb_project,
-        name=directory.resolve().name,
-        dir=str(directory),
-        config=yaml.safe_load(config_yaml_text),
-    )
 
 
 def _rollout_row(step: int, group: ScoredGroup, place: int, sample: TrainSample) -> dict[str, Any]:

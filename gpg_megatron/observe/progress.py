@@ -57,19 +57,12 @@ class Progress:
     Args:
         total_steps: steps of the whole run.
         stream: where it is printed; None: stdout.
-        is_terminal: None: ask the stream.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        stream: TextIO | None = None,
-        is_terminal: bool | None = None,
-    ) -> None:
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total_steps = total_steps
         self._stream = stream or sys.stdout
-        on_terminal = self._stream.isatty() if is_terminal is None else is_terminal
-        self._bar = _make_bar(self._stream) if on_terminal else None
+        self._bar = _make_bar(self._stream) if self._stream.isatty() else None
         self._task: rich.progress.TaskID | None = None
 
     def message(self, text: str) -> None:
