@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
 from gpg_megatron.checkpoint import conversion
 from gpg_megatron.checkpoint.compare import compare
@@ -112,12 +112,7 @@ def _grid(args: argparse.Namespace) -> PolicyGrid:
 @contextmanager
 def _progress_bar(title: str) -> Iterator[conversion.Progress]:
     """A bar on stderr for the block."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(file=sys.stderr)
     with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
@@ -128,10 +123,10 @@ def _verify(args: argparse.Namespace) -> int:
     """The log-probs of fixed prompts come from transformers on one side and from Megatron's model,
     which loads the checkpoint as training does, on the other; both models are held in memory."""
     with _progress_bar("comparing") as progress:
-        result = compare(args.hf, args.megatron, progress=progress)
-    print(f"{result.n_equal} of {result.n_tensors} tensors are equal, element by element")
-    if result.first_difference:
-        print(f"first difference: {result.first_difference}", file=sys.stderr)
+        equal = compare(args.hf, args.megatron, progress=progress)
+    print(f"{sum(equal.values())} of {len(equal)} tensors are equal, element by element")
+    if different := [name for name in sorted(equal) if not equal[name]]:
+        print(f"first difference: {different[0]}", file=sys.stderr)
         return 1
     if args.no_logprobs:
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import torch
@@ -18,10 +17,8 @@ from gpg_megatron.types import MicroBatch, TrainSample
 
 def prompts(hf: Path, count: int, length: int) -> torch.Tensor:
     """[count, length] token ids, the same for every call."""
-    vocabulary = load_model_shape(hf).vocab_size
-    numbers = random.Random(0)
-    rows = [[numbers.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
-    return torch.tensor(rows)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(load_model_shape(hf).vocab_size, (count, length), generator=generator)
 
 
 @torch.no_grad()

@@ -57,8 +57,7 @@ def stored_parameters(model: ModelShape, tp_size: int) -> Iterator[StoredParamet
     )
     for parameter in parameters(model, grid, padded_for_tp=tp_size):
         rule = parameter.rule
-        leading: tuple[int, ...] = (model.num_layers,) if rule.per_layer else ()
-        leading += (model.num_experts,) if rule.per_expert else ()
+        leading = (model.num_layers,) * rule.per_layer + (model.num_experts,) * rule.per_expert
         yield StoredParameter(_key(rule), leading, parameter)
 
 
@@ -78,10 +77,8 @@ def shard_boxes(parameter: Parameter, tp_rank: int, tp_size: int) -> list[Box]:
     parts = 2 if parameter.rule.layout is gated_rows else 1
     extent = parameter.shape[split] // parts
     size = extent // tp_size
-    boxes = []
-    for part in range(parts):
-        start = part * extent + tp_rank * size
-        ranges = list(whole.ranges)
-        ranges[split] = (start, start + size)
-        boxes.append(Box(tuple(ranges)))
-    return boxes
+    before, after = whole.ranges[:split], whole.ranges[split + 1 :]
+    return [
+        Box((*before, (start, start + size), *after))
+        for start in range(tp_rank * size, parameter.shape[split], extent)
+    ]

@@ -125,25 +125,15 @@ def open_checkpoint(megatron: Path, *, check_files: bool) -> Checkpoint:
     marker = read_marker(megatron)
     check_sizes(megatron, marker)
     if check_files:
-        _check_bytes(megatron, marker)
+        problems = work_through(lambda name: damaged_file(megatron, marker, [name]), marker.files)
+        if found := min(filter(None, problems), default=None):
+            raise UserError(found)
     shape = load_model_shape(megatron / HF_FILES, need_weights=False)
     check_same_model(megatron, marker, shape)
     sources = _sources(shape, megatron)
     # The largest are handled alone.
     sources.sort(key=lambda source: source.n_bytes * 2 < MEMORY_BYTES)
     return Checkpoint(marker=marker, shape=shape, sources=sources)
-
-
-def _check_bytes(megatron: Path, marker: Marker) -> None:
-    problems: list[str] = []
-
-    def check(name: str) -> None:
-        if problem := damaged_file(megatron, marker, [name]):
-            problems.append(problem)
-
-    work_through(check, marker.files)
-    if problems:
-        raise UserError(min(problems))
 
 
 def _sources(shape: ModelShape, megatron: Path) -> list[Source]:

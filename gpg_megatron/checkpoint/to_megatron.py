@@ -124,12 +124,7 @@ def _assemble(
     if sum(piece.local.numel for piece in pieces) < tensor.numel():
         tensor.zero_()  # padding of the vocabulary
     for piece in pieces:
-        place, target = places[piece.hf_name], tensor[piece.local.slices]
-        same = place.dtype == tensor.dtype
-        rows = target if same else torch.empty(target.shape, dtype=place.dtype)
-        read_rows(place, piece.hf.ranges[0][0], rows)
-        if rows is not target:
-            target.copy_(rows)
+        read_rows(places[piece.hf_name], piece.hf.ranges[0][0], tensor[piece.local.slices])
 
 
 def _shards(

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 N_THREADS = 2
 MEMORY_BYTES = 384 << 20
@@ -69,7 +70,7 @@ class Budget:
                 self._changed.notify_all()
 
 
-def work_through(work: Callable[[T], None], items: Iterable[T]) -> None:
+def work_through(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Hand each item to one of N_THREADS threads, in order. The first failure ends all."""
     with ThreadPoolExecutor(N_THREADS) as pool:
-        list(pool.map(work, items))
+        return list(pool.map(work, items))

@@ -92,15 +92,13 @@ class Progress:
 
 
 def _make_bar(stream: TextIO) -> rich.progress.Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich import console, progress
 
-    return Bar(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[figures]}", markup=False),
-        TimeRemainingColumn(compact=True),
-        console=Console(file=stream, force_terminal=True),
+    return progress.Progress(
+        "{task.description}",
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.fields[figures]}", markup=False),
+        progress.TimeRemainingColumn(compact=True),
+        console=console.Console(file=stream, force_terminal=True),
     )

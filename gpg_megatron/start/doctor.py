@@ -212,24 +212,23 @@ def machine_lines(machine: Machine, devices: Devices) -> list[str]:
 
 def advice(machine: Machine) -> list[str]:
     """What of the machine is likely to stop a run, and the way out."""
-    findings = (
-        (
-            machine.shm_gib < MIN_SHM_GIB,
+    found = []
+    if machine.shm_gib < MIN_SHM_GIB:
+        found.append(
             f"/dev/shm has {machine.shm_gib:.1f} GiB free, Ray and the bridge use it; in a "
-            f"container: --shm-size={MIN_SHM_GIB:.0f}g or more, or bridge.transport=gloo",
-        ),
-        (
-            machine.disk_gib < MIN_DISK_GIB,
+            f"container: --shm-size={MIN_SHM_GIB:.0f}g or more, or bridge.transport=gloo"
+        )
+    if machine.disk_gib < MIN_DISK_GIB:
+        found.append(
             f"{machine.disk_gib:.0f} GiB free on disk here; checkpoints of large models need "
-            f"more: set trainer.output_dir to another disk",
-        ),
-        (
-            machine.open_files < MIN_OPEN_FILES,
+            f"more: set trainer.output_dir to another disk"
+        )
+    if machine.open_files < MIN_OPEN_FILES:
+        found.append(
             f"{machine.open_files:,} open files are allowed, Ray needs more with many engines: "
-            f"ulimit -n 65536",
-        ),
-    )
-    return [message for applies, message in findings if applies]
+            f"ulimit -n 65536"
+        )
+    return found
 
 
 def turned_on(version_of: Callable[[str], str | None], devices: Devices) -> list[str]:
