@@ -140,6 +140,7 @@ def run_rank(args: argparse.Namespace) -> int:
     from gpg_megatron.layout.topology import policy_grid
     from gpg_megatron.model.shape import load_model_shape
     from gpg_megatron.policy.policy import Policy
+    from gpg_megatron.rollout.engine import EngineSpec
     from gpg_megatron.rollout.fleet import Fleet
 
     set_threads(None)
@@ -152,19 +153,16 @@ def run_rank(args: argparse.Namespace) -> int:
     fleet: list[Fleet] = []
 
     def start() -> None:
-        fleet.append(
-            Fleet.start(
-                model_path=str(Path(config.model.path).absolute()),
-                config=config.rollout,
-                device="cpu",
-                max_model_len=128,
-                run_id=run_id,
-                worker_extension=EXTENSION,
-                weight_transfer=BACKEND,
-                scratch_dir=scratch,
-                log_dir=scratch,
-            )
+        spec = EngineSpec(
+            rollout=config.rollout,
+            model_path=str(Path(config.model.path).absolute()),
+            device="cpu",
+            max_model_len=128,
+            worker_extension=EXTENSION,
+            weight_transfer=BACKEND,
+            scratch=scratch,
         )
+        fleet.append(Fleet.start(spec, run_id=run_id, log_dir=scratch))
 
     on_rank0(start)
     try:
@@ -361,7 +359,7 @@ def _canary(policy: Any, fleet: Any, shape: Any) -> float:
     from gpg_megatron.batching.updates import pack
     from gpg_megatron.loop.agreement import canary_sample
     from gpg_megatron.rollout.sampling import SamplingRequest
-    from gpg_megatron.types import Prompt
+    from gpg_megatron.types import Prompt, SamplingParams
 
     prompts = [
         Prompt(
@@ -373,12 +371,10 @@ def _canary(policy: Any, fleet: Any, shape: Any) -> float:
         )
         for i in range(PROMPTS)
     ]
-    requests = [
-        SamplingRequest(
-            prompt=p, n=1, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=ANSWER, stop=(), seed=i
-        )
-        for i, p in enumerate(prompts)
-    ]
+    params = SamplingParams(
+        n=1, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=ANSWER, stop=(), seed=0
+    )
+    requests = [SamplingRequest(prompt=p, params=params) for p in prompts]
     completions = _on0(lambda: fleet.generate(requests))
     samples = [canary_sample(p, c) for p, c in zip(prompts, completions, strict=True)]
     batch = pack(samples, [1.0] * len(samples))

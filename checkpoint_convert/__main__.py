@@ -29,7 +29,8 @@ from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
 from gpg_megatron.config.sections import Config, ModelConfig, PolicyConfig
 from gpg_megatron.errors import UserError, exit_codes
 from gpg_megatron.layout.topology import PolicyGrid, policy_grid
-from gpg_megatron.model.shape import check_policy_layout, load_model_shape
+from gpg_megatron.model.layout_rules import check_policy_layout
+from gpg_megatron.model.shape import load_model_shape, shape_warnings
 from gpg_megatron.types import DTYPES
 
 CASTS = {**DTYPES, "fp16": torch.float16}
@@ -49,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _verify(args)
     begin = time.perf_counter()
     dtype = CASTS.get(args.dtype)
-    with _progress_bar(args.command) as progress:
-        if args.command == "hf-to-megatron":
-            target, grid = args.megatron, _grid(args)
+    if args.command == "hf-to-megatron":
+        target, grid = args.megatron, _grid(args)
+        for line in shape_warnings(args.hf):
+            print(f"warning: {line}", file=sys.stderr)
+        with _progress_bar("to Megatron") as progress:
             done = hf_to_megatron(args.hf, target, grid=grid, dtype=dtype, progress=progress)
-        else:
-            target = args.hf
+    else:
+        target = args.hf
+        with _progress_bar("to Hugging Face") as progress:
             done = megatron_to_hf(args.megatron, target, dtype=dtype, progress=progress)
     seconds = time.perf_counter() - begin
     print(

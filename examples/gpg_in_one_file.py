@@ -138,7 +138,7 @@ def update(
     for prompt, group, advantages_G in zip(prompts, answers, advantages_QG, strict=True):
         if advantages_G.any():  # a dead group adds exactly nothing: no need to compute it
             part = loss(model, prompt, group, advantages_G) / len(prompts)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             total += part.item()
     if advantages_QG.any():
         clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

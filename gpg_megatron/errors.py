@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 
 class UserError(ValueError):
@@ -23,7 +24,10 @@ class RunError(RuntimeError):
     """Whether every rank raises one, so that rank 0 alone says it."""
 
 
-Main = Callable[[Sequence[str] | None], int]
+class Main(Protocol):
+    """A command: its arguments, or those of the process -> its exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 def exit_codes(main: Main) -> Main:

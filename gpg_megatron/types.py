@@ -44,6 +44,30 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a prompt is answered: in training, in validation, by the canary and by gpg-eval."""
+
+    n: int
+    """Samples."""
+    temperature: float
+    """0: the most likely token."""
+    top_p: float
+    """1.0: off."""
+    top_k: int
+    """-1: off."""
+    max_tokens: int
+    """Of one response."""
+    stop: tuple[str, ...]
+    """Strings that end a response. The stop string stays part of it."""
+    seed: int
+    """The same seed, prompt and weights give the same samples. Prompts of one batch may have
+    equal or consecutive seeds: their random streams do not overlap."""
+
+    def __post_init__(self) -> None:
+        assert self.n >= 1 and self.max_tokens >= 1 and self.temperature >= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
     """Tokens [start, end) of a completion were sampled from one weight version."""
 

@@ -7,7 +7,7 @@
 #   DATA_DIR       folder of the parquet files, made when they are missing         (data)
 #   DATA_SOURCE    local folder with the raw data sets; without it, Hugging Face
 #   OUTPUT_DIR     run directory                       (as the configuration says)
-#   DEVICE         auto, cuda, or cpu: for small models, without a GPU             (auto)
+#   DEVICE         auto, cuda, or cpu: CONFIG with _cpu in its name, for small models   (auto)
 #   GPG_PYTHON     interpreter of the environment to use         (python; with DEVICE=cpu
 #                  the environment that setup_cpu_env.sh makes)
 #   NNODES, NODE_RANK, MASTER_ADDR     several hosts: the script runs on each of them, with the
@@ -54,14 +54,6 @@ prepare_data() {
   done
 }
 
-# Layout and types for a small model on a machine without a GPU.
-cpu_keys=(
-  trainer.device=cpu trainer.placement=disaggregated model.dtype=fp32 rollout.dtype=fp32 policy.data_parallel_size=1
-  policy.use_distributed_optimizer=false rollout.num_engines=1
-  rollout.tensor_model_parallel_size=1 rollout.enforce_eager=true reward.num_workers=1
-  logging.wandb=false
-)
-
 flagship() {
   local config="$1" data="${DATA_DIR:-$root/data}" python hosts=()
   shift
@@ -74,9 +66,7 @@ flagship() {
   )
   [[ -z "${MODEL_PATH:-}" ]] || keys+=("model.path=$(realpath -m "$MODEL_PATH")")
   [[ -z "${OUTPUT_DIR:-}" ]] || keys+=("trainer.output_dir=$(realpath -m "$OUTPUT_DIR")")
-  if [[ "${DEVICE:-auto}" == cpu ]]; then
-    keys+=("${cpu_keys[@]}")
-  fi
+  [[ "${DEVICE:-auto}" != cpu ]] || config="${config%.yaml}_cpu.yaml"
   find_python
   find_hosts
   cd "$root"

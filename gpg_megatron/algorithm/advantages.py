@@ -81,7 +81,7 @@ def alpha(samples: Sequence[TrainSample], mode: str, largest: float = 0.0) -> fl
     return min(factor, largest) if largest else factor
 
 
-def centred_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> list[list[float]]:
+def normalised_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> list[list[float]]:
     """(r_i - baseline) / F_norm for each answer of each group, from the scores.
 
     | baseline | subtracted from r_i |
@@ -177,7 +177,9 @@ def _without_alpha(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> li
     # An empty response has no token that could be stale: it takes the batch's newest version.
     newest = max((s.version for g in groups for c in g.completions for s in c.versions), default=0)
     samples = []
-    for index, (group, row) in enumerate(zip(groups, centred_rewards(groups, config), strict=True)):
+    for index, (group, row) in enumerate(
+        zip(groups, normalised_rewards(groups, config), strict=True)
+    ):
         live = is_live(group, config.dead_by)
         taught = live or config.dead_by == "none"
         for completion, reward, x in zip(group.completions, group.rewards, row, strict=True):

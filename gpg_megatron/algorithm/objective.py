@@ -79,8 +79,8 @@ def objective(
     if config.old_logprobs == "rollout":
         old_N = tokens.rollout
     # Without a ratio in the loss, the correction has to make up for this batch's updates too.
-    behind_N = old_N if config.loss == "clip" else current_N
-    factors_N, cut_N = correction_weights(behind_N, tokens.rollout, tokens.responses, config)
+    corrected_N = old_N if config.loss == "clip" else current_N
+    factors_N, cut_N = correction_weights(corrected_N, tokens.rollout, tokens.responses, config)
     weights_N = tokens.weights * factors_N
     clipped_N = torch.zeros_like(cut_N)
     if config.loss == "gpg":
@@ -90,15 +90,16 @@ def objective(
         loss, clipped_N = clip_loss(
             logprobs_N, old_N, tokens.advantages, weights_N, low=low, high=high
         )
-    kl_N = bonus_N = torch.zeros_like(current_N)
+    kl_N = torch.zeros_like(current_N)
     if tokens.reference is not None:
         kl_N = kl_k3(logprobs_N, tokens.reference)
         loss = loss + config.kl_coef * (kl_N * tokens.weights).sum()
-    if entropy_N is not None:
-        bonus_N = entropy_N
-        loss = loss - config.entropy_coef * (bonus_N * tokens.weights).sum()
-    measured_N = current_N if config.old_logprobs == "rollout" else behind_N
-    terms = {"cut": cut_N, "clipped": clipped_N, "kl": kl_N, "entropy": bonus_N}
+    if entropy_N is None:
+        entropy_N = torch.zeros_like(current_N)
+    else:
+        loss = loss - config.entropy_coef * (entropy_N * tokens.weights).sum()
+    measured_N = current_N if config.old_logprobs == "rollout" else corrected_N
+    terms = {"cut": cut_N, "clipped": clipped_N, "kl": kl_N, "entropy": entropy_N}
     statistics = {"loss": loss, **{name: term_N.sum() for name, term_N in terms.items()}}
     statistics |= _distances(current_N, measured_N, tokens.rollout)
     return loss, {name: value.detach().float() for name, value in statistics.items()}

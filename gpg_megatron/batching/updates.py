@@ -97,7 +97,8 @@ def make_update(
         max_tokens=plan.max_tokens,
         max_response_length=plan.max_response_length,
     )
-    computed = [] if skipped else [i for i, s in enumerate(weighed.samples) if _counts(s, plan)]
+    kept = () if skipped else enumerate(weighed.samples)
+    computed = [i for i, sample in kept if _has_gradient(sample, plan)]
     chosen = [weighed.samples[i] for i in computed]
     weights = [weighed.weights[i] for i in computed]
     share, costs = plan.share_prompts, plan.costs
@@ -130,10 +131,9 @@ def make_update(
     )
 
 
-def _counts(sample: TrainSample, plan: BatchPlan) -> bool:
-    """Whether a sample adds to the gradient."""
-    has_gradient = sample.advantage != 0.0 or plan.algorithm.needs_every_sample
-    return has_gradient and bool(sample.response_token_ids)
+def _has_gradient(sample: TrainSample, plan: BatchPlan) -> bool:
+    weighs = sample.advantage != 0.0 or plan.algorithm.needs_every_sample
+    return weighs and bool(sample.response_token_ids)
 
 
 def pack(

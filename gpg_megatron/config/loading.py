@@ -29,14 +29,21 @@ _MOVED = {
 """What a key of an earlier version is called now; only to say so."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, trains: bool = True
+) -> Config:
     """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
+
+    Args:
+        path: None: there are the overrides only.
+        trains: False for a command that only evaluates and needs no training files.
 
     Raises:
         UserError: missing or malformed file, unknown key (the nearest known one is named),
             wrong type, or values that do not fit together.
     """
-    layers = {str(path): _read(path), "command line": _parse(overrides)}
+    layers = {} if path is None else {str(path): _read(path)}
+    layers["command line"] = _parse(overrides)
     defaults = OmegaConf.structured(Config)
     merged = _merge(defaults, layers)
     try:
@@ -44,9 +51,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         preset = OmegaConf.create({"algorithm": dict(PRESETS[merged.algorithm.preset])})
         config = OmegaConf.to_object(_merge(OmegaConf.merge(defaults, preset), layers))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path or 'command line'}: {_one_line(error)}") from None
     assert isinstance(config, Config)
-    validate(config)
+    validate(config, trains=trains)
     return config
 
 

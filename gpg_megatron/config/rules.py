@@ -21,13 +21,15 @@ REWARD_PARTS = ("answer", "format", "overlong", "length")
 """What reward.weights may name."""
 
 
-def validate(config: Config) -> None:
-    """Rules that need no file besides the configuration. Raises UserError."""
+def validate(config: Config, *, trains: bool = True) -> None:
+    """Rules that need no file besides the configuration. Raises UserError.
+
+    trains: False for a command that only evaluates and needs no training files."""
     for key, allowed, value in ranges(config):
         if value is not None and value not in allowed:
             raise UserError(f"{key} is {value}; expected {allowed}")
     for broken, message in chain(
-        _about_model_and_data(config.model.path, config.data),
+        _about_model_and_data(config.model.path, config.data, trains),
         _about_the_policy(config.policy),
         _about_the_loop(config),
         _about_checkpoints(config),
@@ -64,9 +66,9 @@ def config_warnings(config: Config) -> list[str]:
     return found
 
 
-def _about_model_and_data(path: str, d: DataConfig) -> Iterator[tuple[bool, str]]:
+def _about_model_and_data(path: str, d: DataConfig, trains: bool) -> Iterator[tuple[bool, str]]:
     yield not path, "model.path is not set; expected a Hugging Face directory"
-    yield not d.train_files, "data.train_files is empty; expected at least one file"
+    yield trains and not d.train_files, "data.train_files is empty; expected at least one file"
     n_weights, n_files = len(d.train_weights), len(d.train_files)
     yield (
         n_weights not in (0, n_files),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class LoadedPrompts:
     prompts: tuple[Prompt, ...]
     """In file order, then row order."""
     per_file: tuple[int, ...]
-    """How many of them each file gave."""
+    """How many of them each file, or list of problems, gave."""
     n_filtered: int
     """Rows left out because their prompt was longer than max_prompt_length."""
 
@@ -71,29 +71,42 @@ def load_prompts(
             data.max_prompt_length while data.overlong_prompts is "error", or no prompt is
             left (of a file, when data.train_weights gives each a share).
     """
+    labels = file_labels(files)
+    problems = [read_problems(file, data.custom_class) for file in files]
+    return render_all(dict(zip(labels, problems, strict=True)), data, tokenizer)
+
+
+def render_all(
+    problems: Mapping[str, Sequence[Problem]], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> LoadedPrompts:
+    """Render lists of problems, each under the label that load_prompts gives to a file.
+
+    Raises:
+        UserError: a prompt is too long and not to be left out, or none is left.
+    """
     prompts: list[Prompt] = []
-    per_file = []
+    per_list = []
     n_filtered = 0
-    for file, label in zip(files, file_labels(files), strict=True):
+    for label, rows in problems.items():
         before = len(prompts)
-        for row, problem in enumerate(read_problems(file, data.custom_class)):
-            problem = with_system_prompt(problem, data.system_prompt)
+        for row, problem in enumerate(rows):
+            problem = _with_system_prompt(problem, data.system_prompt)
             ids = render(problem, tokenizer, data.apply_chat_template)
             if len(ids) > data.max_prompt_length:
                 _refuse_unless_filtered(problem, len(ids), data)
                 n_filtered += 1
                 continue
-            prompts.append(make_prompt(problem, ids, f"{label}/{row}"))
-        per_file.append(len(prompts) - before)
+            prompts.append(_make_prompt(problem, ids, f"{label}/{row}"))
+        per_list.append(len(prompts) - before)
     if not prompts:
         raise UserError(
-            f"{', '.join(files)}: all {n_filtered} prompts are longer than "
+            f"{', '.join(problems)}: all {n_filtered} prompts are longer than "
             f"data.max_prompt_length={data.max_prompt_length}; expected at least one that fits"
         )
-    return LoadedPrompts(prompts=tuple(prompts), per_file=tuple(per_file), n_filtered=n_filtered)
+    return LoadedPrompts(prompts=tuple(prompts), per_file=tuple(per_list), n_filtered=n_filtered)
 
 
-def with_system_prompt(problem: Problem, text: str | None) -> Problem:
+def _with_system_prompt(problem: Problem, text: str | None) -> Problem:
     """The problem with a system message in front, unless it has one or text is None."""
     if text is None or problem.messages[0]["role"] == "system":
         return problem
@@ -121,7 +134,7 @@ def file_labels(files: Sequence[str]) -> list[str]:
     return ["/".join(path.parts[-depth:]) for path in paths]
 
 
-def make_prompt(problem: Problem, ids: tuple[int, ...], row_id: str) -> Prompt:
+def _make_prompt(problem: Problem, ids: tuple[int, ...], row_id: str) -> Prompt:
     """The prompt with the id "<data_source>/<row_id>"."""
     return Prompt(
         id=f"{problem.data_source}/{row_id}",

@@ -144,7 +144,7 @@ def warm_up(
         texts = [(x, max(x) if rng.random() < share else slip(x, rng)) for x in batch]
         loss = -answer_logprobs(model, encode(tokenizer, texts)).mean()
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:

@@ -8,56 +8,21 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpg_megatron.config.sections import Config
 from gpg_megatron.evaluation.metrics import Answers, Estimate, summarise
 from gpg_megatron.reward.pool import RewardPool
-from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.rollout.sampling import SamplingRequest
-from gpg_megatron.types import Prompt, ScoredGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How held-out prompts are answered."""
-
-    n: int
-    temperature: float
-    """0: the most likely token; then n is 1."""
-    top_p: float
-    top_k: int
-    """-1: all tokens."""
-    max_tokens: int
-    stop: tuple[str, ...]
-    seed: int
+from gpg_megatron.rollout.sampling import Sampler, SamplingRequest
+from gpg_megatron.types import Prompt, SamplingParams, ScoredGroup
 
 
 def answer_all(
-    fleet: Fleet, pool: RewardPool, prompts: Sequence[Prompt], sampling: Sampling
+    sampler: Sampler, pool: RewardPool, prompts: Sequence[Prompt], params: SamplingParams
 ) -> list[ScoredGroup]:
-    """n scored answers to each prompt, in the prompts' order.
-
-    The seeds depend on sampling.seed and the prompt alone, so two evaluations differ by the
-    weights only.
-    """
-    requests = [
-        SamplingRequest(
-            prompt=prompt,
-            n=sampling.n,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop=sampling.stop,
-            seed=sampling.seed,
-        )
-        for prompt in prompts
-    ]
-    completions = fleet.generate(requests)
-    n = sampling.n
+    """params.n scored answers to each prompt, in the prompts' order."""
+    completions = sampler.generate([SamplingRequest(prompt=p, params=params) for p in prompts])
+    n = params.n
     return pool.score([(p, completions[i * n : (i + 1) * n]) for i, p in enumerate(prompts)])
 
 
@@ -75,13 +40,13 @@ def by_source(groups: Sequence[ScoredGroup], ks: Sequence[int]) -> dict[str, dic
 
 
 def evaluate(
-    fleet: Fleet,
+    sampler: Sampler,
     pool: RewardPool,
     prompts: Sequence[Prompt],
-    config: Config,
+    params: SamplingParams,
     generations: Path | None = None,
 ) -> dict[str, float]:
-    """Answer the held-out prompts as the section validation says.
+    """Answer and score held-out prompts.
 
     Args:
         generations: where the answers are written.
@@ -90,21 +55,11 @@ def evaluate(
         eval/<data_source>/<metric> for mean@n and, with n > 1, pass@n and maj@n; and the half
         width of each one's 95 % confidence interval under .../<metric>/ci95.
     """
-    v = config.validation
-    sampling = Sampling(
-        n=v.n,
-        temperature=v.temperature,
-        top_p=v.top_p,
-        top_k=v.top_k,
-        max_tokens=config.rollout.max_response_length,
-        stop=config.rollout.stop,
-        seed=config.trainer.seed,
-    )
-    groups = answer_all(fleet, pool, prompts, sampling)
+    groups = answer_all(sampler, pool, prompts, params)
     if generations is not None:
         write_generations(generations, groups)
     metrics: dict[str, float] = {}
-    for source, estimates in by_source(groups, [v.n]).items():
+    for source, estimates in by_source(groups, [params.n]).items():
         for name, estimate in estimates.items():
             metrics[f"eval/{source}/{name}"] = estimate.value
             if estimate.half_width is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,12 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.topology import hf_shapes
+from gpg_megatron.model.json_file import IS_POINTER, POINTER, plain, read_object, shown
 from gpg_megatron.types import ModelShape, ParallelPosition
+
+BUFFER = ".rotary_emb.inv_freq"
+"""End of the names that old Llama checkpoints have for what follows from rope_theta."""
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_hf(
@@ -42,24 +46,31 @@ def check_checkpoint(directory: str | Path, model: ModelShape) -> None:
     """Both ways: every tensor that the model needs is there, in its shape, and nothing else.
 
     Raises:
-        UserError: a tensor is missing, unknown, or has another shape; a file cannot be read.
+        UserError: a tensor is missing, unknown, of another shape or of integers; a file cannot
+            be read.
     """
     files = index_of(directory)
     expected = hf_shapes(model)
     # Some exporters of tied models write the shared matrix under both names.
-    ignored = {"lm_head.weight"} if model.tied else set()
+    ignored = {name for name in files if name.endswith(BUFFER)}
+    if model.tied:
+        ignored.add("lm_head.weight")
     for problem, wrong in (
         ("misses", expected.keys() - files.keys()),
         ("has unknown", files.keys() - expected.keys() - ignored),
     ):
         if wrong:
-            some = ", ".join(sorted(wrong)[:3])
+            some = ", ".join(map(plain, sorted(wrong)[:3]))
             raise UserError(
                 f"{directory}: the checkpoint {problem} {len(wrong)} tensors for "
                 f"{model.architecture}: {some}"
             )
     for path in sorted(set(files.values())):
-        for name, shape in _shapes_in(path).items():
+        for name, (shape, dtype) in _tensors_in(path).items():
+            if name in expected and dtype not in FLOATS:
+                raise UserError(
+                    f"{path}: {name} is of type {dtype}: quantised weights are not supported"
+                )
             if name in expected and shape != expected[name]:
                 raise UserError(
                     f"{path}: {name} has shape {list(shape)}; expected {list(expected[name])} "
@@ -77,26 +88,32 @@ def index_of(directory: str | Path) -> dict[str, Path]:
     index = root / "model.safetensors.index.json"
     if not index.exists():
         return {
-            name: path for path in sorted(root.glob("*.safetensors")) for name in _shapes_in(path)
+            name: path for path in sorted(root.glob("*.safetensors")) for name in _tensors_in(path)
         }
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {str(name): root / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: expected a JSON object with a weight_map") from None
-    for path in set(files.values()):
-        found = _shapes_in(path).keys()
-        for name in (name for name, file in files.items() if file == path):
+    names_of: dict[Path, list[str]] = {}
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: expected a JSON object with a weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
+            raise UserError(f"{index}: {plain(name)} is in {shown(file)}; expected a *.safetensors")
+        names_of.setdefault(root / file, []).append(name)
+    for path, names in names_of.items():
+        found = _tensors_in(path)
+        for name in names:
             if name not in found:
-                raise UserError(f"{path}: {name} is not in it, though {index.name} says so")
-    return files
+                raise UserError(f"{path}: {plain(name)} is not in it, though {index.name} says so")
+    return {name: path for path, names in names_of.items() for name in names}
 
 
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of one file, from its header."""
+def _tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of the tensors of one file, from its header."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        if path.is_file() and path.open("rb").read(len(POINTER)) == POINTER.encode():
+            raise UserError(f"{path}: {IS_POINTER}") from None
+        words = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable safetensors file: {words}") from None

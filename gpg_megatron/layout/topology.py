@@ -18,7 +18,7 @@ from functools import cached_property
 from gpg_megatron.config.sections import PolicyConfig
 from gpg_megatron.layout.boxes import Box, Piece, Shard, replicated, split_dimension
 from gpg_megatron.layout.families import Rule, dimensions, numberings, rules_of
-from gpg_megatron.model.shape import pipeline_stages
+from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.types import ModelShape
 
 

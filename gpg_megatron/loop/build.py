@@ -50,10 +50,11 @@ from gpg_megatron.observe.progress import Progress
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.devices import engine_devices, visible_devices
 from gpg_megatron.placement.states import Placement, State
-from gpg_megatron.policy.policy import DTYPES, Policy
+from gpg_megatron.policy.policy import Policy
 from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.types import ModelShape
+from gpg_megatron.types import DTYPES, ModelShape
 
 Part = TypeVar("Part", RewardPool, RunLogger, Progress)
 WATCHDOG_LIMIT_S = 300.0
@@ -127,19 +128,22 @@ def start_engines(config: Config, device: Device, run_id: str) -> Fleet:
     """They go on starting while the policy is built, which takes as long; engines that will
     share its GPUs must have taken, and given back, their memory first."""
     colocated = config.trainer.placement == "colocated"
-    fleet = Fleet.start(
+    spec = EngineSpec(
+        rollout=config.rollout,
         model_path=os.path.abspath(model_files(config)),
         random_weights=is_converted(config),
-        config=config.rollout,
         device=device,
         max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
-        run_id=run_id,
+        gives_memory_back=colocated,
         worker_extension=RECEIVER,
         weight_transfer=BACKEND,
-        scratch_dir=scratch_directory(run_id),
+        scratch=scratch_directory(run_id),
+    )
+    fleet = Fleet.start(
+        spec,
+        run_id=run_id,
         log_dir=Path(config.trainer.output_dir) / "logs",
         devices=_engine_devices(config) if device == "cuda" else None,
-        give_memory_back=colocated,
     )
     if colocated:
         fleet.wait_ready()

@@ -43,8 +43,8 @@ from gpg_megatron.policy.checkpoint import (
     make_folders,
     sync_to_disk,
 )
-from gpg_megatron.policy.policy import DTYPES, Policy
-from gpg_megatron.types import ModelShape
+from gpg_megatron.policy.policy import Policy
+from gpg_megatron.types import DTYPES, ModelShape
 
 TRAINER_STATE = "trainer.json"
 

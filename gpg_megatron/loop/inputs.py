@@ -12,7 +12,8 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.data.prompts import load_prompts
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.hf_io import check_checkpoint
-from gpg_megatron.model.shape import check_layout, load_model_shape
+from gpg_megatron.model.layout_rules import check_layout
+from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.observe.loggers import check_logging
 from gpg_megatron.reward.sources import check_prompts
 from gpg_megatron.types import ModelShape, Prompt

@@ -21,10 +21,10 @@ from gpg_megatron.observe.summary import summary_lines
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.rollout.sampling import canary_params, validation_params
 from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
 
 CANARY_PROMPTS = 8
-CANARY_TOKENS = 32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,9 +45,9 @@ class Rank0:
     def canary(self) -> list[tuple[Prompt, Completion]]:
         """A few short samples of the engines' weights, to compare with the policy's."""
         prompts = self.inputs.train_prompts[:CANARY_PROMPTS]
-        limit = min(CANARY_TOKENS, self.config.rollout.max_response_length)
+        rollout = self.config.rollout
         requests = [
-            replace(request, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
+            replace(request, params=canary_params(rollout, seed=request.params.seed))
             for request in sampling_requests(self.config, prompts, step=0, redraw=0)
         ]
         return list(zip(prompts, self.fleet.generate(requests), strict=True))
@@ -56,12 +56,12 @@ class Rank0:
         """Held-out accuracy; {} without validation files. The answers go to eval/step_N.jsonl."""
         if not self.inputs.val_prompts:
             return {}
-        path = Path(self.config.trainer.output_dir) / "eval" / f"step_{step}.jsonl"
-        generations = path if self.config.validation.save_generations else None
+        trainer, validation = self.config.trainer, self.config.validation
+        params = validation_params(validation, self.config.rollout, seed=trainer.seed)
+        path = Path(trainer.output_dir) / "eval" / f"step_{step}.jsonl"
+        generations = path if validation.save_generations else None
         with self.watchdog.phase("eval"):
-            return evaluate(
-                self.fleet, self.pool, self.inputs.val_prompts, self.config, generations
-            )
+            return evaluate(self.fleet, self.pool, self.inputs.val_prompts, params, generations)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""

@@ -22,7 +22,7 @@ from gpg_megatron.loop.group_json import from_json, to_json
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.rollout.sampling import SamplingRequest
+from gpg_megatron.rollout.sampling import SamplingRequest, training_params
 from gpg_megatron.types import Prompt, ScoredGroup
 
 
@@ -209,19 +209,10 @@ def sampling_requests(
     config: Config, prompts: Sequence[Prompt], *, step: int, redraw: int
 ) -> list[SamplingRequest]:
     """One request for each prompt; no two of a run share a seed."""
-    r = config.rollout
+    seeds = [_seed(config.trainer.seed, step, redraw, place) for place in range(len(prompts))]
     return [
-        SamplingRequest(
-            prompt=prompt,
-            n=r.n,
-            temperature=r.temperature,
-            top_p=r.top_p,
-            top_k=r.top_k,
-            max_tokens=r.max_response_length,
-            stop=r.stop,
-            seed=_seed(config.trainer.seed, step, redraw, place),
-        )
-        for place, prompt in enumerate(prompts)
+        SamplingRequest(prompt=prompt, params=training_params(config.rollout, seed=seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
 
 

@@ -1,39 +1,35 @@
 """Read a Hugging Face directory's config.json into a ModelShape, without importing transformers.
 
-Every policy rank needs the shape, and importing transformers costs each of them seconds.
+Every policy rank needs the shape, and importing transformers costs each of them seconds. What comes
+out is what transformers' own configuration says, or an error. A key that we know (hf_keys.py) has a
+value that it and we understand alike; the others are named in a warning.
+
+    config.json --read_object--> keys --check each against its row--> ModelShape
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
+from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
+from gpg_megatron.model.json_file import plain, read_object, shown
 from gpg_megatron.types import ModelShape, MoEShape
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """What an architecture has that its config.json does not spell out."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: bool = False
-    """In every layer."""
-    shared_expert: bool = False
-
-
-# A further family also needs its rows in bridge/families.py.
-FAMILIES = {
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(),
-    "Qwen2MoeForCausalLM": Family(qkv_bias=True, experts=True, shared_expert=True),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
+DEFAULT_THETA = 10000.0
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_TYPE_WORDS: dict[type, str] = {
+    int: "a whole number (without point or quotes)",
+    float: "a number with a point or exponent",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    NoneType: "null",
 }
 
 
@@ -47,197 +43,221 @@ def load_model_shape(path: str | Path, *, need_weights: bool = True) -> ModelSha
         UserError: the directory or its files are missing, or the architecture (or one of its
             options) is not supported.
     """
+    shape, _ = _resolve(path)
+    if need_weights and not any(Path(path).glob("*.safetensors")):
+        raise UserError(f"model.path: {path} has no *.safetensors files")
+    return shape
+
+
+def shape_warnings(path: str | Path) -> list[str]:
+    """What a person should know of a config.json that load_model_shape takes.
+
+    Raises:
+        UserError: it does not take it.
+    """
+    _, unknown = _resolve(path)
+    if not unknown:
+        return []
+    names = ", ".join(map(plain, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+    return [f"{Path(path) / 'config.json'}: unknown keys, which have no effect here: {names}"]
+
+
+def _resolve(path: str | Path) -> tuple[ModelShape, list[str]]:
+    """The shape, and the keys that nothing is known of. Raises UserError."""
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"model.path: no such directory: {path}")
-    try:
-        raw = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"model.path: {path} has no config.json") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{directory / 'config.json'}: expected a JSON object")
-    if need_weights and not any(directory.glob("*.safetensors")):
-        raise UserError(f"model.path: {path} has no *.safetensors files")
-    return _shape(raw, directory / "config.json")
-
-
-def _shape(raw: dict[str, Any], where: Path) -> ModelShape:
-    architecture = (raw.get("architectures") or ["(none)"])[0]
-    if architecture not in FAMILIES:
+    where = directory / "config.json"
+    if not where.exists():
+        raise UserError(f"model.path: {path} has no config.json")
+    if (directory / "hf_quant_config.json").exists():
         raise UserError(
-            f"{where}: architecture {architecture} is not supported; known: {', '.join(FAMILIES)}"
+            f"{directory / 'hf_quant_config.json'}: quantised weights are not supported"
+        )
+    raw = read_object(where)
+    try:
+        architecture, family = _family_of(raw)
+        known = family.declared.keys() | family.extra.keys() | LENGTHS
+        shape = _shape(architecture, family, raw)
+    except _Refusal as refusal:
+        raise UserError(f"{where}: {refusal}") from None
+    name, rope = _rope(raw)
+    return shape, sorted(raw.keys() - known) + [f"{name}.{x}" for x in rope.keys() - ROPE_KEYS]
+
+
+class _Refusal(Exception):
+    """The rest of the line after the file's name."""
+
+
+def _family_of(raw: Mapping[str, Any]) -> tuple[str, Family]:
+    """transformers goes by model_type, the engine by both. Raises _Refusal."""
+    names = raw.get("architectures") or ["(none)"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _Refusal(f"architectures is {shown(names)}; expected a list with a name")
+    architecture = names[0]
+    if architecture not in FAMILIES:
+        raise _Refusal(
+            f"architecture {plain(architecture)} is not supported; known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for option, unsupported in _options(raw, architecture, rope):
-        if unsupported:
-            raise UserError(f"{where}: {option} is not supported")
-    try:
-        heads = raw["num_attention_heads"]
-        moe = _experts(raw, family) if family.experts else None
-        # Models with experts need not have one; no layer of theirs uses it.
-        unused = {"intermediate_size": moe.ffn_size} if moe else {}
-        return ModelShape(
-            architecture=architecture,
-            num_layers=raw["num_hidden_layers"],
-            hidden_size=raw["hidden_size"],
-            ffn_size=(unused | raw)["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            vocab_size=raw["vocab_size"],
-            tied=raw.get("tie_word_embeddings", False),
-            qkv_bias=family.qkv_bias,
-            qk_norm=family.qk_norm,
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rms_norm_eps=raw["rms_norm_eps"],
-            max_position_embeddings=raw["max_position_embeddings"],
-            moe=moe,
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: key {error} is missing") from None
+    if raw.get("model_type") != family.model_type:
+        found = shown(raw["model_type"]) if "model_type" in raw else "missing"
+        raise _Refusal(f'model_type is {found}; expected "{family.model_type}" for {architecture}')
+    return architecture, family
 
 
-def _options(
-    raw: dict[str, Any], architecture: str, rope: dict[str, Any]
-) -> tuple[tuple[str, Any], ...]:
-    """(what a model may ask for, whether this one does) for all that is not supported."""
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    # Without the key transformers and the engine take 4096.
-    window = raw.get("sliding_window", 4096) if architecture == "MistralForCausalLM" else None
-    topk_one = raw.get("num_experts_per_tok") == 1 and bool(raw.get("norm_topk_prob"))
-    return (
-        (f"rope type {rope_type}", rope_type != "default"),
-        ("attention_bias", not FAMILIES[architecture].qkv_bias and raw.get("attention_bias")),
-        ("mlp_bias", raw.get("mlp_bias")),
-        ("use_sliding_window", raw.get("use_sliding_window")),
-        (f"sliding_window {window} (other than null)", window is not None),
-        ("hidden_act other than silu", raw.get("hidden_act", "silu") != "silu"),
-        ("qkv_bias other than true", not raw.get("qkv_bias", True)),
-        ("decoder_sparse_step other than 1", raw.get("decoder_sparse_step", 1) != 1),
-        ("mlp_only_layers", bool(raw.get("mlp_only_layers"))),
-        # The only expert would have the constant weight 1, and its router no gradient.
-        ("norm_topk_prob with one expert per token", topk_one),
-    )
+def _values(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """All keys, with the defaults of those that are absent, checked. Raises _Refusal."""
+    values: dict[str, Any] = {name: key.default for name, key in family.declared.items()}
+    if "num_local_experts" in family.extra and "num_local_experts" in raw:
+        values["num_experts"] = raw["num_local_experts"]
+    values.update(raw)
+    for name, key in {**family.extra, **family.declared}.items():
+        if values.get(name) is Missing:
+            raise _Refusal(f"key '{name}' is missing")
+        if name in raw or (key.only and name in values):
+            _check_value(name, values[name], key)
+    for name in sorted(raw.keys() & LENGTHS):
+        longest, length = values["max_position_embeddings"], raw[name]
+        if length is not None and not (_is_number(length) and length >= longest):
+            raise _Refusal(
+                f"{name} is {shown(length)}; expected max_position_embeddings {longest} or more"
+            )
+    return values
 
 
-def _experts(raw: dict[str, Any], family: Family) -> MoEShape:
-    """Raises KeyError."""
-    return MoEShape(
-        # transformers 5 writes a key of its own, and reads both.
-        num_experts=raw.get("num_local_experts") or raw["num_experts"],
-        experts_per_token=raw["num_experts_per_tok"],
-        ffn_size=raw["moe_intermediate_size"],
-        shared_ffn_size=raw["shared_expert_intermediate_size"] if family.shared_expert else 0,
-        renormalised=raw.get("norm_topk_prob", False),
-    )
+def _check_value(name: str, value: Any, key: Key) -> None:
+    """Raises _Refusal."""
+    if type(value) not in key.types:
+        words = " or ".join(_TYPE_WORDS[t] for t in key.types)
+        raise _Refusal(f"{name} is {shown(value)}; expected {words}")
+    if key.most and value is not None and not 1 <= value <= key.most:
+        raise _Refusal(f"{name} is {shown(value)}; expected 1 to {key.most}")
+    if key.only and not any(_same(value, x) for x in key.only):
+        raise _Refusal(f"{_option(name, value, key)} is not supported")
 
 
-def check_layout(config: Config, shape: ModelShape) -> None:
-    """The parallel sizes against the model. Raises UserError with the legal values."""
-    check_policy_layout(config, shape)
-    _check_tensor_parallel("rollout", config.rollout.tensor_model_parallel_size, shape, engine=True)
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
-    if longest > shape.max_position_embeddings:
-        raise UserError(
-            f"data.max_prompt_length + rollout.max_response_length = {longest} is more than the "
-            f"model's max_position_embeddings {shape.max_position_embeddings}"
-        )
+def _option(name: str, value: Any, key: Key) -> str:
+    """What a model asks for with a value that it may not have."""
+    neutral = key.only[0]
+    if key.what:
+        return f"{name} ({key.what})"
+    if neutral is None:
+        return f"{name} {shown(value)} (other than null)"
+    return name if neutral in (False, [], {}) else f"{name} other than {plain(neutral)}"
 
 
-def check_policy_layout(config: Config, shape: ModelShape) -> None:
-    """The policy's parallel sizes alone. Raises UserError with the legal values."""
-    _check_tensor_parallel("policy", config.policy.tensor_model_parallel_size, shape, engine=False)
-    _check_expert_parallel(config.policy, shape)
-    pipeline_stages(config.policy, shape.num_layers)
+def _rope(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(key, value) of what describes the rotary embedding: the older name goes first.
 
-
-def _check_tensor_parallel(section: str, size: int, shape: ModelShape, *, engine: bool) -> None:
-    problem = _tensor_parallel_problem(shape, size, engine=engine)
-    if problem:
-        legal = [
-            n
-            for n in range(1, shape.num_heads + 1)
-            if not _tensor_parallel_problem(shape, n, engine=engine)
-        ]
-        raise UserError(f"{section}.tensor_model_parallel_size={size} {problem}; legal: {legal}")
-
-
-def _tensor_parallel_problem(shape: ModelShape, size: int, *, engine: bool) -> str | None:
-    """Why a model cannot be cut into `size` parts; None when it can."""
-    heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    if heads % size:
-        return f"does not divide the model's {heads} attention heads"
-    if kv_heads % size and size % kv_heads:
-        return (
-            f"fits neither way into the model's {kv_heads} key-value heads; one must divide the "
-            f"other"
-        )
-    # The engine copies key-value heads; Megatron cuts the rows of the fused projection.
-    if not engine and (heads + 2 * kv_heads) * shape.head_dim % size:
-        return f"does not divide the {(heads + 2 * kv_heads) * shape.head_dim} rows of q, k and v"
-    if engine and shape.moe and size > shape.num_experts:
-        return f"is more than the model's {shape.num_experts} experts"
-    for key, width in _ffn_sizes(shape).items():
-        if width % size:
-            return f"does not divide the model's {key} {width}"
-    return None
-
-
-def _ffn_sizes(shape: ModelShape) -> dict[str, int]:
-    """The sizes that tensor parallelism cuts, under their keys in config.json."""
-    if shape.moe is None:
-        return {"intermediate_size": shape.ffn_size}
-    return {
-        "moe_intermediate_size": shape.moe.ffn_size,
-        "shared_expert_intermediate_size": shape.moe.shared_ffn_size,
-    }
-
-
-def _check_expert_parallel(policy: PolicyConfig, shape: ModelShape) -> None:
-    """Raises UserError."""
-    size, replicas = policy.expert_model_parallel_size, policy.data_parallel_size
-    if shape.moe is None and size > 1:
-        raise UserError(
-            f"policy.expert_model_parallel_size={size}, but {shape.architecture} has no experts; "
-            f"expected 1"
-        )
-    if shape.moe and policy.context_parallel_size > 1:
-        raise UserError(
-            f"policy.context_parallel_size={policy.context_parallel_size}, but "
-            f"{shape.architecture} has experts; expected 1"
-        )
-    if shape.moe and shape.num_experts % size:
-        legal = [n for n in range(1, replicas + 1) if not (shape.num_experts % n or replicas % n)]
-        raise UserError(
-            f"policy.expert_model_parallel_size={size} does not divide the model's "
-            f"{shape.num_experts} experts; legal: {legal}"
-        )
-
-
-def pipeline_stages(policy: PolicyConfig, num_layers: int) -> tuple[int, ...]:
-    """The pipeline stage of each layer: even, but for a first or last stage of a given size.
-
-    Raises:
-        UserError: the layers do not fit.
+    As convert_rope_params_to_dict in transformers' modeling_rope_utils.py. Raises _Refusal.
     """
-    pp = policy.pipeline_model_parallel_size
-    first = policy.num_layers_in_first_pipeline_stage
-    last = policy.num_layers_in_last_pipeline_stage
-    ends = [n for n in (first, last) if n is not None]
-    middle, stages = num_layers - sum(ends), pp - len(ends)
-    fits = middle >= stages and middle % stages == 0 if stages > 0 else middle == 0
-    if not fits or (pp == 1 and ends):
-        raise UserError(
-            f"policy.pipeline_model_parallel_size={pp} does not divide the model's "
-            f"{num_layers} layers; set policy.num_layers_in_first_pipeline_stage or "
-            f"policy.num_layers_in_last_pipeline_stage for an uneven layout that adds up"
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(name) or {}
+    if not isinstance(rope, dict):
+        raise _Refusal(f"{name} is {shown(rope)}; expected an object or null")
+    return name, rope
+
+
+def _rope_theta(raw: Mapping[str, Any]) -> float:
+    """The base of the rotary angles. Raises _Refusal: not the plain rotary embedding."""
+    name, rope = _rope(raw)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise _Refusal(f"rope type {plain(kind)} is not supported")
+    if not _same(rope.get("partial_rotary_factor", 1), 1):
+        raise _Refusal(f"{name}.partial_rotary_factor other than 1 is not supported")
+    for key, value in rope.items():
+        # Angles by position in an image, or by kind of layer.
+        if key.endswith("_section") or isinstance(value, dict):
+            raise _Refusal(f"{name}.{plain(key)} is not supported")
+    theta = rope.get("rope_theta", raw.get("rope_theta", DEFAULT_THETA))
+    if not _is_number(theta) or not 0 < theta <= sys.float_info.max:
+        raise _Refusal(f"rope_theta is {shown(theta)}; expected a number above 0")
+    return float(theta)
+
+
+def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelShape:
+    """Raises _Refusal."""
+    values = _values(raw, family)
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    if family.model_type == "llama" and hidden % heads:
+        raise _Refusal(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
+    head_dim = values.get("head_dim") or hidden // heads
+    if head_dim == 0 or head_dim % 2:
+        raise _Refusal(f"the size of a head is {head_dim}; rotary embeddings need an even number")
+    kv_heads = values["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        default = "" if "num_key_value_heads" in raw else " (the family's default)"
+        raise _Refusal(
+            f"num_key_value_heads {kv_heads}{default} does not divide num_attention_heads {heads}"
         )
-    sizes = [middle // max(1, stages)] * pp
-    sizes[0], sizes[-1] = first or sizes[0], last or sizes[-1]
-    return tuple(stage for stage, n in enumerate(sizes) for _ in range(n))
+    if not 0 < (eps := values["rms_norm_eps"]) < 1:
+        raise _Refusal(f"rms_norm_eps is {shown(eps)}; expected a number between 0 and 1")
+    moe = _experts(family, values) if family.experts else None
+    return ModelShape(
+        architecture=architecture,
+        num_layers=_layers(values),
+        hidden_size=hidden,
+        ffn_size=values["intermediate_size"] or (moe.ffn_size if moe else 0),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=values["vocab_size"],
+        tied=values["tie_word_embeddings"],
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_theta=_rope_theta(raw),
+        rms_norm_eps=eps,
+        max_position_embeddings=values["max_position_embeddings"],
+        moe=moe,
+    )
+
+
+def _layers(values: Mapping[str, Any]) -> int:
+    """How many there are; each attends to all that went before. Raises _Refusal."""
+    number: int = values["num_hidden_layers"]
+    types = values.get("layer_types")
+    if types is None:
+        return number
+    # The second is an older name of the first.
+    if any(x not in ("full_attention", "attention") for x in types):
+        raise _Refusal("layer_types other than full_attention is not supported")
+    if len(types) != number:
+        raise _Refusal(f"layer_types has {len(types)} entries; num_hidden_layers is {number}")
+    return number
+
+
+def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
+    """Raises _Refusal."""
+    number = values["num_experts"]
+    if "num_local_experts" in family.extra:
+        number = values.get("num_local_experts", number)
+    shape = MoEShape(
+        num_experts=number,
+        experts_per_token=values["num_experts_per_tok"],
+        ffn_size=values["moe_intermediate_size"],
+        shared_ffn_size=values["shared_expert_intermediate_size"] if family.shared_expert else 0,
+        renormalised=values["norm_topk_prob"],
+    )
+    if shape.experts_per_token > shape.num_experts:
+        raise _Refusal(
+            f"num_experts_per_tok {shape.experts_per_token} is more than num_experts "
+            f"{shape.num_experts}"
+        )
+    if shape.experts_per_token == 1 and shape.renormalised:
+        # The only expert would have the constant weight 1, and its router no gradient.
+        raise _Refusal("norm_topk_prob with one expert per token is not supported")
+    return shape
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal, where true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def padded_vocab_size(shape: ModelShape, tensor_parallel_size: int) -> int:

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 
 from gpg_megatron.config.sections import GIB, MIB, Config
-from gpg_megatron.model.shape import padded_vocab_size, pipeline_stages
+from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.states import RESIDENT, Mode, State
 from gpg_megatron.types import DTYPES, ModelShape
 

@@ -63,7 +63,7 @@ class RowShare:
             grads_differ: the ranks go on in different ways, and their gradients are to be added;
                 otherwise they do the same, and each takes its part of the gradient.
         """
-        parts = gather_from_sequence_parallel_region(
+        parts: torch.Tensor = gather_from_sequence_parallel_region(
             own.contiguous(), tensor_parallel_output_grad=grads_differ, group=self.group
         )
         return parts[self.order_T]
@@ -76,7 +76,7 @@ class RowShare:
 
 
 @dataclass(kw_only=True)
-class SegmentParams(PackedSeqParams):
+class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
     """What Megatron hands through its layers to PackedAttention.
 
     With this qkv_format Megatron takes the row for one sequence and applies rotary embeddings
@@ -195,7 +195,8 @@ def _attend(
 
 def _segments(row: torch.Tensor, start: int, n: int, length: int) -> torch.Tensor:
     """[n, heads, length, d] of a row [T, heads, d]."""
-    return row[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2)
+    segments: torch.Tensor = row[start : start + n * length].unflatten(0, (n, length))
+    return segments.transpose(1, 2)
 
 
 def _after_prompt(span: Span, row: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -164,11 +164,12 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     # torch unpickles the metadata as it comes; this reader refuses whatever would run code.
     read_index(directory)
     try:
-        return dist_checkpointing.load(
+        loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED
         )
     except (CheckpointingException, CheckpointException, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{directory} cannot be loaded: {_cause(error)}") from None
+    return loaded
 
 
 def _sharded_state(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,8 @@ def vocab_parallel_logprobs(
         gradients; rows of padding get the gradient 0.
     """
     assert hidden_NH.shape[1] == weight_VH.shape[1] and len(labels_N) == len(hidden_NH)
-    logprobs_N, entropy_N = _Logprobs.apply(hidden_NH, weight_VH, labels_N, shard, with_entropy)
+    apply: Any = _Logprobs.apply  # torch has no types for it
+    logprobs_N, entropy_N = apply(hidden_NH, weight_VH, labels_N, shard, with_entropy)
     return logprobs_N, (entropy_N if with_entropy else None)
 
 
@@ -208,4 +209,4 @@ class _GradientSum:
             rows += grad_CV.t() @ hidden_CH
 
     def total(self) -> torch.Tensor:
-        return cast(torch.Tensor, self._sum.to(self._weight.dtype))
+        return self._sum.to(self._weight.dtype)

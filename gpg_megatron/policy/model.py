@@ -29,7 +29,7 @@ from gpg_megatron.policy.modules import layer_spec
 from gpg_megatron.types import MicroBatch, ModelShape
 
 
-class PolicyModel(GPTModel):
+class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
     """GPTModel whose last stage returns the log-probabilities of the response tokens.
 
     Only positions with loss reach the vocabulary projection; the rest of the prompt never

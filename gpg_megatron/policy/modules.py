@@ -8,6 +8,7 @@ Engine, where present, brings its own spec.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,10 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Megatron then sums its gradient over the tensor-parallel ranks: each saw other tokens.
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight: torch.nn.Parameter = weight
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

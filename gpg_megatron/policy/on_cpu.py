@@ -126,7 +126,7 @@ def _gather_with_gloo(equal_sizes: Any) -> Any:
 
     def gather(
         tensor: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
+    ) -> Any:
         if sizes is None or group.size() == 1:
             return equal_sizes(tensor, group, None, use_global_buffer)
         copies = tensor.repeat(group.size(), *[1] * (tensor.dim() - 1))

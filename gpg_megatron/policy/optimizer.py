@@ -53,6 +53,6 @@ def build_scheduler(
     )
 
 
-def canonical_lr(optimizer: MegatronOptimizer) -> float:
+def current_lr(optimizer: MegatronOptimizer) -> float:
     """The learning rate that the next step uses."""
     return float(optimizer.param_groups[0]["lr"])

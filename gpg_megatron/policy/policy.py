@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from gpg_megatron.host.device import Device
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model, forward_arguments
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
-from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, canonical_lr
+from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, current_lr
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.types import (
@@ -218,19 +219,19 @@ class Policy:
         *,
         anchors: Anchors,
         forward_only: bool,
-    ) -> list:
+    ) -> list[Any]:
         """Megatron's schedule over the micro-batches; the outputs exist on the last stage."""
 
         def forward_step(
             batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
-        ) -> tuple[torch.Tensor, Callable]:
+        ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Output]]:
             number, batch = next(batches)
             arguments = forward_arguments(batch, self.device, multiple=self._row_multiple)
             old = anchors.old[number] if anchors.old else None
             reference = anchors.reference[number] if anchors.reference else None
             return model(**arguments), partial(output, batch, old, reference)
 
-        return get_forward_backward_func()(
+        outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=enumerate(micro_batches),
             model=[self._ddp],
@@ -240,6 +241,7 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        return outputs
 
     def _result(
         self,
@@ -254,13 +256,15 @@ class Policy:
             updated=updated,
             loss=loss,
             grad_norm=grad_norm,
-            lr=canonical_lr(self._optimizer),
+            lr=current_lr(self._optimizer),
             metrics=metrics,
         )
 
 
+Output = tuple[torch.Tensor, torch.Tensor, Any]
+"""What the schedule expects of a micro-batch: loss, token count, and what is handed back."""
 OutputFunction = Callable[
-    [MicroBatch, torch.Tensor | None, torch.Tensor | None, torch.Tensor], tuple
+    [MicroBatch, torch.Tensor | None, torch.Tensor | None, torch.Tensor], Output
 ]
 
 
@@ -270,12 +274,9 @@ def _objective_output(
     old: torch.Tensor | None,
     reference: torch.Tensor | None,
     output: torch.Tensor,
-) -> tuple:
-    """The loss of one micro-batch and what the metrics need, from the last stage's output:
-    log-probs [N], or log-probs and entropies [2, N].
-
-    Returns (loss, token count, statistics) as the schedule expects of a per-token loss.
-    """
+) -> Output:
+    """The loss of one micro-batch and its statistics, from the last stage's output: log-probs
+    [N], or log-probs and entropies [2, N]."""
     device = output.device
     logprobs, entropy = output if output.dim() == 2 else (output, None)
 
@@ -294,7 +295,12 @@ def _objective_output(
     return loss, torch.zeros((), dtype=torch.int, device=device), statistics
 
 
-def _logprob_output(batch: MicroBatch, old: None, reference: None, output: torch.Tensor) -> tuple:
+def _logprob_output(
+    batch: MicroBatch,
+    old: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    output: torch.Tensor,
+) -> Output:
     logprobs = output[0] if output.dim() == 2 else output
     return logprobs.sum(), torch.zeros((), dtype=torch.int), logprobs
 
@@ -313,7 +319,7 @@ def _reduce(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     return dict(zip(names, [*total.tolist(), *largest.tolist()], strict=True))
 
 
-def _sum_gradients(model: list, num_tokens: object, **kwargs: object) -> None:
+def _sum_gradients(model: list[torch.nn.Module], num_tokens: object, **kwargs: object) -> None:
     """Megatron's gradient reduction without its division by a token count."""
     finalize_model_grads(model, None, **kwargs)
 

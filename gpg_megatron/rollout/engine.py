@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
 from gpg_megatron.types import EnginePart
@@ -35,31 +36,32 @@ _TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """What one engine is started with."""
+    """What every engine of a fleet is started with: the section, and what only the caller knows."""
 
+    rollout: RolloutConfig
     model_path: str
-    random_weights: bool
-    """Do not look for weights in model_path."""
+    """A Hugging Face directory that every engine's host can read."""
+    random_weights: bool = False
+    """It has no weights; the first publish brings them."""
     device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
-    tensor_parallel_size: int
     max_model_len: int
-    """Prompt and response tokens."""
-    max_num_seqs: int
-    gpu_memory_utilization: float
-    kv_cache_bytes: int
-    """CPU only."""
-    enforce_eager: bool
-    gives_memory_back: bool
-    """It will be put to sleep."""
+    """Longest prompt plus response, in tokens."""
+    gives_memory_back: bool = False
+    """It will be put to sleep; a GPU's workers have to know."""
     worker_extension: str
     """Dotted path of the class whose methods call_workers reaches."""
-    weight_transfer: str | None
-    """vLLM's name of the weight-transfer engine that the extension's module registers."""
-    cpu_threads: int
-    """Of each worker, on CPU."""
-    scratch: str
-    """Folder for temporary files; the engine's host may have one of its own (GPG_SCRATCH)."""
+    weight_transfer: str | None = None
+    """vLLM's name of the weight-transfer engine that the extension's module registers; None: the
+    weights stay as they are."""
+    scratch: Path
+    """Folder for sockets and temporary files of Ray and vLLM; at most 40 characters, since Unix
+    sockets lie 62 characters below it. The caller removes it. Another host may have one of its
+    own (GPG_SCRATCH)."""
+
+    @property
+    def gpus(self) -> int:
+        """Of each engine."""
+        return self.rollout.tensor_model_parallel_size if self.device == "cuda" else 0
 
 
 def sanitize_environment(spec: EngineSpec) -> None:
@@ -72,16 +74,19 @@ def sanitize_environment(spec: EngineSpec) -> None:
         del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    tp, count = spec.rollout.tensor_model_parallel_size, spec.rollout.num_engines
     temporary = Path(os.environ.get("GPG_SCRATCH", spec.scratch)) / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     if spec.device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = str(spec.cpu_threads)
+        # Of each worker: the cores shared among all of them.
+        threads = max(1, len(os.sched_getaffinity(0)) // (tp * count))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         # Spinning threads cost a factor of ten when policy ranks share the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # "auto" leaves a core idle and refuses TP > 1 on a machine with one NUMA node.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if spec.tensor_parallel_size == 1:
+        if tp == 1:
             # Lets the only worker live inside EngineCore: half the latency, 0.5 GB less.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -136,17 +141,18 @@ class Engine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
+        wanted = request.params
         # The salt keeps cached prefixes of older weights from being reused.
         prompt = TokensPrompt(
             prompt_token_ids=list(request.prompt.token_ids), cache_salt=str(version)
         )
         params = SamplingParams(
-            n=request.n,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            max_tokens=request.max_tokens,
-            stop=list(request.stop),
+            n=wanted.n,
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            top_k=wanted.top_k,
+            max_tokens=wanted.max_tokens,
+            stop=list(wanted.stop),
             include_stop_str_in_output=True,
             seed=stream_seed(request),
             logprobs=0,
@@ -157,7 +163,7 @@ class Engine:
         final = None
         async for output in self._llm.generate(prompt, params, str(self._serial)):
             final = output
-        assert final is not None and final.finished and len(final.outputs) == request.n
+        assert final is not None and final.finished and len(final.outputs) == wanted.n
         return [from_vllm(o) for o in sorted(final.outputs, key=lambda o: o.index)]
 
     async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
@@ -239,14 +245,15 @@ class Engine:
 
 
 def _engine_args(spec: EngineSpec) -> dict[str, Any]:
+    r = spec.rollout
     args: dict[str, Any] = {
         "model": spec.model_path,
         "load_format": "dummy" if spec.random_weights else "auto",
-        "dtype": spec.dtype,
-        "tensor_parallel_size": spec.tensor_parallel_size,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[r.dtype],
+        "tensor_parallel_size": r.tensor_model_parallel_size,
         "max_model_len": spec.max_model_len,
-        "max_num_seqs": spec.max_num_seqs,
-        "enforce_eager": spec.enforce_eager,
+        "max_num_seqs": r.max_num_seqs,
+        "enforce_eager": r.enforce_eager,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "logprobs_mode": "processed_logprobs",
@@ -257,13 +264,14 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
     if spec.weight_transfer:
         args["weight_transfer_config"] = {"backend": spec.weight_transfer}
     if spec.device == "cpu":
-        args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
+        args["kv_cache_memory_bytes"] = int(r.kv_cache_gb * GIB)
         # A prompt cut in two makes vLLM rewind the request's random generator, and torch's CPU
         # generators cannot: the engine core would die.
         args["enable_chunked_prefill"] = False
         args["max_num_batched_tokens"] = max(spec.max_model_len, MIN_BATCHED_TOKENS)
-        args["distributed_executor_backend"] = "uni" if spec.tensor_parallel_size == 1 else "mp"
+        in_core = r.tensor_model_parallel_size == 1
+        args["distributed_executor_backend"] = "uni" if in_core else "mp"
     else:
-        args["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        args["gpu_memory_utilization"] = r.gpu_memory_utilization
         args["enable_sleep_mode"] = spec.gives_memory_back  # refused on CPU
     return args

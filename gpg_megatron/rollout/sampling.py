@@ -1,4 +1,4 @@
-"""Requests to the engines and what comes back, as plain values.
+"""How prompts are answered, as the sections say it, and what comes back, as plain values.
 
 Shape legend: L response tokens of one completion.
 """
@@ -7,33 +7,82 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast, get_args
 
-from gpg_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
+from gpg_megatron.types import Completion, FinishReason, Prompt, SamplingParams, VersionSpan
+
+CANARY_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRequest:
-    """n samples of one prompt."""
+    """params.n samples of one prompt."""
 
     prompt: Prompt
-    n: int
-    temperature: float
-    top_p: float
-    """1.0: off."""
-    top_k: int
-    """-1: off."""
-    max_tokens: int
-    stop: tuple[str, ...]
-    """The stop string stays part of the response."""
-    seed: int
-    """The same seed, prompt and weights give the same samples. Requests of one batch may have
-    consecutive seeds: their random streams do not overlap."""
+    params: SamplingParams
 
     def __post_init__(self) -> None:
-        assert self.n >= 1 and self.max_tokens >= 1 and self.temperature >= 0
         assert self.prompt.token_ids, f"prompt {self.prompt.id} is empty"
+
+
+class Sampler(Protocol):
+    """Answers requests: a fleet of engines, or what stands for one."""
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
+        """All samples of all requests, in the requests' order, then by index."""
+
+
+def training_params(rollout: RolloutConfig, *, seed: int) -> SamplingParams:
+    """Of the prompts that are trained on."""
+    return SamplingParams(
+        n=rollout.n,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_response_length,
+        stop=rollout.stop,
+        seed=seed,
+    )
+
+
+def validation_params(
+    validation: ValidationConfig, rollout: RolloutConfig, *, seed: int
+) -> SamplingParams:
+    """Of held-out prompts; responses end as in training. One seed for all prompts, so that two
+    evaluations differ by the weights only."""
+    return SamplingParams(
+        n=validation.n,
+        temperature=validation.temperature,
+        top_p=validation.top_p,
+        top_k=validation.top_k,
+        max_tokens=rollout.max_response_length,
+        stop=rollout.stop,
+        seed=seed,
+    )
+
+
+def canary_params(rollout: RolloutConfig, *, seed: int) -> SamplingParams:
+    """Of a short sample of the whole distribution, whose log-probs the policy can repeat."""
+    params = training_params(rollout, seed=seed)
+    limit = min(CANARY_TOKENS, params.max_tokens)
+    return replace(params, n=1, max_tokens=limit, top_p=1.0, top_k=-1)
+
+
+def greedy(params: SamplingParams) -> SamplingParams:
+    """The same with the most likely token everywhere, once."""
+    return replace(params, n=1, temperature=0.0, top_p=1.0, top_k=-1)
+
+
+def stream_seed(request: SamplingRequest) -> int:
+    """The engine's 31-bit seed for a request.
+
+    vLLM seeds sample i of a request with seed + i, so consecutive seeds of neighbouring prompts
+    would share random streams; hashing seed and prompt id keeps them apart.
+    """
+    text = f"{request.params.seed}/{request.prompt.id}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,39 +95,6 @@ class Sampled:
     text: str
     versions: tuple[tuple[str, int, int], ...]
     """(label, start, end)."""
-
-
-def stream_seed(request: SamplingRequest) -> int:
-    """The engine's 31-bit seed for a request.
-
-    vLLM seeds sample i of a request with seed + i, so consecutive seeds of neighbouring prompts
-    would share random streams; hashing seed and prompt id keeps them apart.
-    """
-    text = f"{request.seed}/{request.prompt.id}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
-
-
-def largest_first(requests: Sequence[SamplingRequest]) -> list[int]:
-    """Indices of the requests by their token limits, the largest first; ties in their order."""
-    return sorted(range(len(requests)), key=lambda i: (-_cost(requests[i]), i))
-
-
-def _cost(request: SamplingRequest) -> int:
-    return len(request.prompt.token_ids) + request.n * request.max_tokens
-
-
-def spread(requests: Sequence[SamplingRequest], num_engines: int) -> list[list[int]]:
-    """Indices of the requests for each engine, balanced by their token limits.
-
-    Largest first, each to the engine with the least so far; ties go to the lower index.
-    """
-    load = [0] * num_engines
-    parts: list[list[int]] = [[] for _ in range(num_engines)]
-    for i in largest_first(requests):
-        engine = load.index(min(load))
-        parts[engine].append(i)
-        load[engine] += _cost(requests[i])
-    return parts
 
 
 def from_vllm(output: Any) -> Sampled:
@@ -97,7 +113,7 @@ def from_vllm(output: Any) -> Sampled:
 def to_completion(request: SamplingRequest, index: int, sampled: Sampled) -> Completion:
     """The completion that crosses to the other rooms.
 
-    vLLM labels spans with the string that set_version gave it.
+    vLLM labels spans with the string that an update's commit gave it.
     """
     assert sampled.finish_reason in get_args(FinishReason), (
         f"prompt {request.prompt.id}: the engine ended a sample with {sampled.finish_reason!r}"

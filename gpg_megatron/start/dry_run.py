@@ -18,7 +18,8 @@ from gpg_megatron.bridge.engine_layout import Engine
 from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes, policy_grid
-from gpg_megatron.model.shape import check_layout, load_model_shape
+from gpg_megatron.model.layout_rules import check_layout
+from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
     EngineMemory,

@@ -18,7 +18,8 @@ from gpg_megatron.config.rules import config_warnings
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import RunError, UserError, exit_codes
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
-from gpg_megatron.loop.inputs import check_model
+from gpg_megatron.loop.inputs import check_model, model_files
+from gpg_megatron.model.shape import shape_warnings
 from gpg_megatron.start.launcher import add_host_options, hosts_of, launch
 
 RANK0_GRACE_S = 30.0
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0" and hosts.rank == 0
     if first and RUN_ID_VARIABLE not in os.environ:
         for line in config_warnings(config):
+            print(f"warning: {line}", file=sys.stderr)
+        for line in shape_warnings(model_files(config)):
             print(f"warning: {line}", file=sys.stderr)
     if arguments.dry_run:
         return dry_run(config, arguments.gpu_memory_gb)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ def _config(folder: Path) -> Config:
     )
 
 
-def _start(config: Config, notes: Path, life: int) -> tuple[list, Path]:
+def _start(config: Config, notes: Path, life: int) -> tuple[list[Any], Path]:
     context = multiprocessing.get_context("fork")
     meeting = Path(tempfile.mkdtemp())
     ranks = [
@@ -116,17 +117,18 @@ def _live(config: Config, notes: Path, life: int, rank: int, store: Path) -> Non
     run.advance(N_STEPS, note)
 
 
-def _wait_for(path: Path, ranks: list) -> dict:
+def _wait_for(path: Path, ranks: list[Any]) -> dict[str, Any]:
     deadline = time.monotonic() + LIFE_LIMIT_S
     while not path.exists():
         for process in ranks:
             assert process.is_alive(), f"a rank ended by itself: {process.exitcode}"
         assert time.monotonic() < deadline, f"no {path.name} after {LIFE_LIMIT_S} s"
         time.sleep(0.01)
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
-def _kill(ranks: list, meeting: Path) -> None:
+def _kill(ranks: list[Any], meeting: Path) -> None:
     """The ranks and the processes that write for them."""
     for process in ranks:
         os.killpg(process.pid, signal.SIGKILL)

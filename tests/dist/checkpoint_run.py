@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from tests.dist.problem import plan_of
 class PolicyRun:
     """Collective over the ranks of an initialised world."""
 
-    def __init__(self, config: Config, samples: list) -> None:
+    def __init__(self, config: Config, samples: list[Any]) -> None:
         shape = load_model_shape(config.model.path)
         self.config = config
         self.policy = Policy(config, shape, "cpu")
@@ -42,7 +43,7 @@ class PolicyRun:
         plan = plan_of(config, token_costs(shape), self.policy.position.dp_rank)
         self.batches = make_batches(samples, plan)
 
-    def advance(self, to_step: int, note: Callable[[PolicyRun], None] | None = None) -> list:
+    def advance(self, to_step: int, note: Callable[[PolicyRun], None] | None = None) -> list[Any]:
         """Train and save up to a step; what each update said. note is called before a save."""
         results = []
         while self.step < to_step:

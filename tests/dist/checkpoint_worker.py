@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def _exact(folder: Path, variant: Variant) -> None:
     problem = problem_of(variant[0])
     samples = make_samples(problem)
 
-    def run(name: str, to_step: int) -> tuple[list, list, dict, dict]:
+    def run(name: str, to_step: int) -> tuple[list[Any], list[Any], dict[str, Any], dict[str, Any]]:
         config = run_config(variant, problem, folder, run_name(variant, name))
         torch.manual_seed(3)
         run = PolicyRun(config, samples)
@@ -116,18 +117,18 @@ def _changed(folder: Path, first: Variant, second: Variant) -> None:
     _write(folder, name, {"resumed_at": begin, "results": _numbers(results)})
 
 
-def _numbers(results: list) -> list[list[float]]:
+def _numbers(results: list[Any]) -> list[list[float]]:
     return [[r.version, r.loss, r.grad_norm, r.lr] for r in results]
 
 
-def _different(right: dict, found: dict) -> list[str]:
+def _different(right: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names that are not the same, bit by bit."""
     if right.keys() != found.keys():
         return sorted(right.keys() ^ found.keys())
     return [name for name in right if not torch.equal(right[name], found[name])]
 
 
-def _write(folder: Path, name: str, verdict: dict) -> None:
+def _write(folder: Path, name: str, verdict: dict[str, Any]) -> None:
     path = folder / "verdicts" / f"{name}-rank{dist.get_rank()}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(verdict))

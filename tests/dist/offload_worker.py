@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,12 @@ from gpg_megatron.config.sections import Config, ModelConfig
 from gpg_megatron.host.device import init_process_group
 from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.policy.policy import Policy
+from gpg_megatron.types import PolicyPart, StepResult
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
 from tests.dist.checkpoint_run import PolicyRun
 from tests.dist.problem import Layout, make_samples
 
-PARTS = ("parameters", "gradients", "optimizer")
+PARTS: tuple[PolicyPart, ...] = ("parameters", "gradients", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _compare(folder: Path, case: Case) -> dict:
+def _compare(folder: Path, case: Case) -> dict[str, Any]:
     staying, results, right = _run(folder, case, "staying", _save)
     parallel_state.destroy_model_parallel()
-    seen: dict = {}
+    seen: dict[str, Any] = {}
     moving, found, state = _run(folder, case, "moving", lambda run: _hand_over(run, seen))
     try:
         moving.policy.offload(PARTS)
@@ -98,7 +99,7 @@ def _config(folder: Path, case: Case, name: str) -> Config:
 
 def _run(
     folder: Path, case: Case, name: str, between: Callable[[PolicyRun], None]
-) -> tuple[PolicyRun, list, dict]:
+) -> tuple[PolicyRun, list[StepResult], dict[str, torch.Tensor]]:
     """Train with `between` after every step, which also saves; the run, its results, its end."""
     run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)))
     results = []
@@ -128,7 +129,7 @@ def _save(run: PolicyRun) -> None:
     run.checkpoints.save_at(run.step, run.policy, {})
 
 
-def _hand_over(run: PolicyRun, seen: dict) -> None:
+def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
     """A round as colocated placement makes it: publish, roll out, save, roll out, train."""
     policy = run.policy
     before = {name: shard.clone() for name, shard in policy.named_shards().items()}
@@ -181,7 +182,7 @@ def _n_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _different(right: dict, found: dict) -> list[str]:
+def _different(right: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names that are not the same, bit by bit."""
     if right.keys() != found.keys():
         return sorted(right.keys() ^ found.keys())

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,12 +76,12 @@ def _key(sample: TrainSample) -> tuple[int, int]:
     return sample.group, sample.index
 
 
-def _rms_norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _route(
-    module: torch.nn.Module, margins: list[float], x: torch.Tensor
+    module: Any, margins: list[float], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens [T, H] -> logits [T, experts], weights and numbers [T, experts per token]."""
     logits = F.linear(x, module.weight)
@@ -124,7 +125,7 @@ def _update(
     return Update(
         loss=loss.item(),
         grad_norm=norm.item(),
-        grads=_as_saved({name: p.grad.clone() for name, p in parameters.items()}),
+        grads=_as_saved({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}),
         weights=_as_saved({name: p.detach().clone() for name, p in parameters.items()}),
     )
 
@@ -227,4 +228,6 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 def load_reference(path: Path) -> Reference:
     """What save_reference wrote."""
-    return torch.load(path, weights_only=False)
+    reference = torch.load(path, weights_only=False)
+    assert isinstance(reference, Reference)
+    return reference

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw, by optimizer."""
     folder = tmp_path_factory.mktemp("bf16")
     make_model(PROBLEMS[0], folder / "model")
@@ -31,7 +32,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "distributed"])
-def test_small_steps_add_up(seen: list[dict], optimizer: str) -> None:
+def test_small_steps_add_up(seen: list[dict[str, Any]], optimizer: str) -> None:
     """One step is too small for bf16; the master weights remember it."""
     for rank in seen:
         assert rank[optimizer]["step in units of the last place"] < 0.25
@@ -40,13 +41,15 @@ def test_small_steps_add_up(seen: list[dict], optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "distributed"])
-def test_gradients_are_added_and_reduced_in_fp32(seen: list[dict], optimizer: str) -> None:
+def test_gradients_are_added_and_reduced_in_fp32(
+    seen: list[dict[str, Any]], optimizer: str
+) -> None:
     for rank in seen:
         assert rank[optimizer]["gradient dtypes"] == ["torch.float32"]
         assert rank[optimizer]["cosine"] > 0.99
 
 
-def test_the_weights_are_the_rounded_masters(seen: list[dict]) -> None:
+def test_the_weights_are_the_rounded_masters(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["plain"]["master dtypes"] == ["torch.float32"]
         assert rank["plain"]["weights that are not the rounded master"] == []

@@ -7,8 +7,8 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -34,7 +34,11 @@ from tests.dist.ranks import run_ranks
 TOLERANCE = 1e-5
 N_KILLS = 24
 
-Read = Callable[[str, Layout], list[dict]]
+
+class Read(Protocol):
+    """(name, layout) -> what each rank saw."""
+
+    def __call__(self, name: str, layout: Layout, phase: str = "first") -> list[dict[str, Any]]: ...
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def verdicts(folder: Path) -> Read:
-    """(name, layout) -> what each rank saw. Ranks start when the first of theirs is asked for;
+    """Ranks start when the first of theirs is asked for;
     the second phase begins after all of the first."""
 
     @functools.cache
     def run(phase: str, world_size: int) -> str:
         return run_ranks(folder, "tests.dist.checkpoint_worker", world_size, phase)
 
-    def read(name: str, layout: Layout, phase: str = "first") -> list[dict]:
+    def read(name: str, layout: Layout, phase: str = "first") -> list[dict[str, Any]]:
         if phase == "changed":
             for size in (1, 2, 4):
                 run("first", size)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ each_case = pytest.mark.parametrize(
 )
 each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=[p.name for p in PROBLEMS])
 
-Verdicts = Callable[[Layout, Problem], list[dict]]
+Verdicts = Callable[[Layout, Problem], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def verdicts(folder: Path) -> Verdicts:
     which run when the first of them is asked for."""
     run_world = functools.cache(functools.partial(run_ranks, folder, "tests.dist.layout_worker"))
 
-    def read(layout: Layout, problem: Problem) -> list[dict]:
+    def read(layout: Layout, problem: Problem) -> list[dict[str, Any]]:
         output = run_world(layout.world_size)
         place = folder / layout.name / problem.name
         paths = [place / f"rank{rank}.json" for rank in range(layout.world_size)]
@@ -129,6 +130,7 @@ def test_an_update_that_is_not_finite_changes_nothing(
 
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.first], ids=lambda x: x.name)
 def test_an_uneven_first_stage_holds_its_layers(verdicts: Verdicts, layout: Layout) -> None:
+    assert layout.first is not None
     counts = [verdict["layers"] for verdict in verdicts(layout, PROBLEMS[0])]
     assert counts == [layout.first] * layout.tp + [N_LAYERS - layout.first] * layout.tp
 

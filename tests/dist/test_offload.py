@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.dist.offload_worker import CASES, PARTS, Case
 from tests.dist.problem import N_LAYERS, Layout, make_model
 from tests.dist.ranks import run_ranks
 
-Verdicts = Callable[[Case], list[dict]]
+Verdicts = Callable[[Case], list[dict[str, Any]]]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -37,7 +38,7 @@ def verdicts(folder: Path) -> Verdicts:
     """What each rank of a case saw. The cases of a world size share its ranks."""
     run_world = functools.cache(functools.partial(run_ranks, folder, "tests.dist.offload_worker"))
 
-    def read(case: Case) -> list[dict]:
+    def read(case: Case) -> list[dict[str, Any]]:
         output = run_world(case.layout.world_size)
         paths = [folder / f"{case.name}-rank{r}.json" for r in range(case.layout.world_size)]
         assert all(path.exists() for path in paths), output

@@ -92,4 +92,4 @@ def _norm(tensors: Tensors, others: Tensors | None = None) -> float:
     """Euclidean norm of all elements, less those of the others."""
     assert others is None or tensors.keys() == others.keys()
     gaps = [x.double() - others[name] if others else x.double() for name, x in tensors.items()]
-    return torch.stack([gap.norm() for gap in gaps]).norm().item()
+    return float(torch.stack([gap.norm() for gap in gaps]).norm())

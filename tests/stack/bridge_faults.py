@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpg_megatron.host.device import init_process_group, set_threads
+from tests.engine_processes import engine_processes
 from tests.stack.bridge_ranks import COLLECTIVE_LIMIT_S, Fleets, compare, configuration
 
 # Bucket and time limits far below the defaults: a tiny model still needs many buckets.
@@ -95,9 +96,7 @@ class Faults:
         """End the engine's processes while the receiver sleeps in the middle of an update."""
         if self.fleet.fleet is None:
             return
-        import psutil
-
-        processes = [psutil.Process(pid) for pid in self.fleet.fleet.pids()]
+        processes = engine_processes()
         threading.Timer(delay_s, lambda: [p.kill() for p in processes]).start()
 
 

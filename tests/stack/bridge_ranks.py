@@ -36,9 +36,10 @@ from gpg_megatron.layout.topology import policy_grid  # noqa: E402
 from gpg_megatron.loop.agreement import canary_sample  # noqa: E402
 from gpg_megatron.model.shape import load_model_shape  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
+from gpg_megatron.rollout.engine import EngineSpec  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
-from gpg_megatron.types import Completion, ModelShape, Prompt  # noqa: E402
+from gpg_megatron.types import Completion, ModelShape, Prompt, SamplingParams  # noqa: E402
 
 COLLECTIVE_LIMIT_S = 300
 PROMPTS = ((10, 20, 30), (40, 50), (60, 70, 80, 90, 100), (7, 7, 7, 7))
@@ -86,18 +87,17 @@ class Fleets:
 
         def start() -> None:
             config = configuration(job, {})
-            self.fleet = Fleet.start(
+            scratch = scratch_directory(job["run_id"])
+            spec = EngineSpec(
+                rollout=config.rollout,
                 model_path=job["checkpoints"][0],
-                config=config.rollout,
                 device=device_of(job),
                 max_model_len=128,
-                run_id=job["run_id"],
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,
-                scratch_dir=scratch_directory(job["run_id"]),
-                log_dir=scratch_directory(job["run_id"]),
-                cpu_threads=1,
+                scratch=scratch,
             )
+            self.fleet = Fleet.start(spec, run_id=job["run_id"], log_dir=scratch)
             self.fleet.wait_ready()
 
         on_rank0(start)
@@ -108,19 +108,10 @@ class Fleets:
             Prompt(id=f"p/{i}", token_ids=ids, messages=(), ground_truth="", data_source="p")
             for i, ids in enumerate(PROMPTS)
         ]
-        requests = [
-            SamplingRequest(
-                prompt=p,
-                n=1,
-                temperature=0.8,
-                top_p=1.0,
-                top_k=-1,
-                max_tokens=12,
-                stop=(),
-                seed=version,
-            )
-            for p in prompts
-        ]
+        params = SamplingParams(
+            n=1, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, stop=(), seed=version
+        )
+        requests = [SamplingRequest(prompt=p, params=params) for p in prompts]
         completions = on_rank0(lambda: self.fleet.generate(requests))
         return list(zip(prompts, completions, strict=True))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gpg_megatron.config.loading import load_config
 from gpg_megatron.evaluation import cli as evaluate_cli
 from tests.tiny import make_tiny_model, write_problems
 
@@ -18,18 +19,20 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = write_problems(folder / "first.jsonl", ["1 + 1 =", "2 + 2 =", "3 + 3 ="])
     second = write_problems(folder / "second.jsonl", ["9 - 1 ="], data_source="gsm8k")
     options = (
-        "--n 4 --greedy --no-chat-template --device cpu --dtype fp32 --kv-cache-gb 0.1 "
-        "--max-prompt-length 32 --max-response-length 8 --enforce-eager"
+        "--greedy validation.n=4 data.apply_chat_template=false trainer.device=cpu "
+        "rollout.dtype=fp32 rollout.kv_cache_gb=0.1 rollout.enforce_eager=true "
+        "data.max_prompt_length=32 rollout.max_response_length=8"
     )
-    given = ["--model", str(model), "--data", str(first), str(second), "--out", str(folder / "out")]
-    code = evaluate_cli.main([*given, *options.split()])
+    given = [f"model.path={model}", "--data", str(first), str(second)]
+    code = evaluate_cli.main([*given, "--out", str(folder / "out"), *options.split()])
     assert code == 0
     return folder / "out"
 
 
 def test_the_results(out: Path) -> None:
     result = json.loads((out / "eval.json").read_text())
-    assert result["arguments"]["n"] == 4
+    assert "validation.n=4" in result["arguments"]["overrides"]
+    assert load_config(out / "config.yaml", trains=False).validation.n == 4
     assert set(result["sets"]) == {"arithmetic/tiny", "gsm8k"}
     sampled = result["sets"]["arithmetic/tiny"]["sampled"]
     assert sampled["problems"] == 3

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from gpg_megatron.host.reaper import (
     scratch_directory,
     start_reaper,
 )
+from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.failures import EngineDied, EngineError
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import SamplingRequest
-from gpg_megatron.types import Completion, Prompt, VersionSpan
+from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
+from tests.engine_processes import engine_processes
 from tests.shared_memory import abandoned_segments, all_segments
 from tests.tiny import make_tiny_model
 
@@ -64,37 +67,35 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
         "startup_timeout_s": 240,
         "generate_timeout_s": 120,
     }
-    fleet = Fleet.start(
+    scratch = scratch_directory(run_id)
+    spec = EngineSpec(
+        rollout=RolloutConfig(**settings | changes),
         model_path=str(model),
-        config=RolloutConfig(**settings | changes),
         device="cpu",
         max_model_len=MAX_MODEL_LEN,
-        run_id=run_id,
         worker_extension="worker_ext.Extension",
         weight_transfer="none",
-        scratch_dir=scratch_directory(run_id),
-        log_dir=scratch_directory(run_id),
-        cpu_threads=1,
+        scratch=scratch,
     )
+    fleet = Fleet.start(spec, run_id=run_id, log_dir=scratch)
     fleet.wait_ready()
     return fleet
 
 
-def request(i: int = 0, **changes) -> SamplingRequest:
+def request(i: int = 0, **changes: Any) -> SamplingRequest:
+    """changes: of the sampling parameters."""
     prompt = Prompt(
         id=f"p/{i}", token_ids=tuple(PROMPTS[i]), messages=(), ground_truth="", data_source="p"
     )
-    values = {
-        "prompt": prompt,
-        "n": 4,
-        "temperature": 0.7,
-        "top_p": 1.0,
-        "top_k": -1,
-        "max_tokens": 24,
-        "stop": (),
-        "seed": 5,
-    }
-    return SamplingRequest(**{**values, **changes})
+    params = SamplingParams(
+        n=4, temperature=0.7, top_p=1.0, top_k=-1, max_tokens=24, stop=(), seed=5
+    )
+    return SamplingRequest(prompt=prompt, params=replace(params, **changes))
+
+
+def version_of(fleet: Fleet) -> int:
+    """With which samples are stamped now."""
+    return fleet.generate([request(max_tokens=1)])[0].versions[0].version
 
 
 def update(fleet: Fleet, version: int) -> None:
@@ -118,7 +119,7 @@ def largest_gap(model_dir: Path, prompt: Prompt, c: Completion, temperature: flo
     with torch.no_grad():
         logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / temperature
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
-    return (expected - torch.tensor(c.logprobs)).abs().max().item()
+    return float((expected - torch.tensor(c.logprobs)).abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ class TestOneEngine:
         requests = [request(i, n=n) for i, n in ((2, 1), (0, 3), (3, 2), (1, 1))]
         together = fleet.generate(requests)
         names = [(c.prompt_id, c.index) for c in together]
-        assert names == [(r.prompt.id, i) for r in requests for i in range(r.n)]
+        assert names == [(r.prompt.id, i) for r in requests for i in range(r.params.n)]
         alone = [c for r in requests for c in fleet.generate([r])]
         assert tokens(together) == tokens(alone)
 
@@ -153,7 +154,7 @@ class TestOneEngine:
         requests = [request(i, temperature=t) for i in (0, 2) for t in (0.7, 1.0)]
         for r in requests:
             for c in fleet.generate([r]):
-                assert largest_gap(model, r.prompt, c, r.temperature) < 1e-4
+                assert largest_gap(model, r.prompt, c, r.params.temperature) < 1e-4
 
     def test_top_k_of_one_leaves_no_choice(self, fleet: Fleet) -> None:
         completions = fleet.generate([request(top_k=1)])
@@ -181,7 +182,7 @@ class TestOneEngine:
         assert len(stopped.token_ids) == len(stopped.logprobs) < 100
 
     def test_an_update_stamps_later_samples(self, fleet: Fleet) -> None:
-        before = fleet.version
+        before = version_of(fleet)
         first = fleet.generate([request()])[0]
         update(fleet, before + 3)
         second = fleet.generate([request()])[0]
@@ -191,7 +192,7 @@ class TestOneEngine:
         assert second.token_ids == first.token_ids
 
     def test_nothing_is_generated_from_incomplete_weights(self, fleet: Fleet) -> None:
-        version = fleet.version
+        version = version_of(fleet)
         fleet.begin_update()
         with pytest.raises(EngineError, match="the weights are incomplete"):
             fleet.generate([request()])
@@ -205,7 +206,7 @@ class TestOneEngine:
     def test_nothing_is_generated_by_an_engine_that_sleeps(self, fleet: Fleet) -> None:
         """vLLM's CPU workers keep their memory; the order of the calls is the same."""
         right = fleet.generate([request()])
-        version = fleet.version
+        version = version_of(fleet)
         fleet.sleep(1)  # as before a save: the weights stay right
         with pytest.raises(EngineError, match="the engine sleeps: kv_cache, weights must wake"):
             fleet.generate([request()])
@@ -221,7 +222,7 @@ class TestOneEngine:
         assert fleet.generate([request()]) == right
 
     def test_weights_that_were_dropped_have_to_be_published(self, fleet: Fleet) -> None:
-        version = fleet.version
+        version = version_of(fleet)
         fleet.sleep(2)
         fleet.wake(["weights", "kv_cache"])
         with pytest.raises(EngineError, match="they were dropped; they must be published again"):
@@ -241,6 +242,7 @@ class TestOneEngine:
         assert len(fleet.generate([request()])) == 4
 
     def test_a_failed_update_is_seen_before_it_is_waited_for(self, fleet: Fleet) -> None:
+        version = version_of(fleet)
         fleet.begin_update()
         pending = fleet.receive(b"fail")
         deadline = time.monotonic() + 30
@@ -248,11 +250,11 @@ class TestOneEngine:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert "the update failed" in str(pending.failure())
-        update(fleet, fleet.version + 1)
+        update(fleet, version + 1)
 
     def test_running_requests_go_on_after_an_update(self, fleet: Fleet) -> None:
         """Pause mode keep: one completion, tokens of two versions, each token stamped."""
-        old = fleet.version
+        old = version_of(fleet)
         done: list[Completion] = []
         long = request(3, n=8, max_tokens=MAX_MODEL_LEN - 8, temperature=1.0, seed=11)
         caller = threading.Thread(target=lambda: done.extend(fleet.generate([long])))
@@ -295,7 +297,6 @@ class TestOneEngine:
             if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         }
         assert not unmarked
-        assert fleet.pids() and set(fleet.pids()) <= set(names)
 
 
 def test_requests_are_handed_out_as_engines_have_room(model: Path) -> None:
@@ -304,7 +305,7 @@ def test_requests_are_handed_out_as_engines_have_room(model: Path) -> None:
         requests = [request(i % 4, seed=i, n=4, max_tokens=8 + 16 * (i % 3)) for i in range(8)]
         together = fleet.generate(requests)
         names = [(c.prompt_id, c.index) for c in together]
-        assert names == [(r.prompt.id, i) for r in requests for i in range(r.n)]
+        assert names == [(r.prompt.id, i) for r in requests for i in range(r.params.n)]
         alone = [c for r in requests for c in fleet.generate([r])]
         assert tokens(together) == tokens(alone)
         with pytest.raises(EngineError, match="failed while generating a rollout batch"):
@@ -321,7 +322,7 @@ def test_tensor_parallel_engine_and_its_sudden_end(model: Path) -> None:
         assert fleet.call_workers("hello", [()], timeout_s=30) == [[[0, []], [1, []]]]
         for c in fleet.generate([request(2)]):
             assert largest_gap(model, request(2).prompt, c, 0.7) < 1e-4
-        processes = [psutil.Process(pid) for pid in fleet.pids()]
+        processes = engine_processes()
         core = next(p for p in processes if p.name() == "VLLM::EngineCore")
         threading.Timer(1.0, core.kill).start()
         began = time.monotonic()
@@ -342,11 +343,11 @@ def test_a_kill_leaves_nothing(model: Path, victim: str) -> None:
     """SIGKILL of the owner, or of the actor: the run's processes and segments are gone."""
     segments = all_segments()
     script = (
-        "import sys\nfrom pathlib import Path\nfrom gpg_megatron import reaper\n"
+        "import sys\nfrom pathlib import Path\nfrom gpg_megatron.host import reaper\n"
         "from tests.stack.test_rollout import request, start_fleet\n"
         "reaper.start_reaper(sys.argv[2])\n"
         "fleet = start_fleet(Path(sys.argv[1]), sys.argv[2])\n"
-        "print(*fleet.pids(), flush=True)\n"
+        "print('ready', flush=True)\n"
         "while True: fleet.generate([request(max_tokens=200)])\n"
     )
     run_id = new_run_id()
@@ -358,10 +359,10 @@ def test_a_kill_leaves_nothing(model: Path, victim: str) -> None:
         text=True,
     )
     assert owner.stdout is not None
-    pids = [int(word) for word in owner.stdout.readline().split()]
+    assert owner.stdout.readline() == "ready\n"
     processes = psutil.Process(owner.pid).children(recursive=True)
-    assert {p.pid for p in processes} >= set(pids) and len(pids) >= 2
-    os.kill(owner.pid if victim == "owner" else pids[0], signal.SIGKILL)
+    actor = engine_processes(owner.pid)[0]
+    os.kill(owner.pid if victim == "owner" else actor.pid, signal.SIGKILL)
     began = time.monotonic()
     _, errors = owner.communicate(timeout=30)
     if victim == "actor":

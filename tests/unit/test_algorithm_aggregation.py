@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import get_args, get_type_hints
 
@@ -38,11 +39,11 @@ CELLS = [[0, 2], [1, 3], [4], []]
         ("micro-batch-token-mean", [1 / 6, 1 / 14, 1 / 6, 1 / 14, 0.0]),
     ],
 )
-def test_weights_by_hand(mode, expected):
+def test_weights_by_hand(mode: str, expected: list[float]) -> None:
     assert aggregation_weights(BATCH, mode, 8, CELLS) == expected
 
 
-def test_every_mode_of_the_configuration_is_there_and_no_other():
+def test_every_mode_of_the_configuration_is_there_and_no_other() -> None:
     for mode in MODES:
         assert len(aggregation_weights(BATCH, mode, 8, CELLS)) == len(BATCH)
     with pytest.raises(KeyError):
@@ -50,18 +51,22 @@ def test_every_mode_of_the_configuration_is_there_and_no_other():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_samples_and_only_empty_responses(mode):
+def test_no_samples_and_only_empty_responses(mode: str) -> None:
     assert aggregation_weights([], mode, 8) == []
     assert aggregation_weights([sample(0, 0), sample(1, 0)], mode, 8, [[1], [0]]) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("cells", [(), [[0, 1, 2, 3]], [[0, 1], [1, 2, 3, 4]]])
-def test_cells_that_are_no_partition_are_a_programming_error(cells):
+def test_cells_that_are_no_partition_are_a_programming_error(
+    cells: Sequence[Sequence[int]],
+) -> None:
     with pytest.raises(AssertionError):
         aggregation_weights(BATCH, "micro-batch-token-mean", 8, cells)
 
 
-def direct(mode, losses, groups, max_length):
+def direct(
+    mode: str, losses: Sequence[Sequence[Fraction]], groups: Sequence[int], max_length: int
+) -> Fraction | float:
     """The table of modes read literally: losses[i] are the token losses of sample i."""
     n, total = len(losses), sum(map(len, losses))
     sums = [sum(row, Fraction(0)) for row in losses]
@@ -91,7 +96,7 @@ def direct(mode, losses, groups, max_length):
         max_size=8,
     )
 )
-def test_weighted_sum_is_the_definition(mode, batch):
+def test_weighted_sum_is_the_definition(mode: str, batch: list[tuple[int, list[int]]]) -> None:
     groups = [question for question, _ in batch]
     losses = [[Fraction(x) for x in row] for _, row in batch]
     cells = [list(range(len(batch)))[i::2] for i in (0, 1)]
@@ -102,7 +107,7 @@ def test_weighted_sum_is_the_definition(mode, batch):
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m not in ("seq-mean-token-sum",)])
 @given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=8))
-def test_the_mean_of_a_constant_is_the_constant(mode, lengths):
+def test_the_mean_of_a_constant_is_the_constant(mode: str, lengths: list[int]) -> None:
     # seq-mean-token-sum-norm is a mean only where every response has the maximal length
     lengths = [8] * len(lengths) if mode == "seq-mean-token-sum-norm" else lengths
     batch = [sample(i // 2, n) for i, n in enumerate(lengths)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev, stdev
 
@@ -26,7 +27,7 @@ ROOM = 30
 """Tokens of a micro-batch."""
 
 
-def group(number, scores, lengths):
+def group(number: int, scores: Sequence[float], lengths: Sequence[int]) -> ScoredGroup:
     name = f"toy/{number}"
     completions = tuple(
         Completion(
@@ -49,7 +50,7 @@ def group(number, scores, lengths):
     )
 
 
-def batch_of(*rows):
+def batch_of(*rows: tuple[list[float], list[int]]) -> list[ScoredGroup]:
     return [group(number, *row) for number, row in enumerate(rows)]
 
 
@@ -66,7 +67,9 @@ BATCHES = {
 }
 
 
-def reference(groups, preset, logprobs):
+def reference(
+    groups: Sequence[ScoredGroup], preset: str, logprobs: Sequence[Sequence[Sequence[float]]]
+) -> float:
     """The loss of a preset as docs/gpg.md states it; logprobs[g][i] are floats of one answer.
 
     On-policy, so that a clipped surrogate is the sum of the advantages: its ratios are 1.
@@ -76,7 +79,7 @@ def reference(groups, preset, logprobs):
     everything = [s for row in scores for s in row]
     length = {(g, i): len(logprobs[g][i]) for g, i in answers}
 
-    def value(g, i):
+    def value(g: int, i: int) -> float:
         return scores[g][i] - fmean(scores[g])
 
     if preset == "rloo":
@@ -95,7 +98,7 @@ def reference(groups, preset, logprobs):
     worth = scores if preset == "amap" else [[r.accuracy for r in g.rewards] for g in groups]
     live = {(g, i): max(worth[g]) - min(worth[g]) > 1e-6 for g, i in answers}
 
-    def corrected(members):
+    def corrected(members: Sequence[tuple[int, int]]) -> float:
         n_live = sum(live[a] for a in members)
         if preset == "paper":
             return len(members) / n_live if n_live else 0.0
@@ -139,7 +142,7 @@ def reference(groups, preset, logprobs):
     return -sum(total.values()) / len(answers)
 
 
-def parts_of(groups, config):
+def parts_of(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> Tokens:
     """The response tokens of a rollout batch as one micro-batch, in order."""
     samples, _ = assign_advantages(groups, config)
     update = weigh_update(
@@ -163,7 +166,7 @@ def parts_of(groups, config):
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_its_formula(preset, name):
+def test_a_preset_is_its_formula(preset: str, name: str) -> None:
     rng = random.Random(3)
     groups = BATCHES[name]
     logprobs = [
@@ -177,7 +180,7 @@ def test_a_preset_is_its_formula(preset, name):
 
 @pytest.mark.parametrize("clip", [0.1, 0.2])
 @pytest.mark.parametrize("name", BATCHES)
-def test_on_policy_gpg_has_the_gradient_of_the_clipped_surrogate(name, clip):
+def test_on_policy_gpg_has_the_gradient_of_the_clipped_surrogate(name: str, clip: float) -> None:
     """Through a softmax, in float64; with the paper's advantages."""
     gpg = AlgorithmConfig()
     clipped = AlgorithmConfig(loss="clip", clip_low=clip, clip_high=clip)
@@ -194,7 +197,7 @@ def test_on_policy_gpg_has_the_gradient_of_the_clipped_surrogate(name, clip):
     assert gradients[0].any() == (name != "all dead")
 
 
-def test_clip_by_hand():
+def test_clip_by_hand() -> None:
     """Ratios 2, 1/2, 2, 1/2 and 1.1 with advantages of both signs, clipped to [0.8, 1.3]."""
     ratios = torch.tensor([2.0, 0.5, 2.0, 0.5, 1.1], dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 3.0], dtype=torch.float64)
@@ -205,10 +208,11 @@ def test_clip_by_hand():
     assert loss.item() == pytest.approx(-0.5 * (1.3 + 0.5 - 2.0 - 0.8 + 3.3))
     assert clipped.tolist() == [True, False, False, True, False]
     loss.backward()
+    assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.25, 1.0, 0.0, -1.65])
 
 
-def test_kl_by_hand_and_its_mean_over_samples_is_the_divergence():
+def test_kl_by_hand_and_its_mean_over_samples_is_the_divergence() -> None:
     got = kl_k3(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])).tolist()
     assert got == pytest.approx([0.0, math.e - 2.0])
     torch.manual_seed(4)
@@ -217,25 +221,28 @@ def test_kl_by_hand_and_its_mean_over_samples_is_the_divergence():
 
 
 # Two answers of two tokens, log-probs by hand.
-def four(**more):
+def four(**more: list[float]) -> Tokens:
     values = {
         "advantages": [1.0, 1.0, -2.0, -2.0],
         "weights": [0.25] * 4,
         "rollout": [-1.0, -1.0, -1.0, -1.0],
     } | more
     tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
-    tensors = {"old": None, "reference": None} | tensors
-    return Tokens(responses=torch.tensor([0, 0, 1, 1]), **tensors)
+    old, reference = tensors.pop("old", None), tensors.pop("reference", None)
+    responses = torch.tensor([0, 0, 1, 1])
+    return Tokens(responses=responses, old=old, reference=reference, **tensors)
 
 
-def numbers(statistics):
+def numbers(statistics: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: value.item() for name, value in statistics.items()}
 
 
 LOGPROBS = [-1.0 + math.log(x) for x in (4.0, 1.0, 0.5, 1.0)]
 
 
-def run(config, tokens, entropy=None):
+def run(
+    config: AlgorithmConfig, tokens: Tokens, entropy: torch.Tensor | None = None
+) -> tuple[float, list[float], dict[str, float]]:
     logprobs = torch.tensor(LOGPROBS, dtype=torch.float64, requires_grad=True)
     loss, statistics = objective(logprobs, entropy, tokens, config)
     assert set(statistics) == {*SUMS, *MAXIMA}
@@ -248,7 +255,7 @@ def run(config, tokens, entropy=None):
     return loss.item(), logprobs.grad.tolist(), metrics(numbers(statistics), config)
 
 
-def test_a_correction_scales_the_gradient_and_its_metrics_by_hand():
+def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
     config = AlgorithmConfig(correction="truncate-token", correction_max=2.0)
     _, gradient, named = run(config, four())
     assert gradient == pytest.approx([-0.5, -0.25, 0.25, 0.5])
@@ -262,7 +269,7 @@ def test_a_correction_scales_the_gradient_and_its_metrics_by_hand():
     assert named["mismatch/logprob_mean"] == pytest.approx(math.log(8.0) / 4)
 
 
-def test_without_a_correction_there_are_no_metrics_of_one():
+def test_without_a_correction_there_are_no_metrics_of_one() -> None:
     _, gradient, named = run(AlgorithmConfig(), four())
     assert gradient == [-0.25, -0.25, 0.5, 0.5]
     assert set(named) == {
@@ -286,8 +293,10 @@ def test_without_a_correction_there_are_no_metrics_of_one():
         ("rollout", None, ([0.0, -0.25, 0.0, 0.5], 0.5)),
     ],
 )
-def test_what_the_ratio_is_divided_by(old_logprobs, old, expected):
-    config = AlgorithmConfig(loss="clip", old_logprobs=old_logprobs)
+def test_what_the_ratio_is_divided_by(
+    old_logprobs: str, old: list[float] | None, expected: tuple[list[float], float]
+) -> None:
+    config = from_preset("paper", loss="clip", old_logprobs=old_logprobs)
     _, gradient, named = run(config, four(**({"old": old} if old else {})))
     assert gradient == pytest.approx(expected[0])
     assert named["policy/clip_fraction"] == expected[1]
@@ -295,7 +304,7 @@ def test_what_the_ratio_is_divided_by(old_logprobs, old, expected):
         assert named["correction/ess"] == pytest.approx(6.5**2 / (4 * 18.25))
 
 
-def test_the_correction_of_a_ratio_is_that_of_its_denominator():
+def test_the_correction_of_a_ratio_is_that_of_its_denominator() -> None:
     """pi / pi_old is in the loss; what is left to correct is pi_old / engine."""
     config = AlgorithmConfig(
         loss="clip", old_logprobs="policy", correction="truncate-token", correction_max=9.0
@@ -307,7 +316,7 @@ def test_the_correction_of_a_ratio_is_that_of_its_denominator():
     assert gradient == pytest.approx(expected)
 
 
-def test_the_kl_term_by_hand():
+def test_the_kl_term_by_hand() -> None:
     """d/dlogp k3 = 1 - exp(reference - logp); alpha has no part in it."""
     config = AlgorithmConfig(kl_coef=0.5)
     tokens = four(advantages=[0.0] * 4, reference=[-1.0] * 4)
@@ -319,22 +328,23 @@ def test_the_kl_term_by_hand():
     assert named["policy/kl"] == pytest.approx(sum(k3) / 4, rel=1e-6)
 
 
-def test_the_entropy_bonus_by_hand():
+def test_the_entropy_bonus_by_hand() -> None:
     config = AlgorithmConfig(entropy_coef=0.1)
     entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
     loss, _, named = run(config, four(advantages=[0.0] * 4), entropy)
     assert loss == pytest.approx(-0.1 * 0.25 * 10)
+    assert entropy.grad is not None
     assert entropy.grad.tolist() == pytest.approx([-0.025] * 4)
     assert named["policy/entropy"] == 2.5
 
 
 @pytest.mark.parametrize("knob", ["kl_coef", "entropy_coef"])
-def test_a_term_without_what_it_needs_is_a_programming_error(knob):
+def test_a_term_without_what_it_needs_is_a_programming_error(knob: str) -> None:
     with pytest.raises(AssertionError):
-        run(AlgorithmConfig(**{knob: 0.1}), four())
+        run(from_preset("paper", **{knob: 0.1}), four())
 
 
-def test_no_tokens_give_zero_and_metrics():
+def test_no_tokens_give_zero_and_metrics() -> None:
     none = torch.zeros(0)
     tokens = Tokens(
         advantages=none,
@@ -353,7 +363,7 @@ def test_no_tokens_give_zero_and_metrics():
         assert all(value == 0.0 for value in metrics(numbers(statistics), config).values())
 
 
-def test_the_pieces_are_the_published_functions():
+def test_the_pieces_are_the_published_functions() -> None:
     """objective adds nothing of its own to gpg_loss and the correction."""
     config = AlgorithmConfig(correction="mask-token", correction_max=3.0)
     tokens = four()
@@ -363,13 +373,13 @@ def test_the_pieces_are_the_published_functions():
     assert loss == gpg_loss(logprobs, tokens.advantages, tokens.weights * factors)
 
 
-def test_statistics_of_parts_combine_to_those_of_the_whole():
+def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
     torch.manual_seed(3)
     columns = {name: torch.randn(40).double() for name in ("advantages", "weights", "rollout")}
     logprobs = torch.randn(40).double()
     config = AlgorithmConfig(correction="truncate-token")
 
-    def statistics(part):
+    def statistics(part: slice) -> dict[str, float]:
         mine = {name: values[part] for name, values in columns.items()}
         responses = torch.zeros(len(logprobs[part]), dtype=torch.int64)
         tokens = Tokens(**mine, responses=responses, old=None, reference=None)
@@ -385,7 +395,7 @@ def test_statistics_of_parts_combine_to_those_of_the_whole():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_bad_log_prob_is_not_hidden_in_the_statistics(bad):
+def test_a_bad_log_prob_is_not_hidden_in_the_statistics(bad: float) -> None:
     logprobs = torch.tensor([*LOGPROBS[:3], bad], dtype=torch.float64)
     config = AlgorithmConfig()
     named = metrics(numbers(objective(logprobs, None, four(), config)[1]), config)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any, Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.advantages import is_live
-from gpg_megatron.algorithm.redraw import RedrawsExhausted, draw_size, needs_redraw, select
+from gpg_megatron.algorithm.redraw import (
+    RedrawsExhausted,
+    Selection,
+    draw_size,
+    needs_redraw,
+    select,
+)
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 
 
-def group(live, number=0, version=0):
+def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
     accuracies = [1.0, 0.0] if live else [0.0, 0.0]
     name = f"toy/{number}"
     completions = tuple(
@@ -37,7 +46,7 @@ def group(live, number=0, version=0):
 LIVE, DEAD = group(True), group(False)
 
 
-def numbered(pattern):
+def numbered(pattern: str) -> list[ScoredGroup]:
     """One group for each letter: L is live, anything else is dead."""
     return [group(letter == "L", number) for number, letter in enumerate(pattern)]
 
@@ -54,18 +63,20 @@ def numbered(pattern):
         ([LIVE] * 10, 1.0, 0, False),
     ],
 )
-def test_redraw_rule(groups, beta_th, rounds_done, expected):
+def test_redraw_rule(
+    groups: list[ScoredGroup], beta_th: float, rounds_done: int, expected: bool
+) -> None:
     config = AlgorithmConfig(beta_th=beta_th, max_redraws=3)
     assert needs_redraw(groups, config, rounds_done, batch_size=10) is expected
 
 
-def test_a_filter_wants_every_group_live():
+def test_a_filter_wants_every_group_live() -> None:
     config = AlgorithmConfig(filter_groups=True)
     assert needs_redraw([LIVE] * 9 + [DEAD] * 9, config, 1, batch_size=10)
     assert not needs_redraw([LIVE] * 10, config, 1, batch_size=10)
 
 
-def test_the_component_that_decides_is_the_configured_one():
+def test_the_component_that_decides_is_the_configured_one() -> None:
     rewards = tuple(Reward(score=s, accuracy=0.0, parts={}) for s in (0.1, 0.9))
     shaped = ScoredGroup(prompt=LIVE.prompt, completions=LIVE.completions, rewards=rewards)
     by_score = AlgorithmConfig(beta_th=0.5, dead_by="score")
@@ -74,11 +85,13 @@ def test_the_component_that_decides_is_the_configured_one():
 
 
 @pytest.mark.parametrize(("n_groups", "expected"), [(0, 8), (3, 5), (7, 1), (8, 8), (16, 8)])
-def test_carried_groups_make_the_first_draw_smaller(n_groups, expected):
+def test_carried_groups_make_the_first_draw_smaller(n_groups: int, expected: bool) -> None:
     assert draw_size(n_groups, 8) == expected
 
 
-def chosen(pattern, batch_size, **settings):
+def chosen(
+    pattern: str, batch_size: int, **settings: Any
+) -> tuple[list[int], list[int], Selection]:
     """(numbers of the groups to train on, numbers of those carried over, the selection)."""
     selection = select(numbered(pattern), AlgorithmConfig(**settings), batch_size=batch_size)
     train, carried = (
@@ -88,37 +101,37 @@ def chosen(pattern, batch_size, **settings):
     return train, carried, selection
 
 
-def test_without_a_rule_everything_is_trained_on():
+def test_without_a_rule_everything_is_trained_on() -> None:
     train, carried, selection = chosen("LdLd", 4)
     assert (train, carried) == ([0, 1, 2, 3], [])
     assert not selection.exhausted and not selection.skipped and selection.n_filtered == 0
 
 
-def test_dead_groups_of_every_draw_stay_in_the_batch():
+def test_dead_groups_of_every_draw_stay_in_the_batch() -> None:
     train, carried, selection = chosen("dddLLLdd", 4, beta_th=0.6)
     assert (train, carried) == (list(range(8)), [])
     assert not selection.exhausted
 
 
-def test_live_groups_beyond_the_batch_size_are_carried_over():
+def test_live_groups_beyond_the_batch_size_are_carried_over() -> None:
     train, carried, _ = chosen("LLLdLLdL", 4, beta_th=1.0)
     assert train == [0, 1, 2, 3, 4, 6]
     assert carried == [5, 7]
 
 
-def test_a_filter_leaves_the_dead_out():
+def test_a_filter_leaves_the_dead_out() -> None:
     train, carried, selection = chosen("LdLdLLLd", 4, filter_groups=True)
     assert (train, carried) == ([0, 2, 4, 5], [6])
     assert selection.n_filtered == 3
 
 
-def test_a_filter_without_a_live_group_keeps_the_dead_and_so_the_step_has_no_gradient():
+def test_a_filter_without_a_live_group_keeps_the_dead_and_so_the_step_has_no_gradient() -> None:
     train, carried, selection = chosen("dd", 2, filter_groups=True)
     assert (train, carried, selection.n_filtered) == ([0, 1], [], 0)
 
 
 @pytest.mark.parametrize("rule", [{"beta_th": 0.5}, {"filter_groups": True}])
-def test_what_happens_when_no_draw_is_left(rule):
+def test_what_happens_when_no_draw_is_left(rule: dict[str, Any]) -> None:
     pattern, size = "Lddddddd", 4
     train, carried, selection = chosen(pattern, size, **rule, on_exhausted="train")
     assert selection.exhausted and not selection.skipped
@@ -139,8 +152,12 @@ def test_what_happens_when_no_draw_is_left(rule):
     on_exhausted=st.sampled_from(["train", "skip"]),
 )
 def test_no_live_group_is_lost_or_trained_on_twice(
-    pattern, batch_size, beta_th, filter_groups, on_exhausted
-):
+    pattern: str,
+    batch_size: int,
+    beta_th: float,
+    filter_groups: bool,
+    on_exhausted: Literal["train", "skip"],
+) -> None:
     groups = numbered(pattern)
     config = AlgorithmConfig(
         beta_th=0.0 if filter_groups else beta_th,
@@ -163,11 +180,12 @@ def test_no_live_group_is_lost_or_trained_on_twice(
     on_exhausted=st.sampled_from(["train", "skip"]),
 )
 def test_the_groups_carried_over_always_leave_room_for_a_new_prompt(
-    share, beta_th, seed, on_exhausted
-):
+    share: float, beta_th: float, seed: random.Random, on_exhausted: Literal["train", "skip"]
+) -> None:
     """A step draws as the conductor does; over many steps less than a batch is carried."""
     config = AlgorithmConfig(beta_th=beta_th, max_redraws=2, on_exhausted=on_exhausted)
-    size, carried, live_in, live_out = 6, (), 0, 0
+    size, live_in, live_out = 6, 0, 0
+    carried: tuple[ScoredGroup, ...] = ()
     for _ in range(20):
         groups = list(carried)
         first = True

@@ -27,6 +27,7 @@ from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import (
     Completion,
+    MicroBatch,
     Prompt,
     Reward,
     ScoredGroup,
@@ -79,10 +80,10 @@ def update(
 
 
 @st.composite
-def rollout_batches(draw, max_groups=5):
+def rollout_batches(draw: st.DrawFn, max_groups: int = 5) -> list[TrainSample]:
     """Groups of 1-4 samples with distinct token ids but for the prompt, some without gradient,
     some empty."""
-    samples = []
+    samples: list[TrainSample] = []
     for group in range(draw(st.integers(1, max_groups))):
         n_prompt = draw(st.integers(1, 5))
         for index in range(draw(st.integers(1, 4))):
@@ -100,21 +101,23 @@ def rollout_batches(draw, max_groups=5):
     return samples
 
 
-def carries_gradient(s):
+def carries_gradient(s: TrainSample) -> bool:
     return s.advantage != 0.0 and bool(s.response_token_ids)
 
 
-def token_logprob(token):
+def token_logprob(token: int) -> float:
     """A made-up log-prob of each token; the packed and the direct loss both use it."""
     return -0.1 - (token * 2654435761 % 1009) / 100.0
 
 
-def cells_of(samples, dp_size, max_tokens):
+def cells_of(samples: Sequence[TrainSample], dp_size: int, max_tokens: int) -> list[list[int]]:
     """The micro-batches of all ranks if every sample were computed."""
     return [cell for step in micro_steps(samples, dp_size, max_tokens) for cell in step]
 
 
-def direct_loss(samples, mode, dp_size=1, max_tokens=100):
+def direct_loss(
+    samples: Sequence[TrainSample], mode: str, dp_size: int = 1, max_tokens: int = 100
+) -> float:
     """-sum logprob * A * w sample by sample, dead ones included, in float64. dp_size and
     max_tokens matter to micro-batch-token-mean only."""
     cells = cells_of(samples, dp_size, max_tokens)
@@ -125,7 +128,7 @@ def direct_loss(samples, mode, dp_size=1, max_tokens=100):
     )
 
 
-def micro_batch_loss(mb):
+def micro_batch_loss(mb: MicroBatch) -> float:
     # advantages and weights are 0 outside the mask
     logprobs = [token_logprob(label) for label in mb.labels_T.tolist()]
     return gpg_loss(
@@ -135,12 +138,12 @@ def micro_batch_loss(mb):
     ).item()
 
 
-def packed_loss(batches):
+def packed_loss(batches: Sequence[TrainBatch]) -> float:
     """The loss of a step from its parts: a plain sum over ranks and micro-batches."""
     return sum(micro_batch_loss(mb) for batch in batches for mb in batch.micro_batches)
 
 
-def sequences(mb):
+def sequences(mb: MicroBatch) -> list[tuple[int, ...]]:
     """The token ids of each packed sequence, put together where they share their prompt."""
     ends, ids, labels = mb.cu_seqlens_S1.tolist(), mb.input_ids_T.tolist(), mb.labels_T.tolist()
     segments = list(zip(ends[:-1], ends[1:], strict=True))
@@ -155,7 +158,9 @@ def sequences(mb):
 
 
 @given(rollout_batches(), st.booleans())
-def test_the_mask_marks_exactly_the_response_tokens(samples, share):
+def test_the_mask_marks_exactly_the_response_tokens(
+    samples: Sequence[TrainSample], share: bool
+) -> None:
     mb = pack(samples, [1.0] * len(samples), share_prompts=share)
     whole = [(*s.prompt_token_ids, *s.response_token_ids) for s in samples]
     assert sequences(mb) == whole
@@ -181,7 +186,9 @@ UPDATES = {
 @pytest.mark.parametrize("mode", MODES)
 @given(**UPDATES)
 @settings(max_examples=50)
-def test_loss_does_not_depend_on_layout(mode, samples, dp_size, max_tokens, share):
+def test_loss_does_not_depend_on_layout(
+    mode: str, samples: Sequence[TrainSample], dp_size: int, max_tokens: int, share: bool
+) -> None:
     expected = direct_loss(samples, mode, dp_size, max_tokens)
     got = packed_loss(update(samples, dp_size, max_tokens, mode, share))
     # the weights are float32 in the packed form
@@ -191,7 +198,9 @@ def test_loss_does_not_depend_on_layout(mode, samples, dp_size, max_tokens, shar
 @pytest.mark.parametrize("mode", MODES)
 @given(samples=rollout_batches())
 @settings(max_examples=50)
-def test_dropping_dead_samples_does_not_change_the_loss(mode, samples):
+def test_dropping_dead_samples_does_not_change_the_loss(
+    mode: str, samples: Sequence[TrainSample]
+) -> None:
     weights = aggregation_weights(samples, mode, MAX_RESPONSE, cells_of(samples, 2, 30))
     everything = micro_batch_loss(pack(samples, weights))
     assert packed_loss(update(samples, 2, 30, mode)) == pytest.approx(everything, abs=1e-9)
@@ -199,7 +208,9 @@ def test_dropping_dead_samples_does_not_change_the_loss(mode, samples):
 
 @given(**UPDATES)
 @settings(max_examples=50)
-def test_every_live_sample_is_packed_exactly_once(samples, dp_size, max_tokens, share):
+def test_every_live_sample_is_packed_exactly_once(
+    samples: Sequence[TrainSample], dp_size: int, max_tokens: int, share: bool
+) -> None:
     batches = update(samples, dp_size, max_tokens, share=share)
     packed = [
         s
@@ -214,7 +225,9 @@ def test_every_live_sample_is_packed_exactly_once(samples, dp_size, max_tokens, 
 
 @given(**UPDATES)
 @settings(max_examples=50)
-def test_ranks_match_and_stay_within_the_budget(samples, dp_size, max_tokens, share):
+def test_ranks_match_and_stay_within_the_budget(
+    samples: Sequence[TrainSample], dp_size: int, max_tokens: int, share: bool
+) -> None:
     batches = update(samples, dp_size, max_tokens, share=share)
     counts = {len(batch.micro_batches) for batch in batches}
     assert len(counts) == 1
@@ -227,7 +240,7 @@ def test_ranks_match_and_stay_within_the_budget(samples, dp_size, max_tokens, sh
 
 @given(**UPDATES)
 @settings(max_examples=50)
-def test_counts(samples, dp_size, max_tokens, share):
+def test_counts(samples: Sequence[TrainSample], dp_size: int, max_tokens: int, share: bool) -> None:
     batches = update(samples, dp_size, max_tokens, share=share)
     micro_batches = [mb for batch in batches for mb in batch.micro_batches]
     computed = sum(mb.input_ids_T.numel() for mb in micro_batches)
@@ -246,8 +259,8 @@ def test_counts(samples, dp_size, max_tokens, share):
 @given(**UPDATES)
 @settings(max_examples=50)
 def test_the_order_of_the_samples_within_a_rollout_batch_does_not_matter(
-    samples, dp_size, max_tokens, share
-):
+    samples: Sequence[TrainSample], dp_size: int, max_tokens: int, share: bool
+) -> None:
     for rank in range(dp_size):
         mine = plan(max_tokens, dp_rank=rank, dp_size=dp_size, share=share)
         forward, backward = (make_batches(x, mine) for x in (samples, samples[::-1]))
@@ -260,7 +273,7 @@ def test_the_order_of_the_samples_within_a_rollout_batch_does_not_matter(
 # fillers and skipped steps
 
 
-def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
+def test_more_ranks_than_samples_gives_fillers_that_carry_nothing() -> None:
     batches = update(
         [train_sample(response=(3, 4, 5)), train_sample(index=1, advantage=0.0)], dp_size=3
     )
@@ -276,7 +289,7 @@ def test_more_ranks_than_samples_gives_fillers_that_carry_nothing():
     assert batches[0].n_skipped_tokens == 4
 
 
-def test_no_live_sample_means_no_micro_batch_on_any_rank():
+def test_no_live_sample_means_no_micro_batch_on_any_rank() -> None:
     dead = [train_sample(advantage=0.0), train_sample(index=1, response=(), advantage=3.0)]
     for batch in update(dead, dp_size=2):
         assert batch.micro_batches == ()
@@ -286,7 +299,7 @@ def test_no_live_sample_means_no_micro_batch_on_any_rank():
 # updates
 
 
-def test_updates_are_runs_of_whole_groups():
+def test_updates_are_runs_of_whole_groups() -> None:
     samples = [train_sample(group=group, index=index) for group in range(4) for index in range(2)]
     batches = split_updates(samples, 2)
     assert [[(s.group, s.index) for s in batch] for batch in batches] == [
@@ -298,7 +311,9 @@ def test_updates_are_runs_of_whole_groups():
 @pytest.mark.parametrize(
     ("n_groups", "sizes"), [(8, [4, 4]), (9, [5, 4]), (16, [8, 8]), (3, [2, 1]), (1, [1]), (0, [])]
 )
-def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(n_groups, sizes):
+def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(
+    n_groups: int, sizes: list[int]
+) -> None:
     samples = [train_sample(group=group) for group in range(n_groups)]
     assert list(map(len, split_updates(samples, 2))) == sizes
     assert [
@@ -307,7 +322,7 @@ def test_the_number_of_updates_stays_when_redraws_change_the_number_of_groups(n_
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode):
+def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode: str) -> None:
     samples = [
         train_sample(group=0, index=0, response=(3, 4, 5)),
         train_sample(group=0, index=1, response=(3,), advantage=-1.0),
@@ -319,7 +334,7 @@ def test_denominators_are_those_of_the_update_not_of_the_rollout_batch(mode):
     assert packed_loss([second]) == pytest.approx(direct_loss(samples[2:], mode), abs=1e-6)
 
 
-def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator():
+def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator() -> None:
     samples = [
         train_sample(group=0, index=0, response=(3, 4, 5)),
         train_sample(group=0, index=1, response=(3,), advantage=-1.0),
@@ -331,7 +346,7 @@ def test_token_weights_by_hand_with_a_dead_sample_in_the_denominator():
     assert mb.weights_T.tolist() == [0, 0.125, 0.125, 0.125, 0.125]
 
 
-def test_a_rank_outside_the_grid_is_a_programming_error():
+def test_a_rank_outside_the_grid_is_a_programming_error() -> None:
     with pytest.raises(AssertionError):
         plan(dp_rank=2, dp_size=2)
 
@@ -339,7 +354,7 @@ def test_a_rank_outside_the_grid_is_a_programming_error():
 # alpha over less than the rollout batch, and the samples that a KL or entropy term needs
 
 
-def toy_group(accuracies, lengths, number=0):
+def toy_group(accuracies: Sequence[float], lengths: Sequence[int], number: int = 0) -> ScoredGroup:
     prompt = Prompt(
         id=f"toy/{number}", token_ids=(1, 2), messages=(), ground_truth="", data_source="toy"
     )
@@ -377,7 +392,7 @@ def ranks_of(
     return [make_batches(samples, mine, skipped=skipped) for mine in plans]
 
 
-def test_alpha_of_a_mini_batch_by_hand():
+def test_alpha_of_a_mini_batch_by_hand() -> None:
     groups = [toy_group(r, [1, 1], i) for i, r in enumerate([(1, 0), (0, 0), (1, 0), (0, 1)])]
     algorithm = AlgorithmConfig(alpha_scope="mini-batch", loss_aggregation="token-mean")
     (batches,) = ranks_of(groups, algorithm, n_updates=2)
@@ -386,7 +401,7 @@ def test_alpha_of_a_mini_batch_by_hand():
     assert sizes == [{1.0, -1.0}, {0.5, -0.5}]
 
 
-def test_amap_by_hand():
+def test_amap_by_hand() -> None:
     """Two ranks with micro-batches of at most 8 tokens: 16 in a micro-step.
 
     Prompts have 2 tokens. Group 0 (10 tokens, live) and group 1 (6 tokens, dead) are the first
@@ -416,7 +431,9 @@ def test_amap_by_hand():
 
 
 @given(rollout_batches(), st.integers(1, 5), st.integers(1, 60))
-def test_micro_steps_are_whole_groups_within_the_budget(samples, dp_size, max_tokens):
+def test_micro_steps_are_whole_groups_within_the_budget(
+    samples: Sequence[TrainSample], dp_size: int, max_tokens: int
+) -> None:
     steps = micro_steps(samples, dp_size, max_tokens)
     assert steps == micro_steps(samples, dp_size, max_tokens)
     flat = [[i for cell in step for i in cell] for step in steps]
@@ -430,13 +447,13 @@ def test_micro_steps_are_whole_groups_within_the_budget(samples, dp_size, max_to
         others = {samples[i].group for k, x in enumerate(flat) if k != number for i in x}
         assert not members & others
         assert tokens <= dp_size * max_tokens or len(members) == 1
-    for step in steps:
-        counts = [len(cell) for cell in step]
+    for cells in steps:
+        counts = [len(cell) for cell in cells]
         assert len(counts) == dp_size and max(counts) - min(counts) <= 1
         assert counts == sorted(counts, reverse=True)
 
 
-def tokens_of(mb):
+def tokens_of(mb: MicroBatch) -> list[tuple[int, float, float]]:
     """(response length, advantage, weight) of each sequence."""
     mask = mb.loss_mask_T
     columns = (mb.responses_T, mb.advantages_T, mb.weights_T)
@@ -446,7 +463,7 @@ def tokens_of(mb):
 
 @given(samples=rollout_batches(), n_ranks=st.integers(1, 4), room=st.integers(1, 60))
 @settings(max_examples=50)
-def test_amap_is_its_definition(samples, n_ranks, room):
+def test_amap_is_its_definition(samples: Sequence[TrainSample], n_ranks: int, room: int) -> None:
     """The plain sum over what is packed is the mean over micro-batches."""
     samples = [replace(s, live=s.advantage != 0.0) for s in samples]
     groups: dict[int, list[Answer]] = {}
@@ -466,16 +483,16 @@ def test_amap_is_its_definition(samples, n_ranks, room):
 
 
 @pytest.mark.parametrize("knob", ["kl_coef", "entropy_coef"])
-def test_samples_without_advantage_are_computed_when_the_loss_has_more_terms(knob):
+def test_samples_without_advantage_are_computed_when_the_loss_has_more_terms(knob: str) -> None:
     groups = [toy_group((1, 0), (4, 0)), toy_group((0, 0), (6, 6), number=1)]
-    ((batch,),) = ranks_of(groups, AlgorithmConfig(**{knob: 0.1}), 100)
+    ((batch,),) = ranks_of(groups, from_preset("paper", **{knob: 0.1}), 100)
     assert sorted(n for n, _, _ in tokens_of(batch.micro_batches[0])) == [4, 6, 6]
     assert batch.n_skipped_tokens == 2, "an empty response has no token"
     ((plain,),) = ranks_of(groups, AlgorithmConfig(), 100)
     assert plain.n_skipped_tokens == 2 + 8 + 8
 
 
-def test_a_step_that_is_skipped_has_nothing_to_compute():
+def test_a_step_that_is_skipped_has_nothing_to_compute() -> None:
     groups = [toy_group((1, 0), (4, 2))]
     ((batch,),) = ranks_of(groups, AlgorithmConfig())
     assert (batch.n_computed_tokens, batch.n_shared_tokens, batch.n_skipped_tokens) == (7, 3, 0)
@@ -486,7 +503,7 @@ def test_a_step_that_is_skipped_has_nothing_to_compute():
 
 
 @given(rollout_batches())
-def test_each_loss_token_knows_its_response(samples):
+def test_each_loss_token_knows_its_response(samples: Sequence[TrainSample]) -> None:
     mb = pack(samples, [1.0] * len(samples))
     got = mb.responses_T[mb.loss_mask_T].tolist()
     assert got == [i for i, s in enumerate(samples) for _ in s.response_token_ids]

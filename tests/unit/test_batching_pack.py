@@ -11,7 +11,7 @@ from gpg_megatron.batching.updates import pack
 from tests.samples import train_sample as sample
 
 
-def test_pack_by_hand():
+def test_pack_by_hand() -> None:
     a = sample(prompt=(10, 11, 12), response=(20, 21), advantage=0.5)
     b = sample(prompt=(30,), response=(40,), advantage=-1.0)
     mb = pack([a, b], [0.25, 0.125])
@@ -26,7 +26,7 @@ def test_pack_by_hand():
     assert mb.rollout_logprobs_T.tolist() == [0, 0, -2.5, -2.625, 0, -5.0, 0]
 
 
-def test_pack_with_a_shared_prompt_by_hand():
+def test_pack_with_a_shared_prompt_by_hand() -> None:
     prompt = (10, 11, 12)
     a = sample(prompt=prompt, response=(20, 21), advantage=0.5)
     b = sample(prompt=prompt, response=(30,), advantage=-1.0)
@@ -45,7 +45,7 @@ def test_pack_with_a_shared_prompt_by_hand():
     assert pack([a, b], [0.25, 0.5]).prompt_S.tolist() == [-1, -1]
 
 
-def test_pack_types():
+def test_pack_types() -> None:
     mb = pack([sample()], [1.0])
     dtypes = {f.name: getattr(mb, f.name).dtype for f in dataclasses.fields(mb)}
     assert dtypes == {
@@ -62,13 +62,13 @@ def test_pack_types():
     }
 
 
-def test_pack_of_an_empty_response_has_no_loss():
+def test_pack_of_an_empty_response_has_no_loss() -> None:
     mb = pack([sample(prompt=(1, 2, 3), response=())], [0.0])
     assert mb.labels_T.tolist() == [2, 3, 0]
     assert not mb.loss_mask_T.any()
 
 
-def test_pack_refuses_what_it_cannot_predict():
+def test_pack_refuses_what_it_cannot_predict() -> None:
     with pytest.raises(AssertionError, match="no token to predict from"):
         pack([sample(prompt=())], [1.0])
     with pytest.raises(AssertionError, match="toy/0"):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def checkpoint(model: ModelShape = UNTIED, dtype: torch.dtype = torch.float32) -
 def save(directory: Path, tensors: Tensors, *, files: int = 1, index: bool = False) -> Path:
     """Spread the tensors over files in turn."""
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(files):
         part = {name: tensors[name].contiguous() for name in names[number::files]}
         file = f"model-{number + 1:05}-of-{files:05}.safetensors"
@@ -205,14 +206,14 @@ def assert_same(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 4), (4, 2)])
-def test_every_rank_gets_its_part(tmp_path, tp, pp) -> None:
+def test_every_rank_gets_its_part(tmp_path: Path, tp: Any, pp: Any) -> None:
     tensors = checkpoint()
     actual = gathered(load(save(tmp_path, tensors), UNTIED, tp, pp))
     assert_same(actual, {"output_layer": tensors.pop("lm_head.weight"), **tensors})
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (4, 2)])
-def test_a_tied_model(tmp_path, tp, pp) -> None:
+def test_a_tied_model(tmp_path: Path, tp: Any, pp: Any) -> None:
     """The last of several stages has a copy of the embedding; an extra lm_head is not read."""
     tensors = checkpoint(TIED)
     stray = {"lm_head.weight": torch.full((VOCAB, HIDDEN), 9.0)}
@@ -225,7 +226,7 @@ def test_a_tied_model(tmp_path, tp, pp) -> None:
 
 
 @pytest.mark.parametrize(("files", "index"), [(1, True), (3, True), (3, False)])
-def test_several_files(tmp_path, files, index) -> None:
+def test_several_files(tmp_path: Path, files: Any, index: Any) -> None:
     tensors = checkpoint()
     directory = save(tmp_path, tensors, files=files, index=index)
     check_checkpoint(directory, UNTIED)
@@ -233,7 +234,7 @@ def test_several_files(tmp_path, files, index) -> None:
     assert_same(actual, {"output_layer": tensors.pop("lm_head.weight"), **tensors})
 
 
-def test_files_that_the_index_does_not_name_are_not_read(tmp_path) -> None:
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
     save(tmp_path, checkpoint(), files=2, index=True)
     save_file({"other.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     check_checkpoint(tmp_path, UNTIED)
@@ -241,7 +242,7 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path) -> None:
     assert index_of(tmp_path)[list(checkpoint())[1]] == second
 
 
-def test_the_shards_keep_their_own_type(tmp_path) -> None:
+def test_the_shards_keep_their_own_type(tmp_path: Path) -> None:
     """fp32 files into bf16 shards: each element is rounded."""
     tensors = checkpoint()
     shards = empty_shards(UNTIED, 1, 0, 1, torch.bfloat16)
@@ -251,7 +252,7 @@ def test_the_shards_keep_their_own_type(tmp_path) -> None:
     assert torch.equal(norm, tensors["model.norm.weight"].bfloat16())
 
 
-def test_a_bf16_file_fills_fp32_shards_exactly(tmp_path) -> None:
+def test_a_bf16_file_fills_fp32_shards_exactly(tmp_path: Path) -> None:
     tensors = checkpoint(dtype=torch.bfloat16)
     actual = gathered(load(save(tmp_path, tensors), UNTIED))
     expected = {name: tensor.float() for name, tensor in tensors.items()}
@@ -273,7 +274,7 @@ WRONG_SHAPES = [
 
 
 @pytest.mark.parametrize(("name", "shape"), WRONG_SHAPES)
-def test_another_shape_than_config_json_says(tmp_path, name, shape) -> None:
+def test_another_shape_than_config_json_says(tmp_path: Path, name: Any, shape: Any) -> None:
     """The message says which tensor of which file."""
     directory = save(tmp_path, checkpoint() | {name: torch.zeros(shape)}, files=2)
     message = refusal(directory, UNTIED)
@@ -290,7 +291,7 @@ def refusal(directory: Path, model: ModelShape) -> str:
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_missing_tensors(tmp_path, index) -> None:
+def test_missing_tensors(tmp_path: Path, index: Any) -> None:
     tensors = checkpoint()
     gone = sorted(name for name in tensors if "k_proj" in name)
     for name in gone:
@@ -300,24 +301,24 @@ def test_missing_tensors(tmp_path, index) -> None:
     assert [name in message for name in gone] == [True] * 3 + [False] * (len(gone) - 3)
 
 
-def test_unknown_tensors(tmp_path) -> None:
+def test_unknown_tensors(tmp_path: Path) -> None:
     extra = {f"model.layers.{LAYERS}.mlp.up_proj.weight": torch.zeros(1)}
     message = refusal(save(tmp_path, checkpoint() | extra), UNTIED)
     assert "has unknown 1 tensors" in message and next(iter(extra)) in message
 
 
-def test_a_tied_checkpoint_for_an_untied_config(tmp_path) -> None:
+def test_a_tied_checkpoint_for_an_untied_config(tmp_path: Path) -> None:
     message = refusal(save(tmp_path, checkpoint(TIED)), UNTIED)
     assert "misses 1 tensors" in message and "lm_head.weight" in message
 
 
-def test_a_tied_model_needs_the_matrix_under_the_name_of_the_embedding(tmp_path) -> None:
+def test_a_tied_model_needs_the_matrix_under_the_name_of_the_embedding(tmp_path: Path) -> None:
     tensors = checkpoint(TIED)
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     assert "model.embed_tokens.weight" in refusal(save(tmp_path, tensors), TIED)
 
 
-def test_an_index_that_names_a_missing_file(tmp_path) -> None:
+def test_an_index_that_names_a_missing_file(tmp_path: Path) -> None:
     """An interrupted download."""
     save(tmp_path, checkpoint(), files=3, index=True)
     file = tmp_path / "model-00002-of-00003.safetensors"
@@ -325,16 +326,65 @@ def test_an_index_that_names_a_missing_file(tmp_path) -> None:
     assert file.name in refusal(tmp_path, UNTIED)
 
 
-def test_a_truncated_file(tmp_path) -> None:
+def test_a_truncated_file(tmp_path: Path) -> None:
     save(tmp_path, checkpoint())
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     assert file.name in refusal(tmp_path, UNTIED)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
-def test_a_broken_index(tmp_path, text) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ":1: Expecting property name"),
+        ("{}", ": expected a JSON object with a weight_map"),
+        ("[]", ": expected a JSON object"),
+        ('{"weight_map": ["a"]}', ": expected a JSON object with a weight_map"),
+        ('{"weight_map": {"a": 3}}', ": a is in 3; expected a *.safetensors"),
+        ('{"weight_map": {"a": "b.bin"}}', ': a is in "b.bin"; expected a *.safetensors'),
+        ('{"weight_map": {"a": "b\\u0000.safetensors"}}', ": a is in "),
+        ("version https://git-lfs.github.com/spec/v1", ": a git-lfs pointer"),
+        ("[" * 100_000, ": nested too deeply"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', ": a lone surrogate"),
+    ],
+)
+def test_a_broken_index(tmp_path: Path, text: Any, words: Any) -> None:
     save(tmp_path, checkpoint())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
-    assert index.name in refusal(tmp_path, UNTIED)
+    assert refusal(tmp_path, UNTIED).startswith(f"{index}{words}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a git-lfs pointer"),
+        (b"", "not a readable safetensors file"),
+        (b"\xff" * 40, "not a readable safetensors file"),
+        ((8).to_bytes(8, "little") + b'{"a":\n}}', "not a readable safetensors file"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path: Path, content: Any, words: Any) -> None:
+    save(tmp_path, checkpoint())
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(content)
+    assert refusal(tmp_path, UNTIED).startswith(f"{file}: {words}")
+
+
+def test_old_llama_files_have_buffers(tmp_path: Path) -> None:
+    """What follows from rope_theta is neither missed nor read."""
+    names = [f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(LAYERS)]
+    tensors = checkpoint() | {name: torch.ones(HEAD_DIM // 2) for name in names}
+    check_checkpoint(save(tmp_path, tensors, files=2), UNTIED)
+    other = {"model.layers.0.self_attn.rotary_emb.scale": torch.ones(1)}
+    assert "has unknown 1 tensors" in refusal(save(tmp_path, tensors | other), UNTIED)
+
+
+def test_weights_of_integers(tmp_path: Path) -> None:
+    """Quantised, though config.json does not say so."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = checkpoint()
+    directory = save(tmp_path, tensors | {name: tensors[name].to(torch.int8)})
+    assert f"{name} is of type I8: quantised weights are not supported" in refusal(
+        directory, UNTIED
+    )

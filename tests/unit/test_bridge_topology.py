@@ -25,7 +25,7 @@ from gpg_megatron.layout.topology import (
     hf_shapes,
     local_shapes,
 )
-from gpg_megatron.model.shape import pipeline_stages
+from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.types import ModelShape, MoEShape
 
 LAYERS = 5

@@ -35,19 +35,19 @@ class Engines:
         assert self.may_go.wait(20), "held for 20 s"
         if self.failure:
             raise self.failure
-        self.requests.append([(r.prompt.id, r.seed) for r in requests])
+        self.requests.append([(r.prompt.id, r.params.seed) for r in requests])
         return [
             Completion(
                 prompt_id=r.prompt.id,
                 index=index,
-                token_ids=(r.seed % 97,),
+                token_ids=(r.params.seed % 97,),
                 logprobs=(-0.5,),
                 finish_reason="stop",
                 text="",
                 versions=(VersionSpan(version=self.version, start=0, end=1),),
             )
             for r in requests
-            for index in range(r.n)
+            for index in range(r.params.n)
         ]
 
 

@@ -62,6 +62,20 @@ def test_every_shipped_config_loads() -> None:
         assert isinstance(load_config(file), Config)
 
 
+@pytest.mark.parametrize("name", ["qwen2-7b_math", "qwen2-7b_math_megatron"])
+def test_without_a_gpu_the_method_stays(name: str) -> None:
+    recipe, small = (
+        dataclasses.asdict(load_config(CONFIGS / f"{name}{suffix}.yaml")) for suffix in ("", "_cpu")
+    )
+    keys = {(section, key) for section, values in recipe.items() for key in values}
+    assert {f"{s}.{k}" for s, k in keys if recipe[s][k] != small[s][k]} == {
+        "model.dtype", "policy.data_parallel_size", "policy.use_distributed_optimizer",
+        "rollout.num_engines", "rollout.tensor_model_parallel_size", "rollout.dtype",
+        "rollout.enforce_eager", "reward.num_workers", "trainer.device", "trainer.placement",
+        "trainer.output_dir", "logging.wandb",
+    }  # fmt: skip
+
+
 def test_file_values_replace_defaults(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL + "policy: {lr: 3e-4, lr_warmup_steps: 2}\n"))
     assert (config.policy.lr, config.policy.lr_warmup_steps) == (3e-4, 2)

@@ -36,7 +36,8 @@ def models(tmp_path_factory) -> Path:
     for name, (hidden, ffn, layers, heads, kv_heads) in SHAPES.items():
         (folder / name).mkdir()
         config = {
-            "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden, "intermediate_size": ffn,
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+            "hidden_size": hidden, "intermediate_size": ffn,
             "num_hidden_layers": layers, "num_attention_heads": heads,
             "num_key_value_heads": kv_heads, "vocab_size": 152064, "rms_norm_eps": 1e-6,
             "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": False,

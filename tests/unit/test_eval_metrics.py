@@ -30,7 +30,7 @@ def answers(text: str, right: str) -> Answers:
 
 
 @given(n=st.integers(1, 8), data=st.data())
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, data):
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n: int, data: st.DataObject) -> None:
     c = data.draw(st.integers(0, n))
     k = data.draw(st.integers(1, n))
     subsets = list(itertools.combinations(range(n), k))
@@ -38,7 +38,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, data):
     assert pass_at_k(n, c, k) == pytest.approx(share)
 
 
-def test_pass_at_k_by_hand():
+def test_pass_at_k_by_hand() -> None:
     assert pass_at_k(4, 1, 1) == 0.25
     assert pass_at_k(4, 1, 2) == pytest.approx(0.5)  # 1 - 3/6
     assert pass_at_k(10, 0, 5) == 0.0
@@ -57,11 +57,11 @@ def test_pass_at_k_by_hand():
         ("----", "", 0.0),
     ],
 )
-def test_majority(given_answers, right, value):
+def test_majority(given_answers: str, right: str, value: float) -> None:
     assert majority(answers(given_answers, right)) == pytest.approx(value)
 
 
-def test_majority_of_one_answer_is_the_mean():
+def test_majority_of_one_answer_is_the_mean() -> None:
     problem = answers("aabbbccd", "ad")
     exact = fmean(problem.accuracy_n)
     assert majority_at_k(problem, 1, seed=3) == pytest.approx(exact, abs=0.1)
@@ -70,11 +70,11 @@ def test_majority_of_one_answer_is_the_mean():
 
 
 @given(st.permutations("aabbbc--"))
-def test_the_order_of_answers_does_not_matter(order):
+def test_the_order_of_answers_does_not_matter(order: list[str]) -> None:
     assert majority(answers("".join(order), "b")) == 1.0
 
 
-def test_the_interval_by_hand():
+def test_the_interval_by_hand() -> None:
     found = estimate([0.0, 1.0, 1.0, 0.0])
     assert found.value == 0.5
     # sd = sqrt(1/3), 4 problems
@@ -84,7 +84,7 @@ def test_the_interval_by_hand():
     assert (estimate([0.25]).low, estimate([0.25]).high) == (0.25, 0.25)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     """400 evaluations of 100 problems with accuracy 0.3: 95 % of the intervals, to 3 sd."""
     import random
 
@@ -94,7 +94,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 400)
 
 
-def test_summarise():
+def test_summarise() -> None:
     problems = [answers("aabc", "a"), answers("xyyy", "x")]
     found = summarise(problems, powers_of_two(4))
     assert list(found) == ["mean@4", "pass@2", "maj@2", "pass@4", "maj@4"]
@@ -108,5 +108,5 @@ def test_summarise():
 @pytest.mark.parametrize(
     ("n", "ks"), [(1, [1]), (2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (10, [2, 4, 8, 10])]
 )
-def test_powers_of_two(n, ks):
+def test_powers_of_two(n: int, ks: list[int]) -> None:
     assert powers_of_two(n) == ks

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gpg_megatron.config.sections import Config, RewardConfig, TrainerConfig, ValidationConfig
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.evaluation import cli as evaluate_cli
 from gpg_megatron.evaluation.evaluate import by_source, evaluate, write_generations
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.sampling import SamplingRequest
-from gpg_megatron.types import Completion, Prompt
+from gpg_megatron.types import Completion, Prompt, SamplingParams, ScoredGroup
 from tests.tiny import make_tiny_model, write_problems
 from tests.unit.test_reward_pool import item
 
 
 @pytest.fixture(scope="module")
-def groups():
+def groups() -> list[ScoredGroup]:
     items = [
         item(["#### 5", "so #### 5.0", "#### 6", "none"], "5", "gsm8k"),
         item(["#### 1", "#### 2", "#### 3", "#### 4"], "5", "gsm8k"),
@@ -30,7 +31,7 @@ def groups():
         return pool.score(items)
 
 
-def test_metrics_per_data_source(groups):
+def test_metrics_per_data_source(groups: list[ScoredGroup]) -> None:
     found = by_source(groups, [4])
     assert {k: x.value for k, x in found["gsm8k"].items()} == {
         "mean@4": 0.25,
@@ -49,7 +50,7 @@ class Scripted:
         self.answers = answers
         self.requests: list[SamplingRequest] = []
 
-    def generate(self, requests: list[SamplingRequest]) -> list[Completion]:
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
         self.requests = list(requests)
         return [
             replace(completion, prompt_id=request.prompt.id)
@@ -64,11 +65,12 @@ def test_in_the_loop(tmp_path: Path) -> None:
         for x in "ab"
     ]
     fleet = Scripted({"a": ["#### 5", "#### 5"], "b": ["#### 4", "#### 5"]})
-    validation = ValidationConfig(n=2, temperature=0.6, top_p=0.95, top_k=20)
-    config = replace(Config(), validation=validation, trainer=TrainerConfig(seed=7))
+    params = SamplingParams(
+        n=2, temperature=0.6, top_p=0.95, top_k=20, max_tokens=9, stop=(), seed=7
+    )
     path = tmp_path / "eval" / "step_0.jsonl"
     with closing(RewardPool(RewardConfig())) as pool:
-        metrics = evaluate(fleet, pool, prompts, config, path)
+        metrics = evaluate(fleet, pool, prompts, params, path)
     assert metrics == {
         "eval/gsm8k/mean@2": 0.75,
         "eval/gsm8k/mean@2/ci95": pytest.approx(1.959964 * 0.25),  # sd of (1, 0.5) / sqrt(2)
@@ -78,12 +80,10 @@ def test_in_the_loop(tmp_path: Path) -> None:
         "eval/gsm8k/maj@2/ci95": pytest.approx(1.959964 * 0.25),
     }
     assert len(path.read_text().splitlines()) == 4
-    (request, _) = fleet.requests
-    assert (request.n, request.temperature, request.top_p, request.top_k) == (2, 0.6, 0.95, 20)
-    assert (request.seed, request.max_tokens) == (7, 1024)
+    assert [(r.prompt.id, r.params) for r in fleet.requests] == [("a", params), ("b", params)]
 
 
-def test_generations_are_written_line_by_line(groups, tmp_path: Path):
+def test_generations_are_written_line_by_line(groups: list[ScoredGroup], tmp_path: Path) -> None:
     path = tmp_path / "eval" / "step_3.jsonl"
     write_generations(path, groups)
     write_generations(path, groups)
@@ -100,33 +100,53 @@ def test_generations_are_written_line_by_line(groups, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "no.jsonl"], "--data no.jsonl: no such file, and no data set; known: gsm8k"),
-        (["--n", "2", "--temperature", "0"], "--n 2 with --temperature 0"),
-        (["--greedy", "--temperature", "0"], "--greedy with --temperature 0"),
-        (["--max-response-length", "4096"], "= 4160 is more than the model's max_position"),
-        (["--max-prompt-length", "3", "--max-response-length", "8"], "all 2 prompts are longer"),
-        (["--model", "nowhere"], "no such directory: nowhere"),
-        (["--data", "math500", "--source", "nowhere"], "--source nowhere: no such file or folder"),
+        ("--data no.jsonl", "--data no.jsonl: no such file, and no data set; known: gsm8k"),
+        ("validation.n=2 validation.temperature=0", "validation.n is 2 with validation.temp"),
+        ("--greedy validation.temperature=0", "--greedy with validation.temperature=0"),
+        ("validation.top_p=1.5", "validation.top_p is 1.5; expected greater than 0 and at most 1"),
+        ("rollout.max_response_length=4096", "= 4160 is more than the model's max_position"),
+        ("rollout.tensor_model_parallel_size=3", "rollout.tensor_model_parallel_size=3 does not"),
+        ("data.max_prompt_length=3", "two.jsonl:1: the prompt has 7 tokens, more than data.max_"),
+        ("data.max_prompt_length=3 data.overlong_prompts=filter", "all 2 prompts are longer"),
+        ("model.path=nowhere", "no such directory: nowhere"),
+        ("model.path=''", "model.path is not set; expected a Hugging Face directory"),
+        ("model.pat=x", "command line: unknown key model.pat; did you mean model.path?"),
+        ("reward.scorer=none", "command line: reward.scorer"),
+        ("--data math500 --source nowhere", "--source nowhere: no such file or folder"),
+        ("--data math500 math500 --source SOURCE", "--data math500: two data sets have this name"),
+        ("--config nowhere.yaml", "config file not found: nowhere.yaml"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, tiny: Path, capsys, arguments, message):
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    message: str,
+) -> None:
     data = write_problems(tmp_path / "two.jsonl", ["1 + 1 =", "2 + 2 ="])
-    given = ["--model", str(tiny), "--data", str(data), "--out", str(tmp_path / "out")]
-    given += ["--max-prompt-length", "64", "--max-response-length", "64"]
-    assert evaluate_cli.main([*given, "--no-chat-template", *arguments]) == 2
+    source = tmp_path / "test.jsonl"
+    source.write_text('{"problem": "1 + 1 =", "answer": "2"}\n')
+    keys = f"model.path={tiny} data.max_prompt_length=64 rollout.max_response_length=64"
+    given = [*keys.split(), "data.apply_chat_template=false", "--data", str(data)]
+    given += ["--out", str(tmp_path / "out"), *arguments.replace("SOURCE", str(source)).split()]
+    assert evaluate_cli.main(given) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--n", "0"], ["--top-p", "1.5"], ["--temperature", "-1"]])
-def test_arguments_out_of_range(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        evaluate_cli.main(["--model", "m", "--data", "d", "--out", "o", *arguments])
-    assert caught.value.code == 2
-    assert "is not" in capsys.readouterr().err
+def test_results_that_cannot_be_written(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_problems(tmp_path / "one.jsonl", ["1 + 1 ="])
+    keys = f"model.path={tiny} data.max_prompt_length=64 rollout.max_response_length=64"
+    given = [*keys.split(), "data.apply_chat_template=false", "--data", str(data)]
+    assert evaluate_cli.main([*given, "--out", str(data)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --out {data}: File exists; expected a folder to write to"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.hf_io import check_checkpoint
-from gpg_megatron.model.shape import FAMILIES, load_model_shape
+from gpg_megatron.model.hf_keys import FAMILIES
+from gpg_megatron.model.shape import load_model_shape
 from tests.tiny import Family, make_tiny_model
 
 

@@ -21,7 +21,7 @@ from gpg_megatron.config.sections import (
     TrainerConfig,
 )
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes
-from gpg_megatron.model.shape import pipeline_stages
+from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.placement.memory import (
     activation_bytes,
     engine_memory,

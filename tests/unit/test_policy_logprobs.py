@@ -14,7 +14,7 @@ from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 N_HIDDEN = 6
 
 
-def shard(n_tokens, *, chunk_tokens=2, temperature=1.0):
+def shard(n_tokens: int, *, chunk_tokens: int = 2, temperature: float = 1.0) -> VocabShard:
     return VocabShard(
         first=0,
         n_tokens=n_tokens,
@@ -24,7 +24,9 @@ def shard(n_tokens, *, chunk_tokens=2, temperature=1.0):
     )
 
 
-def case(n, n_tokens, n_padding, dtype=torch.float32):
+def case(
+    n: int, n_tokens: int, n_padding: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * n + n_tokens)
     hidden = torch.randn(n, N_HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(n_tokens + n_padding, N_HIDDEN, generator=generator).to(dtype)
@@ -32,12 +34,18 @@ def case(n, n_tokens, n_padding, dtype=torch.float32):
     return hidden, weight.requires_grad_(), labels
 
 
-def direct(hidden, weight, labels, n_tokens, temperature):
+def direct(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    n_tokens: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     logp = torch.log_softmax(hidden @ weight[:n_tokens].t() / temperature, dim=1)
     return logp.gather(1, labels[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
 
 
-def test_two_tokens_by_hand():
+def test_two_tokens_by_hand() -> None:
     """Logits 0 and ln 3 at temperature 1: probabilities 1/4 and 3/4."""
     hidden = torch.tensor([[1.0]])
     weight = torch.tensor([[0.0], [math.log(3.0)], [9.0]])  # the last row is padding
@@ -58,7 +66,9 @@ def test_two_tokens_by_hand():
     with_entropy=st.booleans(),
 )
 @settings(max_examples=60)
-def test_values_and_gradients(n, n_tokens, n_padding, chunk_tokens, temperature, with_entropy):
+def test_values_and_gradients(
+    n: int, n_tokens: int, n_padding: int, chunk_tokens: int, temperature: float, with_entropy: bool
+) -> None:
     hidden, weight, labels = case(n, n_tokens, n_padding)
     right_hidden, right_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logprobs, entropy = vocab_parallel_logprobs(
@@ -79,12 +89,13 @@ def test_values_and_gradients(n, n_tokens, n_padding, chunk_tokens, temperature,
     loss.backward()
     right_loss.backward()
     for ours, theirs in ((hidden, right_hidden), (weight, right_weight)):
+        assert ours.grad is not None and theirs.grad is not None
         size = max([1.0, *theirs.grad.abs().flatten().tolist()])
         assert ((ours.grad - theirs.grad).abs() <= 1e-5 * size).all()
-    assert not weight.grad[n_tokens:].any()
+    assert weight.grad is not None and not weight.grad[n_tokens:].any()
 
 
-def test_bf16_sums_the_chunks_of_the_weight_gradient_in_fp32():
+def test_bf16_sums_the_chunks_of_the_weight_gradient_in_fp32() -> None:
     hidden, weight, labels = case(64, 11, 1, torch.bfloat16)
     right_hidden, right_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logprobs, _ = vocab_parallel_logprobs(
@@ -93,13 +104,14 @@ def test_bf16_sums_the_chunks_of_the_weight_gradient_in_fp32():
     assert logprobs.dtype == torch.float32
     logprobs.sum().backward()
     direct(right_hidden, right_weight, labels, 11, 1.0)[0].sum().backward()
+    assert hidden.grad is not None and weight.grad is not None and right_weight.grad is not None
     assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16)
     error = (weight.grad.double() - right_weight.grad).abs().max() / right_weight.grad.abs().max()
     # 64 additions in bf16 would lose several of its 8 bits.
     assert error < 2**-7
 
 
-def test_a_vocabulary_larger_than_the_chunk_works_token_by_token():
+def test_a_vocabulary_larger_than_the_chunk_works_token_by_token() -> None:
     hidden, weight, labels = case(3, 12, 0)
     tiny = VocabShard(first=0, n_tokens=12, temperature=1.0, chunk_bytes=1, group=None)
     assert list(tiny.chunks(3)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
@@ -107,7 +119,7 @@ def test_a_vocabulary_larger_than_the_chunk_works_token_by_token():
     torch.testing.assert_close(logprobs, direct(hidden, weight, labels, 12, 1.0)[0])
 
 
-def peak_bytes(n, n_tokens, chunk_bytes, *, with_entropy=False):
+def peak_bytes(n: int, n_tokens: int, chunk_bytes: int, *, with_entropy: bool = False) -> int:
     """Peak of what torch's allocator gave out in forward and backward, without the inputs and
     the gradients of the weights."""
     hidden = torch.randn(n, 8, requires_grad=True)
@@ -131,7 +143,7 @@ def peak_bytes(n, n_tokens, chunk_bytes, *, with_entropy=False):
     return peak - 4 * weight.numel()
 
 
-def test_peak_memory_does_not_grow_with_vocabulary_or_tokens():
+def test_peak_memory_does_not_grow_with_vocabulary_or_tokens() -> None:
     """256 tokens of 4,096 to 65,536 logits are 4 to 64 MiB; the chunk is 1 MiB."""
     chunk = 2**20
     peaks = [peak_bytes(256, n_tokens, chunk) for n_tokens in (2**12, 2**14, 2**16)]

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
 from gpg_megatron.errors import UserError
+from gpg_megatron.rollout.dispatch import spread
 from gpg_megatron.rollout.engine import EngineSpec, sanitize_environment
 from gpg_megatron.rollout.failures import with_log
 from gpg_megatron.rollout.ray_session import check_resources
 from gpg_megatron.rollout.sampling import (
     Sampled,
     SamplingRequest,
+    canary_params,
     from_vllm,
-    spread,
+    greedy,
     stream_seed,
     to_completion,
+    training_params,
+    validation_params,
 )
-from gpg_megatron.types import Prompt, VersionSpan
+from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
 
 
-def _request(i: int = 0, *, length: int = 3, n: int = 2, max_tokens: int = 4, seed: int = 1):
+def _request(
+    i: int = 0, *, length: int = 3, n: int = 2, max_tokens: int = 4, seed: int = 1
+) -> SamplingRequest:
     prompt = Prompt(
         id=f"d/{i}",
         token_ids=tuple(range(length)),
@@ -32,15 +42,34 @@ def _request(i: int = 0, *, length: int = 3, n: int = 2, max_tokens: int = 4, se
         ground_truth="",
         data_source="d",
     )
-    return SamplingRequest(
-        prompt=prompt,
-        n=n,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=-1,
-        max_tokens=max_tokens,
-        stop=(),
-        seed=seed,
+    params = SamplingParams(
+        n=n, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens, stop=(), seed=seed
+    )
+    return SamplingRequest(prompt=prompt, params=params)
+
+
+ROLLOUT = RolloutConfig(
+    n=8, temperature=0.9, top_p=0.8, top_k=50, max_response_length=100, stop=("\n\n",)
+)
+
+
+def test_params_come_from_the_sections() -> None:
+    """Held-out answers end where training's do; everything else is the section's own."""
+    training = SamplingParams(
+        n=8, temperature=0.9, top_p=0.8, top_k=50, max_tokens=100, stop=("\n\n",), seed=3
+    )
+    assert training_params(ROLLOUT, seed=3) == training
+    validation = ValidationConfig(n=4, temperature=0.6, top_p=0.95, top_k=20)
+    held_out = replace(training, n=4, temperature=0.6, top_p=0.95, top_k=20)
+    assert validation_params(validation, ROLLOUT, seed=3) == held_out
+    assert greedy(held_out) == replace(held_out, n=1, temperature=0.0, top_p=1.0, top_k=-1)
+
+
+@pytest.mark.parametrize(("longest", "tokens"), [(100, 32), (20, 20)])
+def test_the_canary_is_short_and_of_the_whole_distribution(longest: int, tokens: int) -> None:
+    found = canary_params(replace(ROLLOUT, max_response_length=longest), seed=3)
+    assert found == SamplingParams(
+        n=1, temperature=0.9, top_p=1.0, top_k=-1, max_tokens=tokens, stop=("\n\n",), seed=3
     )
 
 
@@ -54,7 +83,9 @@ def test_spread_by_hand() -> None:
     st.lists(st.tuples(st.integers(1, 50), st.integers(1, 8), st.integers(1, 99)), max_size=30),
     st.integers(1, 5),
 )
-def test_spread_gives_each_request_once_and_balances(sizes, engines: int) -> None:
+def test_spread_gives_each_request_once_and_balances(
+    sizes: list[tuple[int, int, int]], engines: int
+) -> None:
     requests = [_request(i, length=p, n=n, max_tokens=m) for i, (p, n, m) in enumerate(sizes)]
     parts = spread(requests, engines)
     assert sorted(i for part in parts for i in part) == list(range(len(requests)))
@@ -90,19 +121,17 @@ def test_from_vllm_keeps_tokens_logprobs_and_spans() -> None:
     )
 
 
-def _sampled(**changes) -> Sampled:
-    values = {
-        "token_ids": (5, 6, 7),
-        "logprobs": (-0.5, -1.5, -2.5),
-        "finish_reason": "length",
-        "text": "abc",
-        "versions": (("3", 0, 1), ("4", 1, 3)),
-    }
-    return Sampled(**{**values, **changes})
+SAMPLED = Sampled(
+    token_ids=(5, 6, 7),
+    logprobs=(-0.5, -1.5, -2.5),
+    finish_reason="length",
+    text="abc",
+    versions=(("3", 0, 1), ("4", 1, 3)),
+)
 
 
 def test_completion_carries_the_version_of_every_token() -> None:
-    completion = to_completion(_request(2), 1, _sampled())
+    completion = to_completion(_request(2), 1, SAMPLED)
     assert (completion.prompt_id, completion.index) == ("d/2", 1)
     assert completion.versions == (
         VersionSpan(version=3, start=0, end=1),
@@ -121,9 +150,9 @@ def test_completion_carries_the_version_of_every_token() -> None:
         {"finish_reason": None},
     ],
 )
-def test_a_sample_that_is_not_whole_is_refused(changes) -> None:
+def test_a_sample_that_is_not_whole_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
-        to_completion(_request(), 0, _sampled(**changes))
+        to_completion(_request(), 0, replace(SAMPLED, **changes))
 
 
 def test_resources_that_fit() -> None:
@@ -141,12 +170,14 @@ def test_resources_that_fit() -> None:
         ([{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}], 2, "3 GPU; 8 CPU, 1 GPU"),
     ],
 )
-def test_resources_that_do_not_fit_are_named(nodes, gpus: int, words: str) -> None:
+def test_resources_that_do_not_fit_are_named(
+    nodes: list[dict[str, float]], gpus: int, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         check_resources(nodes, num_engines=2, gpus_per_engine=gpus)
 
 
-def test_the_error_ends_with_the_last_lines_of_the_log(tmp_path) -> None:
+def test_the_error_ends_with_the_last_lines_of_the_log(tmp_path: Path) -> None:
     log = tmp_path / "engine_0.log"
     assert with_log("it failed", log) == "it failed"
     log.write_text("\n".join(f"line {i}" for i in range(100)) + "\n\n")
@@ -155,27 +186,9 @@ def test_the_error_ends_with_the_last_lines_of_the_log(tmp_path) -> None:
     assert lines[2:] == [f"  line {i}" for i in range(85, 100)]
 
 
-def _spec(tmp_path, tp: int = 1) -> EngineSpec:
-    return EngineSpec(
-        random_weights=False,
-        model_path="m",
-        device="cpu",
-        dtype="float32",
-        tensor_parallel_size=tp,
-        max_model_len=8,
-        max_num_seqs=1,
-        gpu_memory_utilization=0.5,
-        kv_cache_bytes=1,
-        enforce_eager=True,
-        gives_memory_back=False,
-        worker_extension="a.B",
-        weight_transfer=None,
-        cpu_threads=3,
-        scratch=str(tmp_path),
-    )
-
-
-def test_the_policy_ranks_environment_does_not_reach_the_engine(tmp_path, monkeypatch) -> None:
+def test_the_policy_ranks_environment_does_not_reach_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leaking = {
         "RANK": "0",
         "WORLD_SIZE": "4",
@@ -190,9 +203,18 @@ def test_the_policy_ranks_environment_does_not_reach_the_engine(tmp_path, monkey
     }
     environment = {**leaking, "HOME": "/home/me"}
     monkeypatch.setattr(os, "environ", environment)
-    sanitize_environment(_spec(tmp_path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
+    spec = EngineSpec(
+        rollout=RolloutConfig(num_engines=2),
+        model_path="m",
+        device="cpu",
+        max_model_len=8,
+        worker_extension="a.B",
+        scratch=tmp_path,
+    )
+    sanitize_environment(spec)
     assert set(environment) & set(leaking) == {"OMP_NUM_THREADS"}
-    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["OMP_NUM_THREADS"] == "3"  # 7 cores for 2 engines of one worker
     assert environment["HOME"] == "/home/me"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert environment["TMPDIR"] == str(tmp_path / "tmp")

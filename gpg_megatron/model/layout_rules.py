@@ -1,0 +1,134 @@
+"""The parallel sizes of a configuration against a model's shape."""
+
+from __future__ import annotations
+
+from gpg_megatron.config.sections import Config, PolicyConfig
+from gpg_megatron.errors import UserError
+from gpg_megatron.types import ModelShape
+
+QUOTIENT_HEADS = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
+
+
+def check_layout(config: Config, shape: ModelShape) -> None:
+    """The parallel sizes and the longest sequence against the model.
+
+    Raises:
+        UserError: with the legal values.
+    """
+    check_policy_layout(config, shape)
+    check_engines(config, shape)
+
+
+def check_engines(config: Config, shape: ModelShape) -> None:
+    """The engines' parallel size and the longest sequence. Raises UserError."""
+    _check_tensor_parallel("rollout", config.rollout.tensor_model_parallel_size, shape, engine=True)
+    _check_engine_heads(shape)
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    if longest > shape.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + rollout.max_response_length = {longest} is more than the "
+            f"model's max_position_embeddings {shape.max_position_embeddings}"
+        )
+
+
+def check_policy_layout(config: Config, shape: ModelShape) -> None:
+    """The policy's parallel sizes alone. Raises UserError with the legal values."""
+    _check_tensor_parallel("policy", config.policy.tensor_model_parallel_size, shape, engine=False)
+    _check_expert_parallel(config.policy, shape)
+    pipeline_stages(config.policy, shape.num_layers)
+
+
+def _check_engine_heads(shape: ModelShape) -> None:
+    """vLLM's code of these families does not read head_dim. Raises UserError."""
+    quotient = shape.hidden_size // shape.num_heads
+    if shape.architecture in QUOTIENT_HEADS and shape.head_dim != quotient:
+        raise UserError(
+            f"model.path: head_dim in config.json is {shape.head_dim}; for {shape.architecture} "
+            f"the engine knows only hidden_size / num_attention_heads = {quotient}"
+        )
+
+
+def _check_tensor_parallel(section: str, size: int, shape: ModelShape, *, engine: bool) -> None:
+    problem = _tensor_parallel_problem(shape, size, engine=engine)
+    if problem:
+        legal = [
+            n
+            for n in range(1, shape.num_heads + 1)
+            if not _tensor_parallel_problem(shape, n, engine=engine)
+        ]
+        raise UserError(f"{section}.tensor_model_parallel_size={size} {problem}; legal: {legal}")
+
+
+def _tensor_parallel_problem(shape: ModelShape, size: int, *, engine: bool) -> str | None:
+    """Why a model cannot be cut into `size` parts; None when it can."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if heads % size:
+        return f"does not divide the model's {heads} attention heads"
+    if kv_heads % size and size % kv_heads:
+        return (
+            f"fits neither way into the model's {kv_heads} key-value heads; one must divide the "
+            f"other"
+        )
+    # The engine copies key-value heads; Megatron cuts the rows of the fused projection.
+    if not engine and (heads + 2 * kv_heads) * shape.head_dim % size:
+        return f"does not divide the {(heads + 2 * kv_heads) * shape.head_dim} rows of q, k and v"
+    if engine and shape.moe and size > shape.num_experts:
+        return f"is more than the model's {shape.num_experts} experts"
+    for key, width in _ffn_sizes(shape).items():
+        if width % size:
+            return f"does not divide the model's {key} {width}"
+    return None
+
+
+def _ffn_sizes(shape: ModelShape) -> dict[str, int]:
+    """The sizes that tensor parallelism cuts, under their keys in config.json."""
+    if shape.moe is None:
+        return {"intermediate_size": shape.ffn_size}
+    return {
+        "moe_intermediate_size": shape.moe.ffn_size,
+        "shared_expert_intermediate_size": shape.moe.shared_ffn_size,
+    }
+
+
+def _check_expert_parallel(policy: PolicyConfig, shape: ModelShape) -> None:
+    """Raises UserError."""
+    size, replicas = policy.expert_model_parallel_size, policy.data_parallel_size
+    if shape.moe is None and size > 1:
+        raise UserError(
+            f"policy.expert_model_parallel_size={size}, but {shape.architecture} has no experts; "
+            f"expected 1"
+        )
+    if shape.moe and policy.context_parallel_size > 1:
+        raise UserError(
+            f"policy.context_parallel_size={policy.context_parallel_size}, but "
+            f"{shape.architecture} has experts; expected 1"
+        )
+    if shape.moe and shape.num_experts % size:
+        legal = [n for n in range(1, replicas + 1) if not (shape.num_experts % n or replicas % n)]
+        raise UserError(
+            f"policy.expert_model_parallel_size={size} does not divide the model's "
+            f"{shape.num_experts} experts; legal: {legal}"
+        )
+
+
+def pipeline_stages(policy: PolicyConfig, num_layers: int) -> tuple[int, ...]:
+    """The pipeline stage of each layer: even, but for a first or last stage of a given size.
+
+    Raises:
+        UserError: the layers do not fit.
+    """
+    pp = policy.pipeline_model_parallel_size
+    first = policy.num_layers_in_first_pipeline_stage
+    last = policy.num_layers_in_last_pipeline_stage
+    ends = [n for n in (first, last) if n is not None]
+    middle, stages = num_layers - sum(ends), pp - len(ends)
+    fits = middle >= stages and middle % stages == 0 if stages > 0 else middle == 0
+    if not fits or (pp == 1 and ends):
+        raise UserError(
+            f"policy.pipeline_model_parallel_size={pp} does not divide the model's "
+            f"{num_layers} layers; set policy.num_layers_in_first_pipeline_stage or "
+            f"policy.num_layers_in_last_pipeline_stage for an uneven layout that adds up"
+        )
+    sizes = [middle // max(1, stages)] * pp
+    sizes[0], sizes[-1] = first or sizes[0], last or sizes[-1]
+    return tuple(stage for stage, n in enumerate(sizes) for _ in range(n))

@@ -1,0 +1,317 @@
+"""The tables of config.json's keys against transformers' own configuration classes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gpg_megatron.errors import UserError
+from gpg_megatron.model.hf_keys import FAMILIES, Key, Missing
+from gpg_megatron.model.shape import load_model_shape, shape_warnings
+from gpg_megatron.types import ModelShape, MoEShape
+
+HEAD = {
+    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "intermediate_size": 80,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 500,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
+MOE = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ARCHITECTURES = pytest.mark.parametrize("architecture", FAMILIES)
+
+
+def base(architecture: str) -> dict[str, Any]:
+    """A config.json of a family with what it must have."""
+    family = FAMILIES[architecture]
+    raw = HEAD | {"architectures": [architecture], "model_type": family.model_type}
+    if family.experts:
+        raw |= MOE
+    if family.shared_expert:
+        raw["shared_expert_intermediate_size"] = 72
+    return raw | ({"sliding_window": None} if family.model_type == "mistral" else {})
+
+
+def write(directory: Path, raw: object) -> Path:
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def shape_of(directory: Path) -> ModelShape | str:
+    """The shape, or the words of the refusal."""
+    try:
+        return load_model_shape(directory, need_weights=False)
+    except UserError as error:
+        assert str(error).startswith(f"{directory / 'config.json'}:") and "\n" not in str(error)
+        str(error).encode()
+        return str(error)
+
+
+def theirs(directory: Path) -> Any:
+    """transformers' object; the exception where it makes none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of several kinds, some of them of huggingface_hub
+        return error
+
+
+def as_shape(config: Any, architecture: str) -> ModelShape:
+    """transformers' object, as its model's code reads it."""
+    family = FAMILIES[architecture]
+    moe = None
+    if family.experts:
+        moe = MoEShape(
+            num_experts=config.num_experts,
+            experts_per_token=config.num_experts_per_tok,
+            ffn_size=config.moe_intermediate_size,
+            shared_ffn_size=config.shared_expert_intermediate_size if family.shared_expert else 0,
+            renormalised=config.norm_topk_prob,
+        )
+    quotient = config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        architecture=config.architectures[0],
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or quotient,
+        vocab_size=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_theta=config.rope_parameters["rope_theta"],
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        moe=moe,
+    )
+
+
+def config_class(architecture: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[FAMILIES[architecture].model_type]
+
+
+def json_types(hint: Any) -> set[type]:
+    """The types of JSON that a hint of a configuration class allows."""
+    if get_origin(hint) in (list, dict):
+        return {get_origin(hint)}
+    if get_args(hint):
+        return set().union(*map(json_types, get_args(hint)))
+    return {dict} if getattr(hint, "__total__", None) is not None else {hint or NoneType}
+
+
+@ARCHITECTURES
+def test_the_table_has_every_declared_key(architecture: str) -> None:
+    """Names, types and defaults. What is Missing here has a default there, of one size of model."""
+    fields = {f.name: f for f in dataclasses.fields(config_class(architecture))}
+    declared = FAMILIES[architecture].declared
+    assert declared.keys() == fields.keys()
+    for name, key in declared.items():
+        if isinstance(fields[name].type, str):  # of the base class: not checked there
+            continue
+        types = json_types(fields[name].type)
+        # A null that the model's code cannot divide by.
+        if (architecture, name) == ("Qwen2MoeForCausalLM", "num_key_value_heads"):
+            types -= {NoneType}
+        assert set(key.types) == types, name
+        if key.default is not Missing and not (key.default is None and key.most):
+            assert key.default == fields[name].default, name
+
+
+# What leaves a model that we support: each is drawn by itself, or the key stays away.
+GOOD: dict[str, list[Any]] = {
+    "tie_word_embeddings": [True, False],
+    "hidden_size": [64, 96, 128],
+    "num_attention_heads": [4, 8, 16],
+    "rope_theta": [10000, 1e6, 500000.0, 1],
+    "rope_scaling": [None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": 7.0}],
+    "rope_parameters": [
+        None, {}, {"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 300},
+        {"rope_type": "default", "type": "yarn", "partial_rotary_factor": 1.0},
+    ],
+    "partial_rotary_factor": [1.0, 1, None],
+    "hidden_act": ["silu"],
+    "rms_norm_eps": [1e-5, 1e-6],
+    "max_position_embeddings": [2048, 131072],
+    "attention_dropout": [0, 0.0, 0.1],
+    "initializer_range": [0.02, 0.006],
+    "use_cache": [True, False],
+    "bos_token_id": [None, 1],
+    "eos_token_id": [None, 2, [1, 2]],
+    "torch_dtype": ["bfloat16", "float32", None],
+    "dtype": ["float16"],
+    "layer_types": [["full_attention"] * 3, ["full_attention", "attention", "full_attention"]],
+    "pruned_heads": [{}],
+    "is_encoder_decoder": [False],
+    "quantization_config": [None],
+    "max_sequence_length": [131072, None],
+    "is_causal": [True],
+    "temperature": [0.7],
+    "something_else": [None, 3, "x", {"a": [1]}],
+}  # fmt: skip
+GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
+    "num_key_value_heads": {"qwen2 qwen3 llama": [1, 2, 4, None], "": [1, 2, 4]},
+    "head_dim": {"qwen3": [16, 32], "": [16, 32, None]},
+    "attention_bias": {"qwen2 qwen2_moe": [True, False, None], "": [False]},
+    "mlp_bias": {"": [False]},
+    "qkv_bias": {"qwen2_moe": [True], "llama mistral": [False], "": [True, False]},
+    "use_sliding_window": {"": [False]},
+    "sliding_window": {"llama mistral": [None], "": [None, 64, 0]},
+    "max_window_layers": {"": [0, 2, 28]},
+}
+GOOD_OF_EXPERTS: dict[str, list[Any]] = {
+    "norm_topk_prob": [True, False],
+    "num_experts_per_tok": [2, 4],
+    "num_local_experts": [6, 12],
+    "decoder_sparse_step": [1],
+    "mlp_only_layers": [None, []],
+    "output_router_logits": [True, False],
+    "router_aux_loss_coef": [0.0, 0.01],
+}
+
+
+def good_values(architecture: str) -> dict[str, list[Any]]:
+    family = FAMILIES[architecture]
+    values = dict(GOOD)
+    for name, rows in GOOD_OF_SOME.items():
+        own = (x for models, x in rows.items() if family.model_type in models.split())
+        values[name] = next(own, rows[""])
+    return values | (GOOD_OF_EXPERTS if family.experts else {})
+
+
+def varied(draw: random.Random, architecture: str) -> dict[str, Any]:
+    """A config.json with some keys of other good values, in any order."""
+    raw = base(architecture)
+    for name, values in good_values(architecture).items():
+        if draw.random() < 0.3:
+            raw[name] = copy.deepcopy(draw.choice(values))
+    if FAMILIES[architecture].model_type == "qwen3_moe" and "num_local_experts" in raw:
+        del raw["num_experts"]
+    names = list(raw)
+    draw.shuffle(names)
+    return {name: raw[name] for name in names}
+
+
+@ARCHITECTURES
+def test_a_good_file_has_the_shape_of_transformers(tmp_path: Path, architecture: str) -> None:
+    draw, thetas = random.Random(architecture), set()
+    for _ in range(120):
+        raw = varied(draw, architecture)
+        shape = shape_of(write(tmp_path, raw))
+        assert isinstance(shape, ModelShape), (shape, raw)
+        config = theirs(tmp_path)
+        assert not isinstance(config, Exception), (config, raw)
+        assert shape == as_shape(config, architecture), raw
+        thetas.add(shape.rope_theta)
+        expected = {"something_else"} & raw.keys()
+        if FAMILIES[architecture].model_type == "qwen2_moe":
+            expected |= {"num_local_experts"} & raw.keys()  # Qwen3-MoE's word
+        assert shape_warnings(tmp_path) == [
+            f"{tmp_path / 'config.json'}: unknown keys, which have no effect here: {names}"
+            for names in [", ".join(sorted(expected))]
+            if names
+        ]
+    assert len(thetas) > 4
+
+
+JUNK: list[Any] = [
+    None, "4", "silu", "", 128.0, 1, 0, -8, True, False, [], [1], {}, {"a": 1}, 10**10, 1e-5,
+    10**400, {"rope_type": "linear", "factor": 2.0}, {"rope_theta": None}, {"rope_theta": "5"},
+    {"rope_type": None}, {"full_attention": {"rope_theta": 5.0}}, ["sliding_attention"] * 3,
+]  # fmt: skip
+
+
+@ARCHITECTURES
+def test_what_transformers_refuses_is_refused(tmp_path: Path, architecture: str) -> None:
+    """And what passes, whatever the value, is what transformers sees."""
+    draw, outcomes = random.Random(architecture), {True: 0, False: 0}
+    names = [*FAMILIES[architecture].declared, "rope_theta", "rope_scaling", "head_dim"]
+    for _ in range(150):
+        name = draw.choice([x for x in names if x not in ("architectures", "id2label")])
+        raw = base(architecture) | {name: draw.choice(JUNK)}
+        shape, config = shape_of(write(tmp_path, raw)), theirs(tmp_path)
+        if isinstance(shape, ModelShape):
+            assert not isinstance(config, Exception), (config, raw)
+            assert shape == as_shape(config, architecture), raw
+        else:
+            assert name in shape or "head" in shape or "rope" in shape, (shape, raw)
+        outcomes[isinstance(shape, ModelShape)] += 1
+    assert min(outcomes.values()) > 20
+
+
+@ARCHITECTURES
+def test_what_changes_the_function_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    """Every key that must have one value, with another one."""
+    family = FAMILIES[architecture]
+    raw, n_refused = base(architecture), 0
+    for name, key in {**family.extra, **family.declared}.items():
+        if not key.only:
+            continue
+        other = next(x for x in (True, False, 7, "gelu", [1], {"a": 1}) if _differs(x, key))
+        message = shape_of(write(tmp_path, raw | {name: other}))
+        assert isinstance(message, str), name
+        start = f"{tmp_path / 'config.json'}: {name} "
+        assert f"{message} ".startswith(start) and message.endswith("is not supported"), message
+        n_refused += 1
+    assert n_refused > 50
+
+
+def _differs(value: object, key: Key) -> bool:
+    allowed = [(type(x) is bool, x) for x in key.only]
+    return type(value) in key.types and (type(value) is bool, value) not in allowed
+
+
+TEXT = st.text(max_size=6)
+SCALARS = (
+    st.integers(-2, 200)
+    | st.sampled_from([*JUNK, *FAMILIES, 1e999, float("nan"), "default", "\ud800", "a\nb", "\0"])
+    | st.floats()
+    | TEXT
+)
+NESTED = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(TEXT, SCALARS, max_size=3)
+
+
+def changed(architecture: str) -> st.SearchStrategy[dict[str, Any]]:
+    """A good config.json with some other values."""
+    family = FAMILIES[architecture]
+    names = st.sampled_from(sorted({**family.extra, **family.declared})) | TEXT
+    changes = st.dictionaries(names, NESTED, max_size=3)
+    return changes.map(lambda some: base(architecture) | some)
+
+
+@pytest.fixture(scope="module")
+def one_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(raw=st.one_of(NESTED, *map(changed, FAMILIES)))
+def test_any_file_is_a_shape_or_one_line(one_place: Path, raw: object) -> None:
+    shape = shape_of(write(one_place, raw))
+    if isinstance(shape, ModelShape):
+        for line in shape_warnings(one_place):
+            assert "\n" not in line
+            line.encode()
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.binary(max_size=40))
+def test_any_bytes_are_one_line(one_place: Path, content: bytes) -> None:
+    (one_place / "config.json").write_bytes(content)
+    assert isinstance(shape_of(one_place), str)
