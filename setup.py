@@ -27,6 +27,7 @@ setup(
     package_dir={"": "."},
     install_requires=[
         "datasets>=4.0",
+        "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "math-verify[antlr4_13_2]>=0.8",
         "matplotlib>=3.9",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -93,38 +93,24 @@ class ShardWriter:
         tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         max_file_bytes: int,
     ) -> None:
-        places = {n: TensorPlace(Path(), dtype, shape, 0) for n, (dtype, shape) in tensors.items()}
-        groups: list[list[str]] = [[]]
-        size = 0
-        for name, place in places.items():
-            if groups[-1] and size + place.n_bytes > max_file_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += place.n_bytes
+        from huggingface_hub import split_torch_state_dict_into_shards
+
         self._places: dict[str, tuple[BinaryIO, TensorPlace]] = {}
         self.files: list[BinaryIO] = []
-        weight_map: dict[str, str] = {}
-        for number, group in enumerate(groups, start=1):
-            part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-            path = directory / f"model{part}.safetensors"
-            self._begin(path, {name: places[name] for name in group})
-            weight_map |= dict.fromkeys(group, path.name)
-        if len(groups) > 1:
-            total = sum(place.n_bytes for place in places.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        shapes = {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in tensors.items()}
+        split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_file_bytes)
+        for file_name, names in split.filename_to_tensors.items():
+            self._begin(directory / file_name, {name: shapes[name] for name in names})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _begin(self, path: Path, places: Mapping[str, TensorPlace]) -> None:
-        """Make a file of its whole length. The places have no offset yet."""
+    def _begin(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make a file of its whole length."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        ends = list(accumulate((place.n_bytes for place in places.values()), initial=0))
-        for (name, place), span in zip(places.items(), pairwise(ends), strict=True):
-            header[name] = {
-                "dtype": _NAMES[place.dtype],
-                "shape": place.shape,
-                "data_offsets": span,
-            }
+        ends = list(accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
+        for (name, x), span in zip(tensors.items(), pairwise(ends), strict=True):
+            header[name] = {"dtype": _NAMES[x.dtype], "shape": x.shape, "data_offsets": span}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file = path.open("wb", buffering=0)
@@ -132,8 +118,8 @@ class ShardWriter:
         file.write(len(text).to_bytes(8, "little") + text)
         begin = 8 + len(text)
         file.truncate(begin + ends[-1])
-        for (name, place), start in zip(places.items(), ends, strict=False):
-            self._places[name] = file, replace(place, path=path, offset=begin + start)
+        for (name, x), start in zip(tensors.items(), ends, strict=False):
+            self._places[name] = file, TensorPlace(path, x.dtype, tuple(x.shape), begin + start)
 
     def write(self, name: str, first_row: int, rows: torch.Tensor) -> None:
         """Write rows of a tensor, contiguous and of its type. Raises OSError."""

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,38 @@ from gpg_megatron.checkpoint.safetensors_files import TensorPlace, read_rows
 from gpg_megatron.checkpoint.store import copy_hf_files, relative_files
 from gpg_megatron.checkpoint.stored_layout import StoredParameter, shard_boxes, stored_parameters
 from gpg_megatron.checkpoint.torch_dist import Chunk, Stored, append_chunk, write_index
-from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, work_through
-from gpg_megatron.layout.boxes import Box
-from gpg_megatron.layout.topology import PolicyGrid, hf_shapes
+from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, Scratch, work_through
+from gpg_megatron.layout.boxes import Box, Piece
+from gpg_megatron.layout.topology import Parameter, PolicyGrid, hf_shapes
 from gpg_megatron.types import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """One parameter and the rows of Hugging Face tensors that it is made of."""
+
+    stored: StoredParameter
+    dtype: torch.dtype
+    sources: list[tuple[Piece, TensorPlace]]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.stored.parameter.shape) * self.dtype.itemsize
+
+    @property
+    def order(self) -> tuple[bool, Path, int]:
+        """The largest first, since they are handled alone; the others as they lie in files."""
+        _, place = self.sources[0]
+        return place.n_bytes < MEMORY_BYTES, place.path, place.offset
+
+    def read(self, scratch: Scratch) -> torch.Tensor:
+        """All of it; the padding of the vocabulary is zeros. Raises UserError."""
+        tensor = scratch.tensor(self.stored.parameter.shape, self.dtype)
+        if sum(piece.local.numel for piece, _ in self.sources) < tensor.numel():
+            tensor.zero_()
+        for piece, place in self.sources:
+            read_rows(place, piece.hf.ranges[0][0], tensor[piece.local.slices])
+        return tensor
 
 
 def hf_to_megatron(
@@ -60,24 +89,16 @@ def hf_to_megatron(
             no loader takes it.
     """
     shape, places = open_hf(hf)
+    targets = sorted(_targets(shape, places, grid, dtype), key=lambda target: target.order)
+    total = sum(target.n_bytes for target in targets)
     files: dict[str, _HashedFile] = {}
     chunks: defaultdict[str, list[Chunk]] = defaultdict(list)
     budget = Budget()
 
-    def place_of(item: StoredParameter) -> TensorPlace:
-        return places[item.parameter.hf_names[0]]
-
-    def dtype_of(item: StoredParameter) -> torch.dtype:
-        return dtype or place_of(item).dtype
-
-    def n_bytes_of(item: StoredParameter) -> int:
-        return math.prod(item.parameter.shape) * dtype_of(item).itemsize
-
-    def convert(item: StoredParameter) -> None:
-        with budget.hold(n_bytes_of(item)) as scratch:
-            tensor = scratch.tensor(item.parameter.shape, dtype_of(item))
-            _assemble(item, tensor, places, shape)
-            for rank, box in _shards(item, grid, shape):
+    def convert(target: _Target) -> None:
+        with budget.hold(target.n_bytes) as scratch:
+            tensor = target.read(scratch)
+            for rank, box in _shards(target.stored.parameter, grid, shape):
                 # No two threads write to the same file.
                 name = f"__{rank}_{scratch.number}.distcp"
                 if name not in files:
@@ -85,24 +106,16 @@ def hf_to_megatron(
                 part = tensor[box.slices]
                 whole = part.numel() == tensor.numel()
                 data = tensor if whole else part.clone(memory_format=torch.contiguous_format)
-                chunks[item.key].append(append_chunk(files[name], item.box(box), data))
-        progress(n_bytes_of(item), total)
+                chunk = append_chunk(files[name], target.stored.box(box), data)
+                chunks[target.stored.key].append(chunk)
+        progress(target.n_bytes, total)
 
-    items = list(stored_parameters(shape, grid.tp_size))
-    total = sum(map(n_bytes_of, items))
-    # The largest are handled alone; the others come as they lie in their files.
-    items.sort(
-        key=lambda item: (
-            place_of(item).n_bytes < MEMORY_BYTES,
-            place_of(item).path,
-            place_of(item).offset,
-        )
-    )
     with output_directory(megatron):
         with flushed(lambda: list(files.values())):
-            work_through(convert, items)
+            work_through(convert, targets)
         index = {
-            item.key: Stored(item.shape, dtype_of(item), tuple(chunks[item.key])) for item in items
+            x.stored.key: Stored(x.stored.shape, x.dtype, tuple(chunks[x.stored.key]))
+            for x in targets
         }
         write_index(megatron, index)
         copy_hf_files(hf, megatron / HF_FILES)
@@ -113,25 +126,19 @@ def hf_to_megatron(
     return Converted(n_bytes=total, n_tensors=len(hf_shapes(shape)))
 
 
-def _assemble(
-    item: StoredParameter,
-    tensor: torch.Tensor,
-    places: Mapping[str, TensorPlace],
+def _targets(
     shape: ModelShape,
-) -> None:
-    """Fill a whole Megatron parameter from the rows of its Hugging Face tensors."""
-    pieces = item.pieces(shape)
-    if sum(piece.local.numel for piece in pieces) < tensor.numel():
-        tensor.zero_()  # padding of the vocabulary
-    for piece in pieces:
-        read_rows(places[piece.hf_name], piece.hf.ranges[0][0], tensor[piece.local.slices])
+    places: Mapping[str, TensorPlace],
+    grid: PolicyGrid,
+    dtype: torch.dtype | None,
+) -> Iterator[_Target]:
+    for stored in stored_parameters(shape, grid.tp_size):
+        sources = [(piece, places[piece.hf_name]) for piece in stored.pieces(shape)]
+        yield _Target(stored=stored, dtype=dtype or sources[0][1].dtype, sources=sources)
 
 
-def _shards(
-    item: StoredParameter, grid: PolicyGrid, shape: ModelShape
-) -> Iterator[tuple[int, Box]]:
+def _shards(parameter: Parameter, grid: PolicyGrid, shape: ModelShape) -> Iterator[tuple[int, Box]]:
     """(rank, what it stores of the parameter) for each rank that stores a part."""
-    parameter = item.parameter
     stage = grid.pp_size - 1 if parameter.rule.at_end else 0
     if parameter.numbers:
         stage = grid.stage_of_layer[parameter.numbers[0]]

@@ -84,9 +84,6 @@ class Stored:
     chunks: tuple[Chunk, ...]
 
 
-# ---- reading ------------------------------------------------------------------------------
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in _HARMLESS:
@@ -187,9 +184,6 @@ def _data_offset(file: BinaryIO, chunk: Chunk, n_bytes: int) -> int:
         )
     name, extra = struct.unpack_from("<HH", head, 26)
     return begin + record.header_offset + len(head) + int(name) + int(extra)
-
-
-# ---- writing ------------------------------------------------------------------------------
 
 
 def append_chunk(file: BinaryIO, box: Box, data: torch.Tensor) -> Chunk:

@@ -252,8 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="gpg-doctor", description="Prints what is installed and what is missing."
     ).parse_args(argv)
     devices = find_devices()
-    console = Console(highlight=False)
-    console.print(component_table(installed_version))
+    Console(highlight=False).print(component_table(installed_version))
     machine = look_at_machine()
     report = [
         *(f"absent: {x}" for x in ways_to_get(installed_version)),
@@ -262,12 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(f"version: {x}" for x in wrong_versions(installed_version, own_requirements())),
         *(f"machine: {x}" for x in advice(machine)),
     ]
-    for line in report:
-        console.print(line, markup=False, soft_wrap=True)
     for target in ("cpu", "gpu"):
         missing = missing_for(target, installed_version, devices)
         verdict = "ready" if not missing else "not ready: " + "; ".join(missing)
-        console.print(f"training on {target.upper()}: {verdict}", markup=False, soft_wrap=True)
+        report.append(f"training on {target.upper()}: {verdict}")
+    print(*report, sep="\n")
     return 0
 
 
