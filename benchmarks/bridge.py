@@ -10,7 +10,6 @@ weights; the medians are reported. The last line is JSON:
     seconds_over_copy         publish / copying the same bytes from one process to another
     peak_extra_bytes          slots of all senders plus staging of the engine, at its largest
     peak_extra_over_minimum   the same / (slots plus the largest module that must be staged)
-    pause_to_resume_s         median seconds during which the engine does not generate
     repack_s                  mean seconds of a publish in which the engine repacks what arrived
     canary_logprob_max        largest |engine - policy| log-prob after the last publish
     speedup_over_gather_reload  seconds of gathering full tensors on rank 0 and
@@ -196,6 +195,8 @@ def run_rank(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any) -> dict:
     """The three ways in turns; every rank calls, rank 0's numbers count."""
+    from gpg_megatron.bridge.plan import bucket_elements
+    from gpg_megatron.bridge.transports.base import SLOTS
     from gpg_megatron.layout.topology import hf_shapes
 
     bound = sum(_on0(lambda: _calls(fleet, "bench_parameter_bytes")))
@@ -203,24 +204,21 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
     gather = GatherReload(policy, shape, fleet, full)
     copy = PlainCopy(bound)
     seconds: dict[str, list[float]] = {"publish": [], "copy": [], "gather": []}
-    paused, sent = [], 0
     for number in range(args.rounds + 1):
         _disturb(policy.named_shards(), number)
-        result = [None]
 
-        def publish(number: int = number, result: list = result) -> None:
-            result[0] = bridge.publish(number)
+        def publish(number: int = number) -> None:
+            bridge.publish(number)
 
         rows = (("gather", gather.run), ("copy", copy.run), ("publish", publish))
         for name, action in rows:
             elapsed = _timed(action)
             if number:  # the first round warms up
                 seconds[name].append(elapsed)
-        paused.append(result[0].seconds)
-        sent = result[0].n_bytes
-    total = torch.tensor([sent], dtype=torch.int64)
+    buckets = [4 * bucket_elements(message.bucket) for message in bridge._messages]
+    total = torch.tensor([sum(buckets)], dtype=torch.int64)
     dist.all_reduce(total)
-    slots = torch.tensor([bridge.slot_bytes], dtype=torch.int64)
+    slots = torch.tensor([SLOTS * max(buckets, default=0)], dtype=torch.int64)
     dist.all_reduce(slots)
     staged = max(_on0(lambda: _calls(fleet, "bench_staged_bytes")))
     largest = max(_on0(lambda: _calls(fleet, "bench_largest_module_bytes")))
@@ -243,7 +241,6 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
         "seconds_over_copy": median["publish"] / median["copy"],
         "peak_extra_bytes": int(slots) + staged,
         "peak_extra_over_minimum": (int(slots) + staged) / (int(slots) + largest),
-        "pause_to_resume_s": statistics.median(paused[1:]),
         "canary_logprob_max": canary,
         "speedup_over_gather_reload": median["gather"] / median["publish"],
         "gather_extra_bytes": full,

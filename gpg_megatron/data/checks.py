@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from gpg_megatron.data.catalog import Loaded
@@ -33,13 +34,8 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """For the file."""
-        return {
-            "counts": dict(self.counts),
-            "unusable": [{"location": where, "reason": why} for where, why in self.unusable],
-            "duplicates": [list(rows) for rows in self.duplicates],
-            "conflicts": [list(rows) for rows in self.conflicts],
-            "overlap": [list(rows) for rows in self.overlap],
-        }
+        unusable = [{"location": where, "reason": why} for where, why in self.unusable]
+        return {**asdict(self), "unusable": unusable}
 
     def lines(self) -> list[str]:
         """For the person who runs the command; empty when there is nothing to say."""
@@ -67,14 +63,10 @@ def examine(splits: Mapping[str, Loaded]) -> Findings:
     duplicates = [tuple(x) for by_split in rows.values() for x in by_split.values() if len(x) > 1]
     return Findings(
         counts={split: len(loaded.rows) for split, loaded in splits.items()},
-        unusable=tuple((u.location, u.reason) for x in splits.values() for u in x.unusable),
+        unusable=tuple(record for loaded in splits.values() for record in loaded.unusable),
         duplicates=tuple(duplicates),
         conflicts=tuple(x for x in duplicates if len({truths[name] for name in x}) > 1),
-        overlap=tuple(
-            tuple(name for names in by_split.values() for name in names)
-            for by_split in rows.values()
-            if len(by_split) > 1
-        ),
+        overlap=tuple(tuple(chain(*x.values())) for x in rows.values() if len(x) > 1),
     )
 
 

@@ -18,7 +18,7 @@ class FaultyReceiver(BridgeReceiver):
         install = type(engine)._install
         seen = 0
 
-        def faulty(bucket, data, sender, number, *, verify):
+        def faulty(source, data, *, verify):
             nonlocal seen
             if seen == AT_BUCKET:
                 if kind == "raise":
@@ -28,7 +28,7 @@ class FaultyReceiver(BridgeReceiver):
                     data[0] ^= 1
                 time.sleep(seconds)
             seen += 1
-            install(engine, bucket, data, sender, number, verify=verify)
+            install(engine, source, data, verify=verify)
 
         engine._install = faulty
 

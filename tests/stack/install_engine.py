@@ -25,7 +25,7 @@ class Extension:
 
     def probe(self) -> dict[str, str]:
         self.installer = Installer(self.model_runner.get_model())
-        return self.installer.policies
+        return {part.name: part.policy for part in self.installer._parts}
 
     def finish_early(self) -> str:
         """The error of an update of which nothing has arrived."""
@@ -48,12 +48,16 @@ class Extension:
         most = 0
         for d in reversed(self.destinations) if reverse else self.destinations:
             target = self.installer.target(d.view.parameter)
-            most = max(most, self.installer.staged_bytes)
+            most = max(most, self.staged_bytes())
             view = target.as_strided(d.view.shape, d.view.stride, d.view.offset)
             view.copy_(tensors[d.hf_name][d.hf.slices])
             self.installer.wrote(d.view.parameter, d.hf.numel)
         self.installer.finish()
-        return [most, self.installer.staged_bytes]
+        return [most, self.staged_bytes()]
+
+    def staged_bytes(self) -> int:
+        """What staging tensors hold right now."""
+        return sum(t.nbytes for part in self.installer._parts for t in part.staging.values())
 
 
 def main(jobs: Path, results: Path) -> None:
