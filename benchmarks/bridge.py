@@ -175,13 +175,15 @@ def run_rank(args: argparse.Namespace) -> int:
             grid=policy_grid(config.policy, shape),
             rank=rank,
         )
+        world = dist.group.WORLD
+        assert world is not None
         bridge = WeightBridge(
             side,
             fleet[0] if fleet else None,
             config.bridge,
             wire_dtype=torch.float32,
             run_id=run_id,
-            group=dist.group.WORLD,
+            group=world,
         )
         report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)
     finally:
@@ -193,7 +195,9 @@ def run_rank(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any) -> dict:
+def measure(
+    args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any
+) -> dict[str, Any]:
     """The three ways in turns; every rank calls, rank 0's numbers count."""
     from gpg_megatron.bridge.plan import bucket_elements
     from gpg_megatron.bridge.transports.base import SLOTS
@@ -259,7 +263,6 @@ class PlainCopy:
             self._path.touch(exist_ok=False)
             os.truncate(self._path, n_bytes)
         dist.barrier()
-        self._shared = None
         if rank in (0, self._reader):
             self._shared = torch.from_file(
                 str(self._path), shared=True, size=n_bytes, dtype=torch.uint8
@@ -376,7 +379,7 @@ def _canary(policy: Any, fleet: Any, shape: Any) -> float:
     samples = [canary_sample(p, c) for p, c in zip(prompts, completions, strict=True)]
     batch = pack(samples, [1.0] * len(samples))
     (logprobs,) = policy.logprobs([batch])
-    return (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item()
+    return float((logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max())
 
 
 def _on0(action: Callable[[], Any]) -> Any:

@@ -36,7 +36,8 @@ def n_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-receiver.Installer = MeasuredInstaller  # type: ignore[misc]
+_receiver: Any = receiver
+_receiver.Installer = MeasuredInstaller
 
 
 class BenchReceiver(BridgeReceiver):
@@ -60,7 +61,7 @@ class BenchReceiver(BridgeReceiver):
         """Spent on repacking weights so far."""
         return float(self.weight_transfer_engine.installer.effect_seconds)
 
-    def bench_reload(self: Any, path: str, manifest: list) -> None:
+    def bench_reload(self: Any, path: str, manifest: list[Any]) -> None:
         """Full tensors in shared memory through vLLM's own layerwise reload."""
         size = max(offset + 4 * torch.Size(shape).numel() for _, shape, offset in manifest)
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -147,7 +148,7 @@ def in_own_process(part: Callable[[Path], None], root: Path, size: int) -> tuple
     process = context.Process(target=_measure, args=(part, root, size, sender))
     process.start()
     sender.close()
-    result = receiver.recv()
+    result: tuple[float, float] = receiver.recv()
     process.join()
     return result
 
@@ -161,13 +162,13 @@ def warm_memory(path: Path, size: int) -> None:
     path.unlink()
 
 
-def _measure(part: Callable[[Path], None], root: Path, size: int, sender: object) -> None:
+def _measure(part: Callable[[Path], None], root: Path, size: int, sender: Connection) -> None:
     warm_memory(root / "warm", 2 * size)
     begin = time.perf_counter()
     part(root)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    sender.send((seconds, peak))  # type: ignore[attr-defined]
+    sender.send((seconds, peak))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,9 +55,9 @@ def load_config(
     except OmegaConfBaseException as error:
         raise UserError(f"{path or 'command line'}: {_one_line(error)}") from None
     assert isinstance(config, Config)
-    config = expanded(config)
-    validate(config, trains=trains)
-    return config
+    whole: Config = expanded(config)
+    validate(whole, trains=trains)
+    return whole
 
 
 def _merge(defaults: Any, layers: Mapping[str, DictConfig]) -> Any:
@@ -91,7 +91,7 @@ def _read(path: str | Path) -> DictConfig:
 
 
 def _parse(overrides: Sequence[str]) -> DictConfig:
-    layer = OmegaConf.create()
+    layer: Any = OmegaConf.create()
     for item in overrides:
         key, value = split_override(item)
         try:

@@ -121,7 +121,12 @@ class Fleets:
             n=1, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, stop=(), seed=version
         )
         requests = [SamplingRequest(prompt=p, params=params) for p in prompts]
-        completions = on_rank0(lambda: self.fleet.generate(requests))
+
+        def generate() -> list[Completion]:
+            assert self.fleet is not None
+            return self.fleet.generate(requests)
+
+        completions = on_rank0(generate)
         return list(zip(prompts, completions, strict=True))
 
     def close(self) -> None:
@@ -160,7 +165,8 @@ def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
 
 
 def device_of(job: dict[str, Any]) -> Device:
-    return job.get("device", "cpu")
+    device: Device = job.get("device", "cpu")
+    return device
 
 
 def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) -> list[Result]:
@@ -172,13 +178,15 @@ def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) ->
         grid=policy_grid(config.policy, shape),
         rank=dist.get_rank(),
     )
+    world = dist.group.WORLD
+    assert world is not None
     bridge = WeightBridge(
         side,
         fleet.fleet,
         config.bridge,
         wire_dtype=DTYPES[config.rollout.dtype],
         run_id=job["run_id"],
-        group=dist.group.WORLD,
+        group=world,
     )
     engine = Engine(model=shape, tp_size=config.rollout.tensor_model_parallel_size)
     needed = forecast(side.grid, engine, config.rollout.num_engines).bound

@@ -23,6 +23,9 @@ from gpg_megatron.host.reaper import new_run_id, start_reaper
 class Extension:
     """Worker extension."""
 
+    model_runner: Any
+    """The worker's."""
+
     def probe(self) -> dict[str, str]:
         self.installer = Installer(self.model_runner.get_model())
         return {part.name: part.policy for part in self.installer._parts}
@@ -90,7 +93,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         worker_extension_cls="tests.stack.install_engine.Extension",
     )
-    result = {"loaded": logprobs(llm, job["prompts"])}
+    result: dict[str, Any] = {"loaded": logprobs(llm, job["prompts"])}
     result["policies"] = llm.collective_rpc("probe")[0]
     result["probed"] = logprobs(llm, job["prompts"])
     result["updates"] = []
@@ -104,7 +107,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def logprobs(llm, prompts: list[list[int]]) -> list[float]:
+def logprobs(llm: Any, prompts: list[list[int]]) -> list[float]:
     """Of every prompt token but the first, all prompts in a row."""
     from vllm import SamplingParams
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -257,7 +258,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(job: Path) -> None:
         assert "nothing to do" in run.ends(0, limit_s=START_LIMIT_S)
 
 
-def _timeless(row: dict) -> dict:
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     """The metrics that do not depend on the clock or the machine."""
     return {k: v for k, v in row.items() if not k.startswith(("timing/", "throughput/", "memory/"))}
 

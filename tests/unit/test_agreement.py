@@ -14,7 +14,7 @@ from gpg_megatron.types import Completion, Prompt, StepResult, VersionSpan
 LIMIT = 1e-4
 
 
-def pair(name, logprobs):
+def pair(name: str, logprobs: tuple[float, ...]) -> tuple[Prompt, Completion]:
     prompt = Prompt(id=name, token_ids=(1, 2), messages=(), ground_truth="", data_source="d")
     n = len(logprobs)
     completion = Completion(
@@ -29,7 +29,7 @@ def pair(name, logprobs):
     return prompt, completion
 
 
-def step(mean, largest):
+def step(mean: float, largest: float) -> StepResult:
     metrics = {"mismatch/logprob_mean": mean, "mismatch/logprob_max": largest}
     return StepResult(version=1, updated=True, loss=0.0, grad_norm=1.0, lr=1.0, metrics=metrics)
 
@@ -38,13 +38,13 @@ PAIRS = [pair("a", (-1.0, -2.0)), pair("b", (-3.0,))]
 BATCH = pack([canary_sample(p, c) for p, c in PAIRS], [1.0] * 2)
 
 
-def test_the_largest_gap_of_the_canary():
+def test_the_largest_gap_of_the_canary() -> None:
     gap = check_canary(PAIRS, BATCH, torch.tensor([-1.0, -2.25, -3.125]), 0.5)
     assert gap == 0.25
 
 
 @pytest.mark.parametrize("wrong", [-2.0, float("nan")])
-def test_a_canary_that_disagrees_names_the_token(wrong):
+def test_a_canary_that_disagrees_names_the_token(wrong: float) -> None:
     with pytest.raises(MismatchError, match=r"worst at prompt b, token 0.*-3\.0") as caught:
         check_canary(PAIRS, BATCH, torch.tensor([-1.0, -2.0, wrong]), 0.5)
     assert "\n" not in str(caught.value)
@@ -59,7 +59,7 @@ def test_a_canary_that_disagrees_names_the_token(wrong):
         (1.1e-4, 2e-4, "mean over the tokens; limit 0.0001"),
     ],
 )
-def test_a_step_that_disagrees(mean, largest, named):
+def test_a_step_that_disagrees(mean: float, largest: float, named: str | None) -> None:
     if named is None:
         check_mismatch(3, step(mean, largest), LIMIT)
         return
@@ -67,5 +67,5 @@ def test_a_step_that_disagrees(mean, largest, named):
         check_mismatch(3, step(mean, largest), LIMIT)
 
 
-def test_a_step_without_a_gradient_has_nothing_to_compare():
+def test_a_step_without_a_gradient_has_nothing_to_compare() -> None:
     check_mismatch(3, replace(step(0.0, 0.0), metrics={}), LIMIT)
