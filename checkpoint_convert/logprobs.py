@@ -42,7 +42,7 @@ def megatron_logprobs(megatron: Path, ids: torch.Tensor, dtype: torch.dtype) -> 
         rollout=RolloutConfig(temperature=1.0),
         trainer=TrainerConfig(device="cpu"),
     )
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         policy = Policy(config, load_model_shape(path, need_weights=False), "cpu")
