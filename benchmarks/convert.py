@@ -105,10 +105,10 @@ def make_model(directory: Path, sizes: dict[str, int]) -> int:
     shapes = hf_shapes(load_model_shape(directory, need_weights=False))
     writer = ShardWriter(directory, {n: (torch.bfloat16, s) for n, s in shapes.items()}, 5 * 10**9)
     for name, shape in shapes.items():
-        writer.write(name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1))
+        writer.write(name, 0, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1))
     for file in writer.files:
         os.fsync(file.fileno())
-    writer.close()
+        file.close()
     return sum(torch.Size(shape).numel() for shape in shapes.values()) * 2
 
 

@@ -115,7 +115,7 @@ def direct(name: str) -> Judge:
 def pooled(module: str, open_pools: ExitStack) -> Judge:
     """The math_verify of a module, in a process that is killed when it takes too long."""
     config = RewardConfig(scorer="math_verify", timeout_s=TIMEOUT_S)
-    pool = open_pools.enter_context(RewardPool(config, scorers_module=module))
+    pool = open_pools.enter_context(closing(RewardPool(config, scorers_module=module)))
     pool.score([item("1", ["\\boxed{1}"])])  # starts up outside of the measurement
 
     def judge(chosen: Sequence[Pair]) -> list[bool]:

@@ -31,7 +31,7 @@ from gpg_megatron.answers import last_boxed
         ("", None),
     ],
 )
-def test_last_boxed(text, answer):
+def test_last_boxed(text: str, answer: str | None) -> None:
     assert last_boxed(text) == answer
 
 
@@ -43,10 +43,10 @@ def test_last_boxed(text, answer):
     ),
     before=st.text(max_size=20),
 )
-def test_whatever_is_balanced_comes_back(content, before):
+def test_whatever_is_balanced_comes_back(content: str, before: str) -> None:
     assert last_boxed(f"{before} \\boxed{{{content}}} done") == content.strip()
 
 
-def test_a_million_braces_take_linear_time():
+def test_a_million_braces_take_linear_time() -> None:
     assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
     assert last_boxed("\\boxed{1}" * 200_000) == "1"

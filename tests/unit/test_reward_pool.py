@@ -62,7 +62,7 @@ def item(
     truth: str = "yes",
     source: str = "arithmetic",
     lengths: Sequence[int] = (),
-):
+) -> tuple[Prompt, list[Completion]]:
     prompt = Prompt(
         id=f"{source}/0", token_ids=(1,), messages=(), ground_truth=truth, data_source=source
     )
@@ -135,7 +135,9 @@ def test_an_answer_that_crashes_costs_itself_only(bad_scorers: str, crash: str) 
         ]
 
 
-def test_running_out_of_memory_costs_the_answer_only(bad_scorers: str, monkeypatch) -> None:
+def test_running_out_of_memory_costs_the_answer_only(
+    bad_scorers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And it is no crash: a scorer is not broken because answers are too large for it."""
     monkeypatch.setattr(pool_module, "MAX_CRASHES_IN_A_ROW", 2)
     config = RewardConfig(timeout_score=-1.0)
@@ -241,7 +243,9 @@ def test_an_unknown_data_source_is_the_users_mistake() -> None:
         assert group.rewards[0].score == 1.0
 
 
-def test_what_a_scorer_prints_goes_to_stderr(bad_scorers: str, capfd) -> None:
+def test_what_a_scorer_prints_goes_to_stderr(
+    bad_scorers: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
         pool.score([item(["print", "yes"])])
     out, err = capfd.readouterr()
@@ -313,7 +317,8 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait(timeout=10)
-        parent.stdout.close()
+        if parent.stdout is not None:
+            parent.stdout.close()
 
 
 def test_thousands_of_answers_a_second_and_core() -> None:
@@ -325,7 +330,7 @@ def test_thousands_of_answers_a_second_and_core() -> None:
         def cpu_seconds() -> float:
             """Of both sides: unlike the time on the clock, other programs do not change it."""
             times = child.cpu_times()
-            return time.process_time() + times.user + times.system
+            return float(time.process_time() + times.user + times.system)
 
         start = cpu_seconds()
         groups = pool.score(items)
