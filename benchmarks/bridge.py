@@ -10,7 +10,6 @@ weights; the medians are reported. The last line is JSON:
     seconds_over_copy         publish / copying the same bytes from one process to another
     peak_extra_bytes          slots of all senders plus staging of the engine, at its largest
     peak_extra_over_minimum   the same / (slots plus the largest module that must be staged)
-    pause_to_resume_s         median seconds during which the engine does not generate
     repack_s                  mean seconds of a publish in which the engine repacks what arrived
     canary_logprob_max        largest |engine - policy| log-prob after the last publish
     speedup_over_gather_reload  seconds of gathering full tensors on rank 0 and
@@ -176,13 +175,15 @@ def run_rank(args: argparse.Namespace) -> int:
             grid=policy_grid(config.policy, shape),
             rank=rank,
         )
+        world = dist.group.WORLD
+        assert world is not None
         bridge = WeightBridge(
             side,
             fleet[0] if fleet else None,
             config.bridge,
             wire_dtype=torch.float32,
             run_id=run_id,
-            group=dist.group.WORLD,
+            group=world,
         )
         report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)
     finally:
@@ -194,8 +195,12 @@ def run_rank(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any) -> dict:
+def measure(
+    args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shape: Any
+) -> dict[str, Any]:
     """The three ways in turns; every rank calls, rank 0's numbers count."""
+    from gpg_megatron.bridge.plan import bucket_elements
+    from gpg_megatron.bridge.transports.base import SLOTS
     from gpg_megatron.layout.topology import hf_shapes
 
     bound = sum(_on0(lambda: _calls(fleet, "bench_parameter_bytes")))
@@ -203,24 +208,21 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
     gather = GatherReload(policy, shape, fleet, full)
     copy = PlainCopy(bound)
     seconds: dict[str, list[float]] = {"publish": [], "copy": [], "gather": []}
-    paused, sent = [], 0
     for number in range(args.rounds + 1):
         _disturb(policy.named_shards(), number)
-        result = [None]
 
-        def publish(number: int = number, result: list = result) -> None:
-            result[0] = bridge.publish(number)
+        def publish(number: int = number) -> None:
+            bridge.publish(number)
 
         rows = (("gather", gather.run), ("copy", copy.run), ("publish", publish))
         for name, action in rows:
             elapsed = _timed(action)
             if number:  # the first round warms up
                 seconds[name].append(elapsed)
-        paused.append(result[0].seconds)
-        sent = result[0].n_bytes
-    total = torch.tensor([sent], dtype=torch.int64)
+    buckets = [4 * bucket_elements(message.bucket) for message in bridge._messages]
+    total = torch.tensor([sum(buckets)], dtype=torch.int64)
     dist.all_reduce(total)
-    slots = torch.tensor([bridge.slot_bytes], dtype=torch.int64)
+    slots = torch.tensor([SLOTS * max(buckets, default=0)], dtype=torch.int64)
     dist.all_reduce(slots)
     staged = max(_on0(lambda: _calls(fleet, "bench_staged_bytes")))
     largest = max(_on0(lambda: _calls(fleet, "bench_largest_module_bytes")))
@@ -243,7 +245,6 @@ def measure(args: argparse.Namespace, policy: Any, bridge: Any, fleet: Any, shap
         "seconds_over_copy": median["publish"] / median["copy"],
         "peak_extra_bytes": int(slots) + staged,
         "peak_extra_over_minimum": (int(slots) + staged) / (int(slots) + largest),
-        "pause_to_resume_s": statistics.median(paused[1:]),
         "canary_logprob_max": canary,
         "speedup_over_gather_reload": median["gather"] / median["publish"],
         "gather_extra_bytes": full,
@@ -262,7 +263,6 @@ class PlainCopy:
             self._path.touch(exist_ok=False)
             os.truncate(self._path, n_bytes)
         dist.barrier()
-        self._shared = None
         if rank in (0, self._reader):
             self._shared = torch.from_file(
                 str(self._path), shared=True, size=n_bytes, dtype=torch.uint8
@@ -379,7 +379,7 @@ def _canary(policy: Any, fleet: Any, shape: Any) -> float:
     samples = [canary_sample(p, c) for p, c in zip(prompts, completions, strict=True)]
     batch = pack(samples, [1.0] * len(samples))
     (logprobs,) = policy.logprobs([batch])
-    return (logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item()
+    return float((logprobs - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max())
 
 
 def _on0(action: Callable[[], Any]) -> Any:

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -104,10 +105,10 @@ def make_model(directory: Path, sizes: dict[str, int]) -> int:
     shapes = hf_shapes(load_model_shape(directory, need_weights=False))
     writer = ShardWriter(directory, {n: (torch.bfloat16, s) for n, s in shapes.items()}, 5 * 10**9)
     for name, shape in shapes.items():
-        writer.write(name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1))
+        writer.write(name, 0, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1))
     for file in writer.files:
         os.fsync(file.fileno())
-    writer.close()
+        file.close()
     return sum(torch.Size(shape).numel() for shape in shapes.values()) * 2
 
 
@@ -147,7 +148,7 @@ def in_own_process(part: Callable[[Path], None], root: Path, size: int) -> tuple
     process = context.Process(target=_measure, args=(part, root, size, sender))
     process.start()
     sender.close()
-    result = receiver.recv()
+    result: tuple[float, float] = receiver.recv()
     process.join()
     return result
 
@@ -161,13 +162,13 @@ def warm_memory(path: Path, size: int) -> None:
     path.unlink()
 
 
-def _measure(part: Callable[[Path], None], root: Path, size: int, sender: object) -> None:
+def _measure(part: Callable[[Path], None], root: Path, size: int, sender: Connection) -> None:
     warm_memory(root / "warm", 2 * size)
     begin = time.perf_counter()
     part(root)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    sender.send((seconds, peak))  # type: ignore[attr-defined]
+    sender.send((seconds, peak))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,6 +53,9 @@ EXTENSION = "benchmarks.decode_packed.TwoKernels"
 class TwoKernels:
     """Worker extension: every linear layer keeps its packed kernel and the plain weight."""
 
+    model_runner: Any
+    """The worker's."""
+
     def bench_prepare(self) -> int:
         """Make the plain weights; returns the number of layers."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -61,7 +64,7 @@ class TwoKernels:
         # vLLM's attention takes AMX tiles that nobody has asked the kernel for if no matrix
         # product of more than a few rows came before: illegal instruction.
         torch.cpu._init_amx()
-        self.bench_layers = []
+        self.bench_layers: list[Any] = []
         for layer in self.model_runner.get_model().modules():
             if not hasattr(layer, "cpu_linear"):
                 continue
@@ -116,7 +119,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _start(folder: Path, model: str, dtype: str) -> Any:
+def _start(folder: Path, model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
     """An engine in this process, with random weights."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

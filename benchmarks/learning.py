@@ -99,7 +99,7 @@ def run(
     settings = {"config": config.read_text(encoding="utf-8"), "overrides": list(overrides)}
     path = folder / "result.json"
     if path.exists():
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if result["settings"] != settings:
             raise UserError(f"{path} is of other settings; expected the same, or another --out")
         print(f"{method}, seed {seed}: already there", flush=True)

@@ -6,6 +6,7 @@ import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
 
-AGGREGATION = "group-token-mean"
+AGGREGATION: Final = "group-token-mean"
 
 
 @dataclass(frozen=True, kw_only=True)

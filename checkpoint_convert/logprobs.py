@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import torch
@@ -13,15 +12,13 @@ from gpg_megatron.checkpoint.marker import HF_FILES
 from gpg_megatron.config.sections import Config, ModelConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.types import DTYPES, MicroBatch, TrainSample
+from gpg_megatron.types import MicroBatch, TrainSample
 
 
 def prompts(hf: Path, count: int, length: int) -> torch.Tensor:
     """[count, length] token ids, the same for every call."""
-    vocabulary = load_model_shape(hf).vocab_size
-    numbers = random.Random(0)
-    rows = [[numbers.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
-    return torch.tensor(rows)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(load_model_shape(hf).vocab_size, (count, length), generator=generator)
 
 
 @torch.no_grad()
@@ -40,13 +37,12 @@ def megatron_logprobs(megatron: Path, ids: torch.Tensor, dtype: torch.dtype) -> 
     from gpg_megatron.policy.policy import Policy
 
     path = megatron / HF_FILES
-    name = next((n for n, d in DTYPES.items() if d == dtype), "fp32")
     config = Config(
-        model=ModelConfig(path=str(path), dtype=name),
+        model=ModelConfig(path=str(path), dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
         rollout=RolloutConfig(temperature=1.0),
         trainer=TrainerConfig(device="cpu"),
     )
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         policy = Policy(config, load_model_shape(path, need_weights=False), "cpu")

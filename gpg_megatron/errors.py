@@ -24,6 +24,14 @@ class RunError(RuntimeError):
     """Whether every rank raises one, so that rank 0 alone says it."""
 
 
+def torchrun_rank() -> int | None:
+    """The rank of this process among those that torchrun started; None: it is none of them.
+
+    Some platforms set RANK and WORLD_SIZE for every process; torchrun also leaves its own mark.
+    """
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 class Main(Protocol):
     """A command: its arguments, or those of the process -> its exit code."""
 
@@ -38,7 +46,7 @@ def exit_codes(main: Main) -> Main:
         try:
             return main(argv)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if not torchrun_rank():
                 print(f"error: {error}", file=sys.stderr)
             return 2
 

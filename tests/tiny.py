@@ -108,7 +108,7 @@ def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
     return options
 
 
-def _byte_tokenizer():
+def _byte_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

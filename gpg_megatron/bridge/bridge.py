@@ -9,11 +9,11 @@ policy rank:  shard --pack--> slot --transport--> engine worker --> parameter
 from __future__ import annotations
 
 import pickle
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,22 +34,12 @@ from gpg_megatron.bridge.protocol import (
     Pending,
     Update,
 )
-from gpg_megatron.bridge.transports.base import SLOTS, Outbox, Patience, TransferError
+from gpg_megatron.bridge.transports.base import Outbox, Patience, TransferError
 from gpg_megatron.bridge.transports.table import open_outbox
 from gpg_megatron.config.sections import BridgeConfig
 from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.layout.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
 from gpg_megatron.types import ModelShape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishResult:
-    """What one publish moved."""
-
-    seconds: float
-    """From before the engines stopped until they went on."""
-    n_bytes: int
-    """Sent by this rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +104,10 @@ class WeightBridge:
         destinations, n_engines = on_rank0(lambda: self._ask_layouts(model), self._group)
         limit = config.bucket_mb * 2**20 // wire_dtype.itemsize
         routes = make_routes(held_by_policy(model, grid), destinations)
-        self._check_same(fingerprint(routes))
+        digests = self._gather(fingerprint(routes))
+        if len(set(digests)) > 1:
+            raise ValueError(f"the policy ranks made different transfer plans: {digests}")
         n_workers = len(destinations)
-        self.needed_bytes = (
-            sum(d.hf.numel for worker in destinations for d in worker)
-            * n_engines
-            * wire_dtype.itemsize
-        )
-        """What all workers of all engines must receive: the lower bound of a publish."""
         pairs = outgoing(routes, rank, n_engines, limit)
         self._messages = _interleaved(
             [
@@ -132,7 +118,7 @@ class WeightBridge:
         )
         self._connect(run_id, routes, n_workers, limit)
 
-    def publish(self, version: int) -> PublishResult:
+    def publish(self, version: int) -> None:
         """Write the current shards into every engine worker. Collective.
 
         Raises:
@@ -140,7 +126,6 @@ class WeightBridge:
                 engines refuse to generate until a later publish has succeeded.
             Rank0Failed: on the other ranks, with the same text.
         """
-        begin = time.perf_counter()
         self._publishes += 1
         verify = self._config.verify == "always" or (
             self._config.verify == "first" and not self._verified
@@ -159,29 +144,25 @@ class WeightBridge:
         problems = self._gather(problem)
         on_rank0(lambda: self._commit(problems, version), self._group)
         self._verified = True
-        n_elements = sum(bucket_elements(m.bucket) for m in self._messages)
-        return PublishResult(
-            seconds=time.perf_counter() - begin, n_bytes=n_elements * self._dtype.itemsize
-        )
-
-    @property
-    def slot_bytes(self) -> int:
-        """Memory that this rank's outbox holds."""
-        return SLOTS * self._bucket_bytes
 
     def close(self) -> None:
         """Release the outbox."""
         if self._outbox is not None:
             self._outbox.close()
 
+    @property
+    def _control(self) -> Engines:
+        """On rank 0."""
+        assert self._engines is not None
+        return self._engines
+
     # ---- set-up -------------------------------------------------------------------------
 
     def _ask_layouts(self, model: ModelShape) -> tuple[list[Sequence[Destination]], int]:
         """The destinations of one engine's workers; all engines must be alike."""
-        assert self._engines is not None
-        n_engines = self._engines.num_engines
+        n_engines = self._control.num_engines
         request = (pickle.dumps((hf_shapes(model),)),)
-        answers = self._engines.call_workers(
+        answers = self._control.call_workers(
             "bridge_layout", [request] * n_engines, timeout_s=self._config.timeout_s
         )
         wanted = [[pickle.loads(answer) for answer in engine] for engine in answers]
@@ -190,27 +171,20 @@ class WeightBridge:
                 raise ValueError(f"engine {engine} lays out its parameters unlike engine 0")
         return wanted[0], n_engines
 
-    def _check_same(self, digest: str) -> None:
-        digests = self._gather(digest)
-        if len(set(digests)) > 1:
-            raise ValueError(f"the policy ranks made different transfer plans: {digests}")
-
     def _connect(self, run_id: str, routes: Sequence[Route], n_workers: int, limit: int) -> None:
         """Open this rank's outbox and have every worker attach to those that it hears from."""
+        limit_s = self._config.timeout_s
         largest = max((bucket_elements(m.bucket) for m in self._messages), default=0)
         self._outbox: Outbox | None = None
-        self._bucket_bytes = 0
         if largest:
             size = largest * self._dtype.itemsize + CHECKSUM_BYTES
             size += -size % 64  # slots begin where every element type may begin
-            self._bucket_bytes = size
-            name = f"gpg_{run_id}_{self._rank}"
             self._outbox = open_outbox(
                 self._config.transport,
-                name,
+                f"gpg_{run_id}_{self._rank}",
                 size,
                 [m.receiver for m in self._messages],
-                self._config.timeout_s,
+                limit_s,
             )
         try:
             address = self._outbox.address() if self._outbox else None
@@ -222,24 +196,22 @@ class WeightBridge:
                 transport=self._config.transport,
                 dtype=str(self._dtype).removeprefix("torch."),
                 bucket_elements=limit,
-                timeout_s=self._config.timeout_s,
+                timeout_s=limit_s,
             )
-            on_rank0(lambda: self._connect_engines(pickle.dumps(connection)), self._group)
+            on_rank0(
+                lambda: self._control.connect(pickle.dumps(connection), timeout_s=limit_s),
+                self._group,
+            )
         finally:
             if self._outbox is not None:
                 self._outbox.settle()
-
-    def _connect_engines(self, payload: bytes) -> None:
-        assert self._engines is not None
-        self._engines.connect(payload, timeout_s=self._config.timeout_s)
 
     # ---- one publish --------------------------------------------------------------------
 
     def _begin(self, verify: bool) -> None:
         """Rank 0: the engines stop, and begin to receive."""
-        assert self._engines is not None
-        self._engines.begin_update()
-        self._pending = self._engines.receive(pickle.dumps(Update(verify=verify)))
+        self._control.begin_update()
+        self._pending = self._control.receive(pickle.dumps(Update(verify=verify)))
 
     @torch.no_grad()
     def _send(self, *, verify: bool) -> None:
@@ -262,19 +234,19 @@ class WeightBridge:
             part = flat[move.offset : move.offset + move.numel].view(move.source_box.shape)
             part.copy_(self._shards[move.parameter][move.source_box.slices])
         if verify:
-            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy(), message.number)
+            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy().data, message.number)
             slot[n_bytes : n_bytes + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
         return n_bytes + CHECKSUM_BYTES
 
     def _commit(self, problems: Sequence[str | None], version: int) -> None:
         """Rank 0: the engines' answers, then the new version; or the first thing that failed."""
-        assert self._engines is not None and self._pending is not None
+        assert self._pending is not None
         if reason := self._pending.failure():
             raise TransferError(f"publishing version {version} failed: {reason}")
         for problem in filter(None, problems):
             raise TransferError(f"publishing version {version} failed: {problem}")
         self._pending.wait(self._config.timeout_s)
-        self._engines.commit(version)
+        self._control.commit(version)
 
     def _abort_reason(self) -> str | None:
         """Why this publish cannot succeed any more; rank 0 tells the others what it hears."""
@@ -284,8 +256,8 @@ class WeightBridge:
             return reason
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _gather(self, value: object) -> list:
-        values: list[object] = [None] * dist.get_world_size(self._group)
+    def _gather(self, value: object) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
 

@@ -14,8 +14,8 @@ plans of engines that do not run: dry runs and benchmarks. Per worker of t:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from gpg_megatron.bridge.plan import Destination, View
@@ -54,88 +54,80 @@ def destinations(
     engine: Engine, hf_shapes: Mapping[str, tuple[int, ...]], worker: int
 ) -> list[Destination]:
     """What the loaders of one worker do, in the order in which they are given the tensors."""
-    return [
-        Destination(name, Box(hf), _view(parameter, shape, corner, Box(hf).shape))
-        for name, whole in hf_shapes.items()
-        for parameter, shape, corner, hf in _places(engine, name, whole, worker)
-    ]
+    places = _places(engine, hf_shapes, worker)
+    return [Destination(name, hf, view) for name, _, hf, view in places]
 
 
 def parameter_shapes(
     engine: Engine, hf_shapes: Mapping[str, tuple[int, ...]], worker: int
 ) -> dict[str, tuple[int, ...]]:
     """Every parameter of one worker."""
-    return {
-        parameter: shape
-        for name, whole in hf_shapes.items()
-        for parameter, shape, _, _ in _places(engine, name, whole, worker)
-    }
+    places = _places(engine, hf_shapes, worker)
+    return {view.parameter: shape for _, shape, _, view in places}
 
 
-_Ranges = tuple[tuple[int, int], ...]
-_Place = tuple[str, tuple[int, ...], tuple[int, ...], _Ranges]
-"""Parameter, its shape, first element there, box of the Hugging Face tensor."""
+_Place = tuple[tuple[int, ...], Box, View]
+"""Shape of the whole parameter, box of the Hugging Face tensor, where it lives."""
 
 
-def _places(engine: Engine, name: str, whole: tuple[int, ...], worker: int) -> Iterator[_Place]:
-    """Where a tensor lives in a worker; nowhere, when it is another worker's expert."""
-    tp, tail = engine.tp_size, whole[1:]
-    rest = tuple((0, n) for n in tail)
-    if expert := EXPERT.fullmatch(name):
-        yield from _expert_places(engine, expert, whole, worker)
-    elif name in ("model.embed_tokens.weight", "lm_head.weight"):
-        n, end = engine.vocab_rows, whole[0]
-        first, stop = min(worker * n, end), min((worker + 1) * n, end)
-        yield name, (n, *tail), (0, 0), ((first, stop), *rest)
-    elif found := re.search(r"\.([qkv])_proj\.", name):
+def _places(
+    engine: Engine, hf_shapes: Mapping[str, tuple[int, ...]], worker: int
+) -> Iterator[tuple[str, *_Place]]:
+    for name, whole in hf_shapes.items():
+        place = _expert if EXPERT.fullmatch(name) else _dense
+        if found := place(engine, name, whole, worker):
+            yield name, *found
+
+
+def _cut(
+    parameter: str, whole: Sequence[int], first: int, n: int,
+    *, dimension: int = 0, at: int = 0, of: int | None = None,
+) -> _Place:  # fmt: skip
+    """[first, first + n) of one dimension of a tensor, which begin at `at` of the parameter's
+    `of`; None: they are all of it."""
+    ranges = [(0, size) for size in whole]
+    ranges[dimension] = (first, first + n)
+    shape = (*whole[:dimension], of or n, *whole[dimension + 1 :])
+    strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    hf = Box(tuple(ranges))
+    return shape, hf, View(parameter, at * strides[dimension], hf.shape, strides)
+
+
+def _dense(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Place:
+    tp = engine.tp_size
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = engine.vocab_rows
+        first, stop = (min(w * rows, whole[0]) for w in (worker, worker + 1))
+        return _cut(name, whole, first, stop - first, of=rows)
+    if found := re.search(r"\.([qkv])_proj\.", name):
         d, letter = engine.model.head_dim, found[1]
         q, kv = engine.model.num_heads // tp * d, engine.kv_heads * d
-        first = worker * q if letter == "q" else engine.first_kv_head(worker) * d
-        n = q if letter == "q" else kv
-        corner = {"q": 0, "k": q, "v": q + kv}[letter]
+        first, n = (worker * q, q) if letter == "q" else (engine.first_kv_head(worker) * d, kv)
+        at = {"q": 0, "k": q, "v": q + kv}[letter]
         parameter = name.replace(f".{letter}_proj.", ".qkv_proj.")
-        yield (
-            parameter,
-            (q + 2 * kv, *tail),
-            (corner, *[0] * len(tail)),
-            ((first, first + n), *rest),
-        )
-    elif found := re.search(r"\.(gate|up)_proj\.", name):
+        return _cut(parameter, whole, first, n, at=at, of=q + 2 * kv)
+    if found := re.search(r"\.(gate|up)_proj\.", name):
         n = whole[0] // tp
-        corner = n * (found[1] == "up")
         parameter = name.replace(f".{found[1]}_proj.", ".gate_up_proj.")
-        yield parameter, (2 * n, *tail), (corner, 0), ((worker * n, (worker + 1) * n), *rest)
-    elif re.search(r"\.(o|down)_proj\.", name):
+        return _cut(parameter, whole, worker * n, n, at=n * (found[1] == "up"), of=2 * n)
+    if re.search(r"\.(o|down)_proj\.", name):
         n = whole[1] // tp
-        yield name, (whole[0], n), (0, 0), ((0, whole[0]), (worker * n, (worker + 1) * n))
-    else:
-        yield name, whole, (0,) * len(whole), ((0, whole[0]), *rest)
+        return _cut(name, whole, worker * n, n, dimension=1)
+    return _cut(name, whole, 0, whole[0])
 
 
-def _expert_places(
-    engine: Engine, found: re.Match[str], whole: tuple[int, ...], worker: int
-) -> Iterator[_Place]:
-    prefix, number, kind = found[1], int(found[2]), found[3]
-    n_experts, cuts, part = engine.model.num_experts, engine.tp_size, worker
+def _expert(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Place | None:
+    """As a dense MLP, at the expert's number; None: it is another worker's."""
+    found = EXPERT.fullmatch(name)
+    assert found
+    prefix, number, n_experts = found[1], int(found[2]), engine.model.num_experts
     if engine.expert_parallel:
-        n_experts, cuts, part = n_experts // engine.tp_size, 1, 0
+        n_experts //= engine.tp_size
         number -= worker * n_experts
         if not 0 <= number < n_experts:
-            return
-    if kind == "down":
-        n = whole[1] // cuts
-        hf = ((0, whole[0]), (part * n, (part + 1) * n))
-        yield f"{prefix}.routed_experts.w2_weight", (n_experts, whole[0], n), (number, 0, 0), hf
-    else:
-        n = whole[0] // cuts
-        hf = ((part * n, (part + 1) * n), (0, whole[1]))
-        corner = (number, n * (kind == "up"), 0)
-        yield f"{prefix}.routed_experts.w13_weight", (n_experts, 2 * n, whole[1]), corner, hf
-
-
-def _view(
-    parameter: str, shape: tuple[int, ...], corner: tuple[int, ...], extent: tuple[int, ...]
-) -> View:
-    strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-    offset = sum(c * s for c, s in zip(corner, strides, strict=True))
-    return View(parameter, offset, extent, strides[len(shape) - len(extent) :])
+            return None
+        engine, worker = replace(engine, tp_size=1), 0
+    shape, hf, view = _dense(engine, name, whole, worker)
+    parameter = f"{prefix}.routed_experts.{'w2' if found[3] == 'down' else 'w13'}_weight"
+    offset = number * prod(shape) + view.offset
+    return (n_experts, *shape), hf, View(parameter, offset, view.shape, view.stride)

@@ -11,7 +11,6 @@ A staging tensor lives from the first element of its module to the last one.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,32 +75,6 @@ class Installer:
                 self._waiting[name].append(part)
         self._expected: Mapping[str, int] = {}
         self._arrived: Counter[str] = Counter()
-        self.peak_staged_bytes = 0
-        self.effect_seconds = 0.0
-        """Spent on the engine's own post-processing, over all updates."""
-
-    @property
-    def policies(self) -> dict[str, Policy]:
-        """Module name -> policy, for every module with parameters of its own."""
-        return {part.name: part.policy for part in self._parts}
-
-    @property
-    def staged_bytes(self) -> int:
-        """Bytes that staging tensors hold right now."""
-        return sum(tensor.nbytes for part in self._parts for tensor in part.staging.values())
-
-    @property
-    def largest_staged_module_bytes(self) -> int:
-        """What staging must hold at least once; 0 when every module is written in place."""
-        return max(
-            sum(meta.numel() * meta.element_size() for meta in part.loadable.values())
-            for part in self._parts
-        )
-
-    @property
-    def expected_elements(self) -> int:
-        """Elements of one update."""
-        return sum(self._expected.values())
 
     def record(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> list[Destination]:
         """Where every Hugging Face element goes, in the loadable shapes; see record_loaders."""
@@ -126,7 +99,6 @@ class Installer:
         part, local = self._staged[name]
         if local not in part.staging:
             part.staging[local] = _materialize(part.loadable[local], part.module)
-            self.peak_staged_bytes = max(self.peak_staged_bytes, self.staged_bytes)
         return part.staging[local].data
 
     @torch.no_grad()
@@ -138,9 +110,7 @@ class Installer:
             return
         for part in self._waiting.get(name, ()):
             if all(map(self._is_complete, part.parameters)):
-                begin = time.perf_counter()
                 _take_effect(part)
-                self.effect_seconds += time.perf_counter() - begin
 
     def finish(self) -> None:
         """End an update.
@@ -155,7 +125,7 @@ class Installer:
                 f"the update is incomplete in {len(missing)} of the engine's parameters, first "
                 f"{first}: {self._arrived[first]} of {self._expected[first]} elements"
             )
-        assert not self.staged_bytes
+        assert not any(part.staging for part in self._parts)
 
     def _is_complete(self, name: str) -> bool:
         return self._arrived[name] == self._expected[name]
@@ -172,7 +142,9 @@ class Installer:
             for part, local in self._staged.values():
                 # A copy: the engine keeps its own free of references to the module.
                 meta = to_meta_tensor(part.loadable[local])
-                part.module._parameters[local] = restore_layer_refs(meta, part.module)
+                part.module._parameters[local] = restore_layer_refs(  # type: ignore[assignment]
+                    meta, part.module
+                )
             yield
         finally:
             for (module, local), parameter in zip(kept, runtime, strict=True):
@@ -220,7 +192,9 @@ def _probe(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Policy:
     try:
         _post_process(module)
         kept = all(
-            _same_memory(module._parameters[name], parameter)
+            (new := module._parameters[name]) is not None
+            and _same_form(new, parameter)
+            and new.data_ptr() == parameter.data_ptr()
             and torch.equal(samples[name], marks[name])
             for name, parameter in parameters.items()
         )
@@ -244,7 +218,7 @@ def _take_effect(part: _Part) -> None:
     _post_process(module)
     for local, old in runtime.items():
         new = module._parameters[local]
-        assert _same_form(new, old), (
+        assert new is not None and old is not None and _same_form(new, old), (
             f"{part.name}.{local}: the engine packs differently than before"
         )
         # Captured graphs and kernels hold on to the first tensor.
@@ -285,10 +259,6 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
 
 def _same_form(a: torch.Tensor | None, b: torch.Tensor) -> bool:
     return a is not None and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-
-
-def _same_memory(a: torch.Tensor | None, b: torch.Tensor) -> bool:
-    return a is not None and _same_form(a, b) and a.data_ptr() == b.data_ptr()
 
 
 def _attributes(module: nn.Module) -> dict[tuple[int, str], Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import pickle
 import zlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +43,8 @@ class Source:
     rank: int
     inbox: Inbox
     buckets: list[Bucket]
+    n_read: int = 0
+    """Buckets of the present update that have arrived."""
 
 
 @dataclass
@@ -103,22 +104,19 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     @torch.no_grad()
     def receive_weights(self, update_info: UpdateInfo) -> None:
         update: Update = pickle.loads(update_info.payload)
-        waiting = {source.rank: (source, deque(source.buckets)) for source in self._sources}
         for source in self._sources:
+            source.n_read = 0
             source.inbox.start()
         patience = Patience(self._timeout_s)
-        while waiting:
-            ranks = ", ".join(map(str, waiting))
+        while waiting := [s for s in self._sources if s.n_read < len(s.buckets)]:
+            ranks = ", ".join(str(source.rank) for source in waiting)
             source, data = patience.until(
-                lambda: self._next_message(waiting),
+                functools.partial(self._next_message, waiting),
                 f"weights from policy ranks {ranks} (engine worker {self.worker})",
             )
-            _, buckets = waiting[source.rank]
-            number = len(source.buckets) - len(buckets)
-            self._install(buckets.popleft(), data, source.rank, number, verify=update.verify)
+            self._install(source, data, verify=update.verify)
             source.inbox.done()
-            if not buckets:
-                del waiting[source.rank]
+            source.n_read += 1
 
     def finish_weight_update(self) -> None:
         self.installer.finish()
@@ -128,12 +126,10 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             source.inbox.close()
         self._sources = ()
 
-    def _next_message(
-        self, waiting: Mapping[int, tuple[Source, deque[Bucket]]]
-    ) -> tuple[Source, torch.Tensor] | None:
+    def _next_message(self, waiting: Sequence[Source]) -> tuple[Source, torch.Tensor] | None:
         # The one that is furthest behind first: modules become complete soon.
-        for source, buckets in sorted(waiting.values(), key=lambda w: w[1][0][0].place):
-            data = source.inbox.poll(self._n_bytes(buckets[0]) + CHECKSUM_BYTES)
+        for source in sorted(waiting, key=lambda s: s.buckets[s.n_read][0].place):
+            data = source.inbox.poll(self._n_bytes(source.buckets[source.n_read]) + CHECKSUM_BYTES)
             if data is not None:
                 return source, data
         return None
@@ -141,14 +137,13 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _n_bytes(self, bucket: Bucket) -> int:
         return bucket_elements(bucket) * self._dtype.itemsize
 
-    def _install(
-        self, bucket: Bucket, data: torch.Tensor, sender: int, number: int, *, verify: bool
-    ) -> None:
+    def _install(self, source: Source, data: torch.Tensor, *, verify: bool) -> None:
         """Copy the rectangles of a bucket; with verify, from what then stands in the parameters
         the sender's checksum must come out."""
+        bucket = source.buckets[source.n_read]
         n_bytes = self._n_bytes(bucket)
         flat = data[:n_bytes].view(self._dtype)
-        checksum = number
+        checksum = source.n_read
         for move in bucket:
             to = move.target
             view = self.installer.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
@@ -159,8 +154,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.installer.wrote(to.parameter, move.numel)
         if verify and checksum != int(data[n_bytes:].view(torch.int64)):
             raise TransferError(
-                f"bucket {number} of policy rank {sender} arrived damaged: its first parameter "
-                f"is {bucket[0].target.parameter}"
+                f"bucket {source.n_read} of policy rank {source.rank} arrived damaged: its first "
+                f"parameter is {bucket[0].target.parameter}"
             )
 
 
@@ -173,7 +168,7 @@ if torch.cpu._is_amx_tile_supported():
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     contiguous = tensor.contiguous().cpu()
-    return memoryview(contiguous.reshape(-1).view(torch.uint8).numpy())
+    return contiguous.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _remote(method: Callable[..., Any]) -> Callable[[Any, bytes], bytes]:

@@ -9,6 +9,7 @@ fused and sharded parameters is needed, for any model.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -27,7 +28,7 @@ class _CopyRecorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fills: list[torch.Tensor] = []
 
@@ -58,7 +59,8 @@ def record_loaders(
     parameters = {_storage(p): name for name, p in model.named_parameters() if p.numel()}
     recorder = _CopyRecorder()
     with recorder, torch.no_grad():
-        model.load_weights(iter(tensors.items()))
+        load: Any = model.load_weights
+        load(iter(tensors.items()))
     result = []
     for target, source in recorder.copies:
         name = names.get(_storage(source))
@@ -68,20 +70,21 @@ def record_loaders(
                 f"the engine's loader of {name or parameter} copies a tensor that is no view of "
                 f"the checkpoint or of a parameter; this model cannot be updated in place"
             )
-        view = View(parameter, target.storage_offset(), tuple(target.shape), target.stride())
-        result.append(Destination(name, _box_of(source, tensors[name], name), view))
-    fills = [
-        View(parameters[_storage(f)], f.storage_offset(), tuple(f.shape), f.stride())
-        for f in recorder.fills
-        if _storage(f) in parameters
-    ]
-    _check_coverage(model, [d.view for d in result], fills)
+        box = _box_of(source, tensors[name], name)
+        result.append(Destination(name, box, _view(parameter, target)))
+    filled = ((parameters.get(_storage(fill)), fill) for fill in recorder.fills)
+    fills = [_view(parameter, fill) for parameter, fill in filled if parameter]
+    _check_coverage(model, [*(d.view for d in result), *fills])
     return result
 
 
 def _storage(tensor: torch.Tensor) -> int:
     """Identity of the memory under a tensor, also on the meta device."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _view(parameter: str, tensor: torch.Tensor) -> View:
+    return View(parameter, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def _box_of(view: torch.Tensor, whole: torch.Tensor, name: str) -> Box:
@@ -99,22 +102,19 @@ def _box_of(view: torch.Tensor, whole: torch.Tensor, name: str) -> Box:
     return box
 
 
-def _check_coverage(model: torch.nn.Module, views: Sequence[View], fills: Sequence[View]) -> None:
-    """Every element of every parameter is written exactly once, or filled."""
-    written: dict[str, list[View]] = {n: [] for n, p in model.named_parameters() if p.numel()}
+def _check_coverage(model: torch.nn.Module, views: Sequence[View]) -> None:
+    """Every element of every parameter is written or filled exactly once."""
+    written: dict[str, list[View]] = defaultdict(list)
     for view in views:
         written[view.parameter].append(view)
     for name, parameter in model.named_parameters():
-        if not parameter.numel():
-            continue
-        filled = [view for view in fills if view.parameter == name]
-        count = sum(math.prod(view.shape) for view in written[name] + filled)
+        count = sum(math.prod(view.shape) for view in written[name])
         if count != parameter.numel():
             raise ValueError(
                 f"the engine's parameter {name} has {parameter.numel()} elements, and its "
                 f"loaders write {count}"
             )
-        if not _disjoint(written[name] + filled):
+        if not _disjoint(written[name]):
             raise ValueError(f"the engine's loaders write parts of its parameter {name} twice")
 
 

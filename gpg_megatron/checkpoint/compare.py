@@ -2,70 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gpg_megatron.checkpoint.conversion import MEMORY_BYTES, N_THREADS, Progress, hf_places
+from gpg_megatron.checkpoint.conversion import Progress, open_hf
 from gpg_megatron.checkpoint.marker import check_same_model
-from gpg_megatron.checkpoint.safetensors_files import RowReader
-from gpg_megatron.checkpoint.to_hf import open_checkpoint, read_tensor, sources_of, stored_dtype
-from gpg_megatron.checkpoint.torch_dist import ChunkReader
+from gpg_megatron.checkpoint.safetensors_files import read_rows
+from gpg_megatron.checkpoint.to_hf import Source, open_checkpoint
 from gpg_megatron.checkpoint.workers import Budget, work_through
-from gpg_megatron.layout.hf_io import check_checkpoint
 from gpg_megatron.layout.topology import hf_shapes
-from gpg_megatron.model.shape import load_model_shape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A Hugging Face directory against a Megatron checkpoint."""
-
-    n_tensors: int
-    n_equal: int
-    first_difference: str | None
-
-
-def compare(hf: Path, megatron: Path, *, progress: Progress = lambda n: None) -> Comparison:
-    """Every element of every tensor, after a cast to the type that the checkpoint has.
+def compare(
+    hf: Path, megatron: Path, *, progress: Progress = lambda n, total: None
+) -> dict[str, bool]:
+    """Whether every element of each tensor is equal, after a cast to the checkpoint's type.
 
     Raises:
         UserError: either side is damaged, or they are not of the same architecture.
     """
-    here = load_model_shape(hf)
-    check_checkpoint(hf, here)
-    places = hf_places(hf)
+    here, places = open_hf(hf)
     checkpoint = open_checkpoint(megatron, check_files=True)
     check_same_model(megatron, checkpoint.marker, here)
-    stored = checkpoint.stored
-    sources = sources_of(here, stored, megatron)
-    shapes = hf_shapes(here)
-    different: list[str] = []
-    budget = Budget(MEMORY_BYTES)
+    total = sum(source.n_bytes for source in checkpoint.sources)
+    equal = dict.fromkeys(hf_shapes(here), True)
+    budget = Budget()
 
-    def worker(number: int) -> Callable[[str], None]:
-        chunks, rows = ChunkReader(megatron), RowReader()
+    def check(source: Source) -> None:
+        with budget.hold(2 * source.n_bytes) as scratch:
+            found = source.read(scratch)
+            for piece in source.pieces:
+                wanted = torch.empty(piece.hf.shape, dtype=found.dtype)
+                read_rows(places[piece.hf_name], piece.hf.ranges[0][0], wanted)
+                equal[piece.hf_name] &= torch.equal(wanted, found[piece.local.slices])
+        progress(source.n_bytes, total)
 
-        def check(name: str) -> None:
-            n_bytes = math.prod(shapes[name]) * places[name].dtype.itemsize
-            with budget.hold(number, 2 * n_bytes):
-                wanted = torch.empty(shapes[name], dtype=places[name].dtype)
-                rows.read(places[name], 0, wanted)
-                kept = stored_dtype(sources[name], stored)
-                found = torch.empty(shapes[name], dtype=kept)
-                read_tensor(found, sources[name], stored, chunks)
-                if not torch.equal(wanted.to(found.dtype), found):
-                    different.append(name)
-            progress(n_bytes)
-
-        return check
-
-    work_through(list(shapes), worker, N_THREADS)
-    return Comparison(
-        n_tensors=len(shapes),
-        n_equal=len(shapes) - len(different),
-        first_difference=min(different, default=None),
-    )
+    work_through(check, checkpoint.sources)
+    return equal

@@ -13,16 +13,12 @@ import torch
 from gpg_megatron.checkpoint.marker import sync_directory
 from gpg_megatron.checkpoint.safetensors_files import TensorPlace, places_in
 from gpg_megatron.errors import UserError
-from gpg_megatron.layout.boxes import Piece
-from gpg_megatron.layout.hf_io import index_of
+from gpg_megatron.layout.hf_io import check_checkpoint, index_of
 from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.types import ModelShape
 
-N_THREADS = 2
-MEMORY_BYTES = 384 << 20
-"""In use by all threads together; a larger parameter is handled alone."""
-
-Progress = Callable[[int], None]
-"""Called with the bytes that are done since the last call."""
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done since the last call, and all that there are to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +36,16 @@ def dtype_name(dtypes: set[torch.dtype]) -> str:
     return str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "mixed"
 
 
-def check_whole_rows(piece: Piece) -> None:
-    """What both directions rely on to read straight into place."""
-    assert all(start == 0 for start, _ in (*piece.hf.ranges[1:], *piece.local.ranges[1:])), piece
+def open_hf(hf: Path) -> tuple[ModelShape, dict[str, TensorPlace]]:
+    """The model of a Hugging Face directory, and where each tensor lies, after all checks.
 
-
-def hf_places(hf: Path) -> dict[str, TensorPlace]:
-    """Where every tensor of a Hugging Face directory lies. Raises UserError."""
+    Raises:
+        UserError
+    """
+    shape = load_model_shape(hf)
+    check_checkpoint(hf, shape)
     files = sorted(set(index_of(hf).values()))
-    return {name: place for path in files for name, place in places_in(path).items()}
-
-
-def hf_bytes(hf: Path) -> int:
-    """Of all tensors of a Hugging Face directory. Raises UserError."""
-    load_model_shape(hf)
-    return sum(place.n_bytes for place in hf_places(hf).values())
+    return shape, {name: place for path in files for name, place in places_in(path).items()}
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Marker:
 def stamp(path: Path) -> FileStamp:
     """Read a file and say what it is. Raises OSError."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, xxhash.xxh3_128)  # type: ignore[arg-type]
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
         return FileStamp(n_bytes=file.tell(), xxh3=digest.hexdigest())
 
 

@@ -35,18 +35,8 @@ def list_saved(root: Path) -> list[Saved]:
     return sorted(found, key=lambda saved: saved.step)
 
 
-def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, and a warning for each newer one that is incomplete."""
-    warnings: list[str] = []
-    for saved in reversed(list_saved(root)):
-        if saved.complete:
-            return saved.path, warnings
-        warnings.append(f"{saved.path} is incomplete: its save was cut off; it is not used")
-    return None, warnings
-
-
 def find_resume(root: Path, wanted: str) -> tuple[Path | None, list[str]]:
-    """What checkpoint.resume asks for.
+    """The checkpoint that checkpoint.resume asks for, and a warning for each one passed over.
 
     Args:
         root: the run's checkpoints.
@@ -56,16 +46,20 @@ def find_resume(root: Path, wanted: str) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: "never" in a run that has checkpoints, which would be replaced.
     """
-    if wanted == "auto":
-        return newest_complete(root)
-    if wanted != "never":
-        return Path(wanted), []
-    if list_saved(root):
+    saved = list_saved(root)
+    if wanted == "never" and saved:
         raise UserError(
             f"checkpoint.resume=never, but {root} has checkpoints; expected another "
             f"trainer.output_dir, or checkpoint.resume=auto"
         )
-    return None, []
+    if wanted not in ("auto", "never"):
+        return Path(wanted), []
+    warnings: list[str] = []
+    for checkpoint in reversed(saved):
+        if checkpoint.complete:
+            return checkpoint.path, warnings
+        warnings.append(f"{checkpoint.path} is incomplete: its save was cut off; it is not used")
+    return None, warnings
 
 
 def prune(root: Path, keep_last: int | None, keep_best: int) -> list[Path]:

@@ -10,13 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpg_megatron.layout.boxes import (
-    Box,
-    Piece,
-    Shard,
-    gated_rows,
-    split_dimension,
-)
+from gpg_megatron.layout.boxes import Box, Piece, Shard, gated_rows, split_dimension
 from gpg_megatron.layout.families import Rule
 from gpg_megatron.layout.topology import Parameter, PolicyGrid, parameters
 from gpg_megatron.types import ModelShape
@@ -43,7 +37,10 @@ class StoredParameter:
     def pieces(self, model: ModelShape) -> list[Piece]:
         """What it holds, in Hugging Face coordinates; each piece is whole rows of both."""
         rule = self.parameter.rule
-        return rule.layout(self.parameter.hf_names, Shard(self.parameter.shape, 0, 1), model)
+        pieces = rule.layout(self.parameter.hf_names, Shard(self.parameter.shape, 0, 1), model)
+        ranges = [r for x in pieces for r in (*x.hf.ranges[1:], *x.local.ranges[1:])]
+        assert all(start == 0 for start, _ in ranges), pieces
+        return pieces
 
 
 def stored_parameters(model: ModelShape, tp_size: int) -> Iterator[StoredParameter]:
@@ -60,8 +57,7 @@ def stored_parameters(model: ModelShape, tp_size: int) -> Iterator[StoredParamet
     )
     for parameter in parameters(model, grid, padded_for_tp=tp_size):
         rule = parameter.rule
-        leading: tuple[int, ...] = (model.num_layers,) if rule.per_layer else ()
-        leading += (model.num_experts,) if rule.per_expert else ()
+        leading = (model.num_layers,) * rule.per_layer + (model.num_experts,) * rule.per_expert
         yield StoredParameter(_key(rule), leading, parameter)
 
 
@@ -81,10 +77,8 @@ def shard_boxes(parameter: Parameter, tp_rank: int, tp_size: int) -> list[Box]:
     parts = 2 if parameter.rule.layout is gated_rows else 1
     extent = parameter.shape[split] // parts
     size = extent // tp_size
-    boxes = []
-    for part in range(parts):
-        start = part * extent + tp_rank * size
-        ranges = list(whole.ranges)
-        ranges[split] = (start, start + size)
-        boxes.append(Box(tuple(ranges)))
-    return boxes
+    before, after = whole.ranges[:split], whole.ranges[split + 1 :]
+    return [
+        Box((*before, (start, start + size), *after))
+        for start in range(tp_rank * size, parameter.shape[split], extent)
+    ]

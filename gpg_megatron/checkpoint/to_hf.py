@@ -1,29 +1,18 @@
-"""Megatron checkpoint -> Hugging Face directory, one tensor at a time.
+"""Megatron checkpoint -> Hugging Face directory, one parameter at a time.
 
-safetensors file <-- Hugging Face tensor <--table of families.py-- torch_dist chunks
+torch_dist chunks --> parameter --table of families.py--> rows of safetensors files
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gpg_megatron.checkpoint.conversion import (
-    MEMORY_BYTES,
-    N_THREADS,
-    Converted,
-    Progress,
-    check_whole_rows,
-    dtype_name,
-    output_directory,
-)
+from gpg_megatron.checkpoint.conversion import Converted, Progress, dtype_name, output_directory
 from gpg_megatron.checkpoint.marker import (
     HF_FILES,
     Marker,
@@ -32,22 +21,56 @@ from gpg_megatron.checkpoint.marker import (
     damaged_file,
     read_marker,
 )
-from gpg_megatron.checkpoint.raw_io import Flusher
+from gpg_megatron.checkpoint.raw_io import flushed
 from gpg_megatron.checkpoint.safetensors_files import ShardWriter
 from gpg_megatron.checkpoint.store import copy_hf_files
 from gpg_megatron.checkpoint.stored_layout import StoredParameter, stored_parameters
-from gpg_megatron.checkpoint.torch_dist import ChunkReader, Stored, read_index
-from gpg_megatron.checkpoint.workers import Budget, work_through
+from gpg_megatron.checkpoint.torch_dist import Stored, read_box, read_index
+from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, Scratch, work_through
 from gpg_megatron.errors import UserError
-from gpg_megatron.layout.boxes import Piece
+from gpg_megatron.layout.boxes import Box, Piece
 from gpg_megatron.layout.topology import hf_shapes
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.types import ModelShape
 
-Source = tuple[StoredParameter, Piece]
 MAX_FILE_BYTES = 5 * 10**9
 """Of one safetensors file."""
 OPTIMIZER_KEYS = "optimizer."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One parameter of a checkpoint and what it holds of the Hugging Face tensors."""
+
+    directory: Path
+    stored: Stored
+    parameter: StoredParameter
+    pieces: list[Piece]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without the padding of the vocabulary."""
+        return (self.pieces[-1].local.ranges[0][1], *self.parameter.parameter.shape[1:])
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.stored.dtype.itemsize
+
+    def read(self, scratch: Scratch) -> torch.Tensor:
+        """All of it, of the stored type. Raises UserError."""
+        tensor = scratch.tensor(self.shape, self.stored.dtype)
+        box = self.parameter.box(Box.whole(self.shape))
+        read_box(self.directory, self.stored, box, tensor)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A whole Megatron checkpoint."""
+
+    marker: Marker
+    shape: ModelShape
+    sources: list[Source]
 
 
 def megatron_to_hf(
@@ -55,7 +78,7 @@ def megatron_to_hf(
     hf: Path,
     *,
     dtype: torch.dtype | None = None,
-    progress: Progress = lambda n: None,
+    progress: Progress = lambda n, total: None,
     check_files: bool = True,
 ) -> Converted:
     """Write a Hugging Face directory that transformers and vLLM load as it is.
@@ -70,50 +93,31 @@ def megatron_to_hf(
         UserError: bad input, or no place to write to.
     """
     checkpoint = open_checkpoint(megatron, check_files=check_files)
-    shape, stored = checkpoint.shape, checkpoint.stored
-    sources = sources_of(shape, stored, megatron)
-    shapes = hf_shapes(shape)
-    plan = {name: (dtype or stored_dtype(sources[name], stored), s) for name, s in shapes.items()}
+    dtypes = {p.hf_name: dtype or s.stored.dtype for s in checkpoint.sources for p in s.pieces}
+    plan = {name: (dtypes[name], shape) for name, shape in hf_shapes(checkpoint.shape).items()}
+    budget = Budget()
+    total = sum(source.n_bytes for source in checkpoint.sources)
+
+    def convert(source: Source) -> None:
+        with budget.hold(source.n_bytes) as scratch:
+            tensor = source.read(scratch)
+            for piece in source.pieces:
+                rows = tensor[piece.local.slices].to(dtypes[piece.hf_name])
+                writer.write(piece.hf_name, piece.hf.ranges[0][0], rows)
+        progress(source.n_bytes, total)
+
     with output_directory(hf):
         writer = ShardWriter(hf, plan, MAX_FILE_BYTES)
-        with closing(writer), Flusher(lambda: writer.files):
-            budget = Budget(MEMORY_BYTES)
-
-            def worker(number: int) -> Callable[[str], None]:
-                reader = ChunkReader(megatron)
-
-                def convert(name: str) -> None:
-                    kept = stored_dtype(sources[name], stored)
-                    n_bytes = math.prod(shapes[name]) * kept.itemsize
-                    with budget.hold(number, n_bytes) as scratch:
-                        tensor = scratch.tensor(shapes[name], kept)
-                        read_tensor(tensor, sources[name], stored, reader)
-                        writer.write(name, tensor.to(plan[name][0]))
-                    progress(n_bytes)
-
-                return convert
-
-            large_first = sorted(
-                shapes, key=lambda name: math.prod(shapes[name]) * 2 < MEMORY_BYTES
-            )
-            work_through(large_first, worker, N_THREADS)
+        with flushed(lambda: writer.files):
+            work_through(convert, checkpoint.sources)
         copy_hf_files(megatron / HF_FILES, hf)
-        _state_dtype(hf / "config.json", {d for d, _ in plan.values()})
-    n_bytes = sum(math.prod(s) * d.itemsize for d, s in plan.values())
-    return Converted(n_bytes=n_bytes, n_tensors=len(shapes))
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A whole Megatron checkpoint."""
-
-    marker: Marker
-    shape: ModelShape
-    stored: dict[str, Stored]
+        _state_dtype(hf / "config.json", set(dtypes.values()))
+    n_bytes = sum(math.prod(shape) * kept.itemsize for kept, shape in plan.values())
+    return Converted(n_bytes=n_bytes, n_tensors=len(plan))
 
 
 def open_checkpoint(megatron: Path, *, check_files: bool) -> Checkpoint:
-    """Find a checkpoint's model and tensors, after all checks.
+    """Find a checkpoint's model and parameters, after all checks; the largest come first.
 
     Raises:
         UserError
@@ -121,39 +125,22 @@ def open_checkpoint(megatron: Path, *, check_files: bool) -> Checkpoint:
     marker = read_marker(megatron)
     check_sizes(megatron, marker)
     if check_files:
-        _check_bytes(megatron, marker)
+        problems = work_through(lambda name: damaged_file(megatron, marker, [name]), marker.files)
+        if found := min(filter(None, problems), default=None):
+            raise UserError(found)
     shape = load_model_shape(megatron / HF_FILES, need_weights=False)
     check_same_model(megatron, marker, shape)
-    return Checkpoint(marker, shape, read_index(megatron))
+    sources = _sources(shape, megatron)
+    # The largest are handled alone.
+    sources.sort(key=lambda source: source.n_bytes * 2 < MEMORY_BYTES)
+    return Checkpoint(marker=marker, shape=shape, sources=sources)
 
 
-def _check_bytes(megatron: Path, marker: Marker) -> None:
-    problems: list[str] = []
-
-    def worker(_: int) -> Callable[[str], None]:
-        def check(name: str) -> None:
-            if problem := damaged_file(megatron, marker, [name]):
-                problems.append(problem)
-
-        return check
-
-    work_through(list(marker.files), worker, N_THREADS)
-    if problems:
-        raise UserError(min(problems))
-
-
-def sources_of(
-    shape: ModelShape, stored: Mapping[str, Stored], megatron: Path
-) -> dict[str, list[Source]]:
-    """Hugging Face name -> the pieces of stored parameters that together are the tensor.
-
-    Raises:
-        UserError: a parameter is missing, unknown, or has another shape; it is named.
-    """
-    sources: dict[str, list[Source]] = defaultdict(list)
-    known = set()
+def _sources(shape: ModelShape, megatron: Path) -> list[Source]:
+    """Raises UserError: a parameter is missing, unknown, or has another shape; it is named."""
+    stored = read_index(megatron)
+    sources = []
     for item in stored_parameters(shape, 1):
-        known.add(item.key)
         found = stored[item.key].shape if item.key in stored else None
         vocabulary = "vocab" in item.parameter.rule.dims
         # The vocabulary may be padded for another tensor parallelism.
@@ -165,27 +152,18 @@ def sources_of(
             raise UserError(
                 f"{megatron}: {item.key} has shape {found}; {shape.architecture} needs {item.shape}"
             )
-        for piece in item.pieces(shape):
-            sources[piece.hf_name].append((item, piece))
+        sources.append(
+            Source(
+                directory=megatron,
+                stored=stored[item.key],
+                parameter=item,
+                pieces=item.pieces(shape),
+            )
+        )
+    known = {source.parameter.key for source in sources}
     if extra := [k for k in stored if k not in known and not k.startswith(OPTIMIZER_KEYS)]:
         raise UserError(f"{megatron}: {extra[0]} is unknown to {shape.architecture}")
-    return dict(sources)
-
-
-def read_tensor(
-    tensor: torch.Tensor,
-    sources: Sequence[Source],
-    stored: Mapping[str, Stored],
-    reader: ChunkReader,
-) -> None:
-    """Fill a Hugging Face tensor, of the stored type, from a checkpoint."""
-    for item, piece in sources:
-        check_whole_rows(piece)
-        reader.read(stored[item.key], item.box(piece.local), tensor[piece.hf.slices])
-
-
-def stored_dtype(sources: Sequence[Source], stored: Mapping[str, Stored]) -> torch.dtype:
-    return stored[sources[0][0].key].dtype
+    return sources
 
 
 def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
@@ -195,13 +173,3 @@ def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if name != "mixed" and raw.get(key) != name:
         config.write_text(json.dumps({**raw, key: name}, indent=2) + "\n")
-
-
-def model_bytes(megatron: Path, dtype: torch.dtype | None) -> int:
-    """Of all tensors on the Hugging Face side of a checkpoint. Raises UserError."""
-    checkpoint = open_checkpoint(megatron, check_files=False)
-    sources = sources_of(checkpoint.shape, checkpoint.stored, megatron)
-    return sum(
-        math.prod(s) * (dtype or stored_dtype(sources[name], checkpoint.stored)).itemsize
-        for name, s in hf_shapes(checkpoint.shape).items()
-    )

@@ -10,34 +10,61 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import xxhash
 
 from gpg_megatron.checkpoint.conversion import (
-    MEMORY_BYTES,
-    N_THREADS,
     Converted,
     Progress,
-    check_whole_rows,
     dtype_name,
-    hf_places,
+    open_hf,
     output_directory,
 )
 from gpg_megatron.checkpoint.marker import HF_FILES, FileStamp, Marker, stamp, write_marker
-from gpg_megatron.checkpoint.raw_io import Flusher
-from gpg_megatron.checkpoint.safetensors_files import RowReader, TensorPlace
+from gpg_megatron.checkpoint.raw_io import flushed
+from gpg_megatron.checkpoint.safetensors_files import TensorPlace, read_rows
 from gpg_megatron.checkpoint.store import copy_hf_files, relative_files
 from gpg_megatron.checkpoint.stored_layout import StoredParameter, shard_boxes, stored_parameters
-from gpg_megatron.checkpoint.torch_dist import Written, append_chunk, write_index
-from gpg_megatron.checkpoint.workers import Budget, work_through
-from gpg_megatron.layout.hf_io import check_checkpoint
-from gpg_megatron.layout.topology import PolicyGrid, hf_shapes
-from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.checkpoint.torch_dist import Chunk, Stored, append_chunk, write_index
+from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, Scratch, work_through
+from gpg_megatron.layout.boxes import Box, Piece
+from gpg_megatron.layout.topology import Parameter, PolicyGrid, hf_shapes
 from gpg_megatron.types import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """One parameter and the rows of Hugging Face tensors that it is made of."""
+
+    stored: StoredParameter
+    dtype: torch.dtype
+    sources: list[tuple[Piece, TensorPlace]]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.stored.parameter.shape) * self.dtype.itemsize
+
+    @property
+    def order(self) -> tuple[bool, Path, int]:
+        """The largest first, since they are handled alone; the others as they lie in files."""
+        _, place = self.sources[0]
+        return place.n_bytes < MEMORY_BYTES, place.path, place.offset
+
+    def read(self, scratch: Scratch) -> torch.Tensor:
+        """All of it; the padding of the vocabulary is zeros. Raises UserError."""
+        tensor = scratch.tensor(self.stored.parameter.shape, self.dtype)
+        if sum(piece.local.numel for piece, _ in self.sources) < tensor.numel():
+            tensor.zero_()
+        for piece, place in self.sources:
+            read_rows(place, piece.hf.ranges[0][0], tensor[piece.local.slices])
+        return tensor
 
 
 def hf_to_megatron(
@@ -46,7 +73,7 @@ def hf_to_megatron(
     *,
     grid: PolicyGrid,
     dtype: torch.dtype | None = None,
-    progress: Progress = lambda n: None,
+    progress: Progress = lambda n, total: None,
 ) -> Converted:
     """Write a torch_dist checkpoint that any layout can load.
 
@@ -61,83 +88,57 @@ def hf_to_megatron(
         UserError: bad input, or no place to write to. What was written so far has no marker and
             no loader takes it.
     """
-    shape = load_model_shape(hf)
-    check_checkpoint(hf, shape)
-    places = hf_places(hf)
+    shape, places = open_hf(hf)
+    targets = sorted(_targets(shape, places, grid, dtype), key=lambda target: target.order)
+    total = sum(target.n_bytes for target in targets)
+    files: dict[str, _HashedFile] = {}
+    chunks: defaultdict[str, list[Chunk]] = defaultdict(list)
+    budget = Budget()
+
+    def convert(target: _Target) -> None:
+        with budget.hold(target.n_bytes) as scratch:
+            tensor = target.read(scratch)
+            for rank, box in _shards(target.stored.parameter, grid, shape):
+                # No two threads write to the same file.
+                name = f"__{rank}_{scratch.number}.distcp"
+                if name not in files:
+                    files[name] = _HashedFile(megatron / name)
+                part = tensor[box.slices]
+                whole = part.numel() == tensor.numel()
+                data = tensor if whole else part.clone(memory_format=torch.contiguous_format)
+                chunk = append_chunk(files[name], target.stored.box(box), data)
+                chunks[target.stored.key].append(chunk)
+        progress(target.n_bytes, total)
+
     with output_directory(megatron):
-        items = _in_file_order(list(stored_parameters(shape, grid.tp_size)), places, shape)
-        with _ChunkFiles(megatron) as output, Flusher(output.files):
-            budget = Budget(MEMORY_BYTES)
-
-            def worker(number: int) -> Callable[[StoredParameter], None]:
-                reader = RowReader()
-
-                def convert(item: StoredParameter) -> None:
-                    wanted = dtype or places[item.parameter.hf_names[0]].dtype
-                    n_bytes = math.prod(item.parameter.shape) * wanted.itemsize
-                    with budget.hold(number, n_bytes) as scratch:
-                        tensor = scratch.tensor(item.parameter.shape, wanted)
-                        _assemble(item, tensor, places, reader, shape)
-                        _store(item, tensor, output, number, grid, shape)
-                    progress(n_bytes)
-
-                return convert
-
-            work_through(items, worker, N_THREADS)
-        stamps = output.stamps()
-        write_index(megatron, output.written)
+        with flushed(lambda: list(files.values())):
+            work_through(convert, targets)
+        index = {
+            x.stored.key: Stored(x.stored.shape, x.dtype, tuple(chunks[x.stored.key]))
+            for x in targets
+        }
+        write_index(megatron, index)
         copy_hf_files(hf, megatron / HF_FILES)
-        for name in relative_files(megatron):
-            if name not in stamps:
-                stamps[name] = stamp(megatron / name)
-        write_marker(megatron, _marker(shape, output.written, grid, stamps))
-    n_bytes = sum(w.chunk.box.numel * w.dtype.itemsize for w in output.written)
-    return Converted(n_bytes=n_bytes, n_tensors=len(hf_shapes(shape)))
+        stamps = {name: file.stamp for name, file in files.items()}
+        for name in sorted(set(relative_files(megatron)) - stamps.keys()):
+            stamps[name] = stamp(megatron / name)
+        write_marker(megatron, _marker(shape, index, grid, stamps))
+    return Converted(n_bytes=total, n_tensors=len(hf_shapes(shape)))
 
 
-def _in_file_order(
-    items: list[StoredParameter], places: Mapping[str, TensorPlace], shape: ModelShape
-) -> list[StoredParameter]:
-    """The largest first, since they are handled alone; the others as they lie in their files."""
-
-    def key(item: StoredParameter) -> tuple[bool, str, int]:
-        place = places[item.parameter.hf_names[0]]
-        return place.n_bytes < MEMORY_BYTES, str(place.path), place.offset
-
-    return sorted(items, key=key)
-
-
-def _assemble(
-    item: StoredParameter,
-    tensor: torch.Tensor,
+def _targets(
+    shape: ModelShape,
     places: Mapping[str, TensorPlace],
-    reader: RowReader,
-    shape: ModelShape,
-) -> None:
-    """Fill a whole Megatron parameter from the rows of its Hugging Face tensors."""
-    pieces = item.pieces(shape)
-    if sum(piece.local.numel for piece in pieces) < tensor.numel():
-        tensor.zero_()  # padding of the vocabulary
-    for piece in pieces:
-        check_whole_rows(piece)
-        place, target = places[piece.hf_name], tensor[piece.local.slices]
-        same = place.dtype == tensor.dtype
-        rows = target if same else torch.empty(target.shape, dtype=place.dtype)
-        reader.read(place, piece.hf.ranges[0][0], rows)
-        if rows is not target:
-            target.copy_(rows)
-
-
-def _store(
-    item: StoredParameter,
-    tensor: torch.Tensor,
-    output: _ChunkFiles,
-    number: int,
     grid: PolicyGrid,
-    shape: ModelShape,
-) -> None:
-    """Append the parameter's shards to the files of the ranks that hold them."""
-    parameter = item.parameter
+    dtype: torch.dtype | None,
+) -> Iterator[_Target]:
+    for stored in stored_parameters(shape, grid.tp_size):
+        sources = [(piece, places[piece.hf_name]) for piece in stored.pieces(shape)]
+        yield _Target(stored=stored, dtype=dtype or sources[0][1].dtype, sources=sources)
+
+
+def _shards(parameter: Parameter, grid: PolicyGrid, shape: ModelShape) -> Iterator[tuple[int, Box]]:
+    """(rank, what it stores of the parameter) for each rank that stores a part."""
     stage = grid.pp_size - 1 if parameter.rule.at_end else 0
     if parameter.numbers:
         stage = grid.stage_of_layer[parameter.numbers[0]]
@@ -145,87 +146,42 @@ def _store(
     if parameter.expert is not None:
         ep = parameter.expert // (shape.num_experts // grid.ep_size)
     for tp in range(grid.tp_size):
-        rank = grid.holders(stage, tp, ep)[0]
         for box in shard_boxes(parameter, tp, grid.tp_size):
-            part = tensor[box.slices]
-            whole = part.numel() == tensor.numel()
-            data = tensor if whole else part.clone(memory_format=torch.contiguous_format)
-            output.append(f"__{rank}_{number}.distcp", item.key, item.shape, item.box(box), data)
+            yield grid.holders(stage, tp, ep)[0], box
 
 
-class _ChunkFiles:
-    """The .distcp files of one checkpoint; no two threads write to the same one."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files: dict[str, _HashedFile] = {}
-        self.written: list[Written] = []
-
-    def append(self, name: str, *what: Any) -> None:
-        if name not in self._files:
-            self._files[name] = _HashedFile((self._directory / name).open("wb", buffering=0))
-        self.written.append(append_chunk(self._files[name], name, *what))  # type: ignore[arg-type]
-
-    def files(self) -> list[BinaryIO]:
-        """Those that are open now."""
-        return [file.file for file in list(self._files.values())]
-
-    def stamps(self) -> dict[str, FileStamp]:
-        """What the files must be."""
-        return {name: file.stamp() for name, file in self._files.items()}
-
-    def __enter__(self) -> _ChunkFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-class _HashedFile:
+class _HashedFile(BufferedWriter):
     """A file that is only appended to, and its digest."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path, "w"))
         self._digest = xxhash.xxh3_128()
-        self._size = 0
+        self._n_bytes = 0
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        done = 0
-        while done < len(view):
-            done += self.file.write(view[done:])
-        self._size += done
-        return done
+        self._digest.update(data)
+        n_bytes = super().write(data)
+        self._n_bytes += n_bytes
+        return n_bytes
 
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        pass  # nothing is buffered
-
+    @property
     def stamp(self) -> FileStamp:
-        return FileStamp(n_bytes=self._size, xxh3=self._digest.hexdigest())
-
-    def close(self) -> None:
-        self.file.close()
+        """What the file must be."""
+        return FileStamp(n_bytes=self._n_bytes, xxh3=self._digest.hexdigest())
 
 
 def _marker(
     shape: ModelShape,
-    written: Sequence[Written],
+    index: Mapping[str, Stored],
     grid: PolicyGrid,
     files: Mapping[str, FileStamp],
 ) -> Marker:
-    dtypes = {w.dtype for w in written}
-    rows = next(w.shape[0] for w in written if w.key == "embedding.word_embeddings.weight")
     return Marker(
         step=0,
         version=0,
         model=dataclasses.asdict(shape),
-        padded_vocab_size=rows,
-        dtype=dtype_name(dtypes),
+        padded_vocab_size=index["embedding.word_embeddings.weight"].shape[0],
+        dtype=dtype_name({stored.dtype for stored in index.values()}),
         has_optimizer=False,
         distributed_optimizer=False,
         layout={"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size, "ep": grid.ep_size},

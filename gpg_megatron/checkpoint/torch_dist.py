@@ -9,12 +9,12 @@ Nothing of an archive is unpickled: the bytes of a chunk are found by the zip's 
 
 from __future__ import annotations
 
-import io
 import json
-import os
+import mmap
 import pickle
+import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gpg_megatron.checkpoint.raw_io import as_bytes, read_exactly
+from gpg_megatron.checkpoint.raw_io import read_exactly
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Box
 
@@ -42,28 +42,24 @@ _FORMAT = {
 }
 # What the pickle may refer to: plain descriptions, and nothing that runs code when it is called.
 _HARMLESS = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
+    f"{module}.{name}"
+    for module, names in (
+        (
+            "torch.distributed.checkpoint.metadata",
+            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
+            "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+        ),
+        (
+            "torch.distributed.checkpoint.planner",
+            "BytesIOWriteData SavePlan TensorWriteData WriteItem WriteItemType",
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo _StoragePrefix"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+    )
+    for name in names.split()
 }
 
 
@@ -88,12 +84,9 @@ class Stored:
     chunks: tuple[Chunk, ...]
 
 
-# ---- reading ------------------------------------------------------------------------------
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _HARMLESS.get(module, ()):
+        if f"{module}.{name}" in _HARMLESS:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
@@ -135,154 +128,70 @@ def _stored(key: str, tensor: TensorStorageMetadata, places: Mapping[Any, Any]) 
     return Stored(tuple(tensor.size), dtype, tuple(chunks))
 
 
-class ChunkReader:
-    """Reads boxes of stored tensors. One for each thread; files stay open."""
+def read_box(directory: Path, stored: Stored, box: Box, out: torch.Tensor) -> None:
+    """Fill out, shaped like box without its leading dimensions of extent 1, from all chunks.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files: dict[str, BinaryIO] = {}
-        self._data_offsets: dict[tuple[str, int], int] = {}
-
-    def read(self, stored: Stored, box: Box, out: torch.Tensor) -> None:
-        """Fill out, shaped like box without its leading dimensions of extent 1, from all chunks.
-
-        Raises:
-            UserError: a file is missing or short, or the chunks do not cover the box.
-        """
-        target = out.view(box.shape)
-        found = 0
-        for chunk in stored.chunks:
-            common = chunk.box.intersect(box)
-            if common is not None:
-                self._read_part(stored, chunk, common, target[common.relative_to(box).slices])
-                found += common.numel
-        if found != box.numel:
-            raise UserError(f"{self._directory}: only {found} of {box.numel} elements are stored")
-
-    def _read_part(self, stored: Stored, chunk: Chunk, box: Box, out: torch.Tensor) -> None:
-        """The file is read from the first to the last element that is wanted."""
-        local = box.relative_to(chunk.box)
-        strides = _strides(chunk.box.shape)
-        first = sum(
-            start * stride for (start, _), stride in zip(local.ranges, strides, strict=True)
-        )
-        last = sum((stop - 1) * n for (_, stop), n in zip(local.ranges, strides, strict=True))
-        span = out if out.is_contiguous() and last - first + 1 == box.numel else None
-        if span is None:
-            span = torch.empty(last - first + 1, dtype=stored.dtype)
-        start = self._data_offset(stored, chunk) + first * stored.dtype.itemsize
-        read_exactly(self._open(chunk.file), as_bytes(span), start)
-        if span is not out:
-            out.copy_(span.as_strided(box.shape, strides))
-
-    def _data_offset(self, stored: Stored, chunk: Chunk) -> int:
-        """Where the elements of a chunk begin in its file."""
-        key = (chunk.file, chunk.offset)
-        if key not in self._data_offsets:
-            n_bytes = chunk.box.numel * stored.dtype.itemsize
-            self._data_offsets[key] = chunk.offset + _record(self._open(chunk.file), chunk, n_bytes)
-        return self._data_offsets[key]
-
-    def _open(self, name: str) -> BinaryIO:
-        if name not in self._files:
-            path = self._directory / name
+    Raises:
+        UserError: a file is missing or short, or the chunks do not cover the box.
+    """
+    target = out.view(box.shape)
+    found = 0
+    for chunk in stored.chunks:
+        common = chunk.box.intersect(box)
+        if common is not None:
+            path = directory / chunk.file
             try:
-                self._files[name] = path.open("rb", buffering=0)
+                with path.open("rb") as file:
+                    _read_part(file, chunk, common, target[common.relative_to(box).slices])
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from None
-        return self._files[name]
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+            found += common.numel
+    if found != box.numel:
+        raise UserError(f"{directory}: only {found} of {box.numel} elements are stored")
 
 
-def _record(file: BinaryIO, chunk: Chunk, n_bytes: int) -> int:
-    """Offset of the elements within a torch.save archive: the only record of their size."""
-    # The directory is at the end; with fewer than 64 KiB all of an archive may be read.
-    tail = min(chunk.length, 1 << 16)
-    window = io.BytesIO(os.pread(file.fileno(), tail, chunk.offset + chunk.length - tail))
-    shift = chunk.length - tail
+def _read_part(file: BinaryIO, chunk: Chunk, box: Box, out: torch.Tensor) -> None:
+    """The file is read from the first to the last element that is wanted."""
+    size = out.dtype.itemsize
+    part = torch.empty(chunk.box.shape, device="meta")[box.relative_to(chunk.box).slices]
+    length = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True))
+    in_place = out.is_contiguous() and length == box.numel
+    span = out if in_place else torch.empty(length, dtype=out.dtype)
+    start = _data_offset(file, chunk, chunk.box.numel * size) + int(part.storage_offset()) * size
+    read_exactly(file, span, start)
+    if not in_place:
+        out.copy_(span.as_strided(part.shape, part.stride()))
+
+
+def _data_offset(file: BinaryIO, chunk: Chunk, n_bytes: int) -> int:
+    """Where the elements of a chunk begin in its file: the only record of their size."""
+    # zipfile finds an archive that other bytes precede; a map may only begin with a page.
+    begin = chunk.offset - chunk.offset % mmap.ALLOCATIONGRANULARITY
+    length = chunk.offset + chunk.length - begin
     try:
-        with zipfile.ZipFile(_Shifted(window, shift)) as archive:  # type: ignore[arg-type]
-            records = [r for r in archive.infolist() if r.filename.endswith("/data/0")]
-            (record,) = records
-            header = os.pread(file.fileno(), 30, chunk.offset + record.header_offset)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        with (
+            mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=begin) as window,
+            zipfile.ZipFile(cast(Any, window)) as archive,
+        ):
+            (record,) = [r for r in archive.infolist() if r.filename.endswith("/data/0")]
+            head = window[record.header_offset : record.header_offset + 30]
+    except (zipfile.BadZipFile, ValueError) as error:
         raise UserError(f"{file.name}: damaged at byte {chunk.offset}: {error}") from None
     stored_plainly = record.compress_type == zipfile.ZIP_STORED and record.file_size == n_bytes
-    if not stored_plainly or header[:4] != b"PK\3\4":
+    if not stored_plainly or head[:4] != b"PK\3\4":
         raise UserError(
             f"{file.name}: damaged at byte {chunk.offset}: expected {n_bytes} plain bytes"
         )
-    name_and_extra = int.from_bytes(header[26:28], "little") + int.from_bytes(
-        header[28:30], "little"
-    )
-    return record.header_offset + 30 + name_and_extra
+    name, extra = struct.unpack_from("<HH", head, 26)
+    return begin + record.header_offset + len(head) + int(name) + int(extra)
 
 
-class _Shifted(io.RawIOBase):
-    """The last bytes of a longer file, in that file's coordinates."""
-
-    def __init__(self, tail: io.BytesIO, shift: int) -> None:
-        self._tail = tail
-        self._shift = shift
-        self._position = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        end = self._shift + len(self._tail.getbuffer())
-        self._position = offset + (0, self._position, end)[whence]
-        if self._position < 0:
-            raise ValueError("seek before the beginning")
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        self._tail.seek(max(0, self._position - self._shift))
-        data = self._tail.read(size)
-        self._position += len(data)
-        return data
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor, in elements."""
-    strides = [1]
-    for n in reversed(shape[1:]):
-        strides.append(strides[-1] * n)
-    return tuple(reversed(strides))
-
-
-# ---- writing ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One chunk that is in its file now."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunk: Chunk
-
-
-def append_chunk(
-    file: BinaryIO, name: str, key: str, shape: tuple[int, ...], box: Box, data: torch.Tensor
-) -> Written:
-    """Write one chunk at the end of an open file.
+def append_chunk(file: BinaryIO, box: Box, data: torch.Tensor) -> Chunk:
+    """Write one chunk at the end of an open file of the checkpoint's directory.
 
     Args:
         file: opened for writing; its own position must be right.
-        name: of the file, relative to the checkpoint.
-        shape: of the whole tensor.
-        box: the part that data is, in the tensor's coordinates.
+        box: the part that data is, in the whole tensor's coordinates.
         data: contiguous, alone in its storage.
 
     Raises:
@@ -295,26 +204,24 @@ def append_chunk(
     except RuntimeError as error:
         # torch closes its archive after a failed write, and fails again.
         raise error.__context__ or error from None
-    chunk = Chunk(box, name, offset, file.tell() - offset)
-    return Written(key, shape, data.dtype, chunk)
+    return Chunk(box, Path(file.name).name, offset, file.tell() - offset)
 
 
-def write_index(directory: Path, written: Sequence[Written]) -> None:
+def write_index(directory: Path, index: Mapping[str, Stored]) -> None:
     """Everything besides the chunks, so that Megatron-Core finds them."""
-    tensors: dict[str, TensorStorageMetadata] = {}
+    tensors: dict[str, Any] = {}
     places = {}
-    for item in written:
-        offsets = torch.Size(start for start, _ in item.chunk.box.ranges)
-        if item.key not in tensors:
-            properties = TensorProperties(dtype=item.dtype)
-            tensors[item.key] = TensorStorageMetadata(properties, torch.Size(item.shape), [])
-        tensors[item.key].chunks.append(
-            ChunkStorageMetadata(offsets, torch.Size(item.chunk.box.shape))
-        )
-        places[MetadataIndex(item.key, offsets)] = _StorageInfo(
-            item.chunk.file, item.chunk.offset, item.chunk.length
-        )
+    for key, stored in index.items():
+        chunks = []
+        for chunk in stored.chunks:
+            offsets = torch.Size(start for start, _ in chunk.box.ranges)
+            chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.box.shape)))
+            places[MetadataIndex(key, offsets)] = _StorageInfo(
+                chunk.file, chunk.offset, chunk.length
+            )
+        properties = TensorProperties(dtype=stored.dtype)
+        tensors[key] = TensorStorageMetadata(properties, torch.Size(stored.shape), chunks)
     with (directory / METADATA).open("wb") as file:
-        pickle.dump(Metadata(cast(Any, tensors), storage_data=places), file)
+        pickle.dump(Metadata(tensors, storage_data=places), file)
     torch.save({}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))

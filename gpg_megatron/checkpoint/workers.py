@@ -2,77 +2,75 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from gpg_megatron.checkpoint.raw_io import Scratch
+import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+N_THREADS = 2
+MEMORY_BYTES = 384 << 20
+"""In use by all threads together; a larger parameter is handled alone."""
+
+
+class Scratch:
+    """Memory for one tensor at a time. It is used again: fresh pages cost more than the copy."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """Differs from that of every other one in use."""
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Keep no memory."""
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised, alone in its storage; valid until the next call."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if n_bytes > len(self._memory):
+            self._memory = mmap.mmap(-1, n_bytes)
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        view = memoryview(self._memory)[:n_bytes]
+        return torch.frombuffer(view, dtype=dtype).view(tuple(shape))
 
 
 class Budget:
-    """Bytes that all threads may hold at once. One item larger than that is let in alone."""
+    """MEMORY_BYTES that all threads may hold at once. One item larger than that is let in alone."""
 
-    def __init__(self, n_bytes: int) -> None:
-        self._limit = n_bytes
-        self._used: dict[int, int] = {}
-        self._scratch: dict[int, Scratch] = {}
+    def __init__(self) -> None:
+        self._held: list[int] = []
+        self._free = [Scratch(number) for number in range(N_THREADS)]
         self._changed = threading.Condition()
 
     @contextmanager
-    def hold(self, thread: int, n_bytes: int) -> Iterator[Scratch]:
-        """Wait until there is room, and keep it for the block; yields the thread's memory."""
+    def hold(self, n_bytes: int) -> Iterator[Scratch]:
+        """Wait until there is room, and keep it for the block."""
         with self._changed:
             self._changed.wait_for(
-                lambda: not self._used or sum(self._used.values()) + n_bytes <= self._limit
+                lambda: not self._held or sum(self._held) + n_bytes <= MEMORY_BYTES
             )
-            self._used[thread] = n_bytes
-            scratch = self._scratch.pop(thread, None) or Scratch()
+            self._held.append(n_bytes)
+            scratch = self._free.pop()
         try:
             yield scratch
         finally:
             with self._changed:
-                del self._used[thread]
-                # What was larger than the limit is given back.
-                if n_bytes <= self._limit // 2:
-                    self._scratch[thread] = scratch
+                self._held.remove(n_bytes)
+                if n_bytes > MEMORY_BYTES // 2:
+                    scratch.give_back()
+                self._free.append(scratch)
                 self._changed.notify_all()
 
 
-class _Queue(Generic[T]):
-    def __init__(self, items: Sequence[T]) -> None:
-        self._items = iter(items)
-        self._lock = threading.Lock()
-        self.stopped = False
-
-    def next(self) -> T | None:
-        with self._lock:
-            return None if self.stopped else next(self._items, None)
-
-
-def work_through(
-    items: Sequence[T], make_worker: Callable[[int], Callable[[T], None]], n_threads: int
-) -> None:
-    """Hand each item to one of n_threads workers, in order. The first failure ends all.
-
-    Args:
-        make_worker: number of the thread -> what it does with an item.
-    """
-    queue = _Queue(items)
-
-    def run(number: int) -> None:
-        worker = make_worker(number)
-        try:
-            while (item := queue.next()) is not None:
-                worker(item)
-        except BaseException:
-            queue.stopped = True
-            raise
-
-    with ThreadPoolExecutor(n_threads) as pool:
-        runs = [pool.submit(run, number) for number in range(n_threads)]
-    for done in runs:
-        done.result()
+def work_through(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Hand each item to one of N_THREADS threads, in order. The first failure ends all."""
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        return list(pool.map(work, items))

@@ -14,6 +14,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from gpg_megatron.config.algorithm import PRESETS
+from gpg_megatron.config.overrides import is_text, split_override, text_value
+from gpg_megatron.config.paths import expanded
 from gpg_megatron.config.rules import validate
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
@@ -53,8 +55,9 @@ def load_config(
     except OmegaConfBaseException as error:
         raise UserError(f"{path or 'command line'}: {_one_line(error)}") from None
     assert isinstance(config, Config)
-    validate(config, trains=trains)
-    return config
+    whole: Config = expanded(config)
+    validate(whole, trains=trains)
+    return whole
 
 
 def _merge(defaults: Any, layers: Mapping[str, DictConfig]) -> Any:
@@ -72,7 +75,7 @@ def _merge(defaults: Any, layers: Mapping[str, DictConfig]) -> Any:
 
 def config_yaml(config: Config) -> str:
     """The resolved configuration as YAML; load_config reads it back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(dataclasses.asdict(config))))
 
 
 def _read(path: str | Path) -> DictConfig:
@@ -88,13 +91,29 @@ def _read(path: str | Path) -> DictConfig:
 
 
 def _parse(overrides: Sequence[str]) -> DictConfig:
+    layer: Any = OmegaConf.create()
     for item in overrides:
-        if not re.match(r"\w+\.\w+=", item):
-            raise UserError(f"override {item!r}: expected a.b=value, for example policy.lr=1e-6")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"override: not a YAML value: {_one_line(error)}") from None
+        key, value = split_override(item)
+        try:
+            one = OmegaConf.from_dotlist([item] if not is_text(key) else [])
+            if is_text(key):
+                OmegaConf.update(one, key, _literal(text_value(key, value)))
+            layer = OmegaConf.merge(layer, one)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"override {item!r}: not a YAML value: {_one_line(error)}") from None
+    assert isinstance(layer, DictConfig)
+    return layer
+
+
+def _literal(value: Any) -> Any:
+    """With every text as it is: OmegaConf would look for another key between ${ and }."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def _unknown(key: str) -> str:
@@ -112,6 +131,8 @@ def _unknown(key: str) -> str:
 
 def _one_line(error: Exception) -> str:
     """The message with the full key, without OmegaConf's lines of type bookkeeping."""
+    if mark := getattr(error, "problem_mark", None):  # of a YAMLError
+        return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((x.removeprefix("full_key: ") for x in lines if x.startswith("full_key: ")), "")
     return f"{key}: {lines[0]}" if key else lines[0]

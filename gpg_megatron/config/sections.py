@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
 
 MIB, GIB = 2**20, 2**30
@@ -17,21 +18,23 @@ MIB, GIB = 2**20, 2**30
 
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
 
-Scorer = Literal["auto", "exact_match", "gsm8k", "math", "math_verify", "custom"]
+Scorer = Literal[
+    "auto", "exact_match", "gsm8k", "math", "math_verify", "verl_gsm8k", "verl_math", "custom"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which problems are trained on and how they become token ids."""
 
-    train_files: tuple[str, ...] = ()
+    train_files: tuple[str, ...] = file_path(())
     """Parquet or jsonl files in the row schema of docs/data.md."""
-    val_files: tuple[str, ...] = ()
+    val_files: tuple[str, ...] = file_path(())
     """Held-out files of the same schema; empty: no evaluation."""
     train_weights: tuple[float, ...] = ()
     """Share of each training file among the prompts that are drawn, in any unit; empty: all
     files are one list, and an epoch holds every prompt once."""
-    custom_class: Optional[str] = None
+    custom_class: Optional[str] = file_path(None)
     """FILE.py:CLASS; CLASS(file) yields the rows of each data file. None: parquet and jsonl."""
     system_prompt: Optional[str] = None
     """System message of every row that has none of its own."""
@@ -51,7 +54,7 @@ class DataConfig:
 class ModelConfig:
     """The model that is trained."""
 
-    path: str = ""
+    path: str = file_path("")
     """A Hugging Face directory: config.json, safetensors, tokenizer files."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter type of the policy; master weights are always fp32."""
@@ -176,7 +179,7 @@ class RewardConfig:
     """auto: chosen by each row's data_source."""
     by_source: dict[str, str] = field(default_factory=dict)
     """data_source pattern (shell style) -> scorer; the first that fits comes before `scorer`."""
-    custom_function: Optional[str] = None
+    custom_function: Optional[str] = file_path(None)
     """FILE.py:NAME of the scorer called custom."""
     weights: dict[str, float] = field(default_factory=lambda: {"answer": 1.0})
     """What the score is the sum of: answer (the scorer's score), format, overlong, length."""
@@ -212,7 +215,7 @@ class TrainerConfig:
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
     seed: int = ranged(1, at_least=0)
-    output_dir: str = "runs/default"
+    output_dir: str = file_path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
     """colocated: policy ranks and engines share GPUs and hand their memory to each other;
@@ -272,7 +275,7 @@ class CheckpointConfig:
     """How many more stay for the highest best_metric. Needs keep_last and best_metric."""
     best_metric: Optional[str] = None
     """An evaluation metric by its name in metrics.jsonl, for example eval/gsm8k/mean@1."""
-    resume: str = "auto"
+    resume: str = file_path("auto")
     """auto: the newest complete checkpoint of output_dir, if there is one; never; or the path of
     a checkpoint."""
     hf_export: Literal["never", "last", "every"] = "never"

@@ -50,7 +50,9 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             description="largest of three two-digit numbers, as a text to be continued",
             question=lambda x: f"max{_EXAMPLE} = {max(_EXAMPLE)}\nmax({x[0]}, {x[1]}, {x[2]}) = ",
             answer=max,
-            keys=lambda: (k for k in combinations(range(10, 100), 3) if k != _sorted(_EXAMPLE)),
+            keys=lambda: (
+                k for k in combinations(range(10, 100), 3) if k != tuple(sorted(_EXAMPLE))
+            ),
         ),
     }
 )
@@ -99,7 +101,3 @@ def rows(task: str, split_name: str, problems: Iterable[Operands]) -> list[dict[
         )
         for index, operands in enumerate(problems)
     ]
-
-
-def _sorted(operands: Operands) -> Operands:
-    return tuple(sorted(operands))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
+from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.data.catalog import Loaded
+from gpg_megatron.reward import sources
 
 SHOWN = 5
 """Findings of each kind that are printed; the file holds all of them."""
@@ -30,16 +33,14 @@ class Findings:
     """The duplicates whose reference answers differ."""
     overlap: tuple[tuple[str, ...], ...]
     """(train row, test row, ...) that ask the same."""
+    unmet: tuple[tuple[str, str], ...]
+    """(row, reason) of reference answers that score 0 against themselves."""
 
     def to_json(self) -> dict[str, Any]:
         """For the file."""
-        return {
-            "counts": dict(self.counts),
-            "unusable": [{"location": where, "reason": why} for where, why in self.unusable],
-            "duplicates": [list(rows) for rows in self.duplicates],
-            "conflicts": [list(rows) for rows in self.conflicts],
-            "overlap": [list(rows) for rows in self.overlap],
-        }
+        unusable = [{"location": where, "reason": why} for where, why in self.unusable]
+        unmet = [{"row": row, "reason": reason} for row, reason in self.unmet]
+        return {**asdict(self), "unusable": unusable, "unmet": unmet}
 
     def lines(self) -> list[str]:
         """For the person who runs the command; empty when there is nothing to say."""
@@ -51,12 +52,13 @@ class Findings:
             ("problems stand in train and in test", self.overlap),
         ):
             result += _listed(what, [" = ".join(rows) for rows in groups])
-        return result
+        unmet = [f"{row}: ground truth {reason}" for row, reason in self.unmet]
+        return result + _listed("reference answers can be met by no answer", unmet)
 
 
 def examine(splits: Mapping[str, Loaded]) -> Findings:
     """Look for double problems, in one split and across, by their text without regard to
-    letter case and white space."""
+    letter case and white space; and for answers that no answer can meet."""
     rows: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     truths: dict[str, str] = {}
     for split, loaded in splits.items():
@@ -65,16 +67,24 @@ def examine(splits: Mapping[str, Loaded]) -> Findings:
             rows[_key(row)][split].append(name)
             truths[name] = row["reward_model"]["ground_truth"]
     duplicates = [tuple(x) for by_split in rows.values() for x in by_split.values() if len(x) > 1]
+    config = RewardConfig()
+    unmet = (
+        (f"{split}/{row['extra_info']['index']}", reason)
+        for split, loaded in splits.items()
+        for row in loaded.rows
+        if (
+            reason := sources.unmet(
+                sources.scorer_name(row["data_source"], config), row["reward_model"]["ground_truth"]
+            )
+        )
+    )
     return Findings(
         counts={split: len(loaded.rows) for split, loaded in splits.items()},
-        unusable=tuple((u.location, u.reason) for x in splits.values() for u in x.unusable),
+        unusable=tuple(record for loaded in splits.values() for record in loaded.unusable),
         duplicates=tuple(duplicates),
         conflicts=tuple(x for x in duplicates if len({truths[name] for name in x}) > 1),
-        overlap=tuple(
-            tuple(name for names in by_split.values() for name in names)
-            for by_split in rows.values()
-            if len(by_split) > 1
-        ),
+        unmet=tuple(unmet),
+        overlap=tuple(tuple(chain(*x.values())) for x in rows.values() if len(x) > 1),
     )
 
 

@@ -66,31 +66,28 @@ def _check(out: Path, loaded: Mapping[str, Loaded]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", required=True, help="folder for the parquet files")
     parser = argparse.ArgumentParser(prog="gpg-data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="DATASET")
 
-    sub = commands.add_parser("arithmetic", help="generated problems")
+    sub = commands.add_parser("arithmetic", help="generated problems", parents=[common])
     tasks = "; ".join(f"{name}: {task.description}" for name, task in arithmetic.TASKS.items())
     sub.add_argument("--task", choices=list(arithmetic.TASKS), default="add", help=tasks)
     sub.add_argument("--seed", type=int, default=1)
     sub.add_argument("--train-size", type=int, default=4096, help="problems (default 4096)")
     sub.add_argument("--test-size", type=int, default=512, help="problems (default 512)")
     sub.set_defaults(run=_arithmetic)
-    _add_out(sub)
 
     for name, data_set in DATA_SETS.items():
-        sub = commands.add_parser(name, help=f"{data_set.hub}: {', '.join(data_set.splits)}")
+        where = f"{data_set.hub}: {', '.join(data_set.splits)}"
+        sub = commands.add_parser(name, help=where, parents=[common])
         sub.add_argument("--source", help="local file or folder; without it, Hugging Face")
         sub.add_argument("--split", choices=list(data_set.splits), help="only this one")
         sub.add_argument("--train-size", type=int, help="first N records (default all)")
         sub.add_argument("--test-size", type=int, help="first N records (default all)")
         sub.set_defaults(run=_named, name=name)
-        _add_out(sub)
     return parser
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, help="folder for the parquet files")
 
 
 if __name__ == "__main__":

@@ -92,11 +92,23 @@ def render_all(
         for row, problem in enumerate(rows):
             problem = _with_system_prompt(problem, data.system_prompt)
             ids = render(problem, tokenizer, data.apply_chat_template)
-            if len(ids) > data.max_prompt_length:
-                _refuse_unless_filtered(problem, len(ids), data)
+            if len(ids) <= data.max_prompt_length:
+                prompt = Prompt(
+                    id=f"{problem.data_source}/{label}/{row}",
+                    token_ids=ids,
+                    messages=problem.messages,
+                    ground_truth=problem.ground_truth,
+                    data_source=problem.data_source,
+                )
+                prompts.append(prompt)
+            elif data.overlong_prompts == "error":
+                raise UserError(
+                    f"{problem.location}: the prompt has {len(ids)} tokens, more than "
+                    f"data.max_prompt_length={data.max_prompt_length}; "
+                    "raise it or set data.overlong_prompts=filter"
+                )
+            else:
                 n_filtered += 1
-                continue
-            prompts.append(_make_prompt(problem, ids, f"{label}/{row}"))
         per_list.append(len(prompts) - before)
     if not prompts:
         raise UserError(
@@ -132,23 +144,3 @@ def file_labels(files: Sequence[str]) -> list[str]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return ["/".join(path.parts[-depth:]) for path in paths]
-
-
-def _make_prompt(problem: Problem, ids: tuple[int, ...], row_id: str) -> Prompt:
-    """The prompt with the id "<data_source>/<row_id>"."""
-    return Prompt(
-        id=f"{problem.data_source}/{row_id}",
-        token_ids=ids,
-        messages=problem.messages,
-        ground_truth=problem.ground_truth,
-        data_source=problem.data_source,
-    )
-
-
-def _refuse_unless_filtered(problem: Problem, length: int, data: DataConfig) -> None:
-    if data.overlong_prompts == "error":
-        raise UserError(
-            f"{problem.location}: the prompt has {length} tokens, more than "
-            f"data.max_prompt_length={data.max_prompt_length}; "
-            "raise it or set data.overlong_prompts=filter"
-        )

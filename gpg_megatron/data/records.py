@@ -1,83 +1,83 @@
-"""Raw records of a data set, from a local file or folder or from Hugging Face."""
+"""Raw records of a file or of a data set on Hugging Face, each with the place it stands at."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpg_megatron.data.schema import read_jsonl
 from gpg_megatron.errors import UserError
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where one split of a data set may be found."""
-
-    hub: str
-    config: str | None
-    hub_split: str
-    local: tuple[str, ...]
-    """File names within a folder; the first that exists is read."""
-    split: str
-    """train or test, for messages."""
+Located = Iterator[tuple[str, Any]]
+"""(location, record), for messages."""
 
 
-def read_records(origin: Origin, source: str | None) -> Iterator[tuple[str, Any]]:
-    """Yield (location, record), location being "<file>:<line>" or "... row <n>".
+def read_file(path: Path, columns: Sequence[str] | None = None) -> Located:
+    """The records of a jsonl or parquet file, at "<file>:<line>" or "<file>: row <n>", from 1.
+
+    Args:
+        columns: of parquet; these alone are read, and all of them must be there.
 
     Raises:
-        UserError: nothing is found, or it cannot be read.
+        UserError: the file is missing, of another type or malformed.
     """
-    if source is None:
-        return _hugging_face(origin)
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"--source {source}: no such file or folder")
-    return _file(path if path.is_file() else _in_folder(path, origin))
-
-
-def _in_folder(folder: Path, origin: Origin) -> Path:
-    for name in origin.local:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        f"{folder}: no {origin.split} split; expected one of {', '.join(origin.local)} in it"
-    )
-
-
-def _file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    if path.suffix != ".parquet":
+    if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: unknown file type; expected .parquet or .jsonl")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}") from None
-    return _numbered(f"{path}: row", table.to_pylist())
+    if not path.is_file():
+        raise UserError(f"data file not found: {path}")
+    return _lines(path) if path.suffix == ".jsonl" else _rows(path, columns)
 
 
-def _hugging_face(origin: Origin) -> Iterator[tuple[str, Any]]:
+def read_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
+    """The records of one split of a data set on Hugging Face. Raises UserError."""
     # Imported here: it takes a second, and local sources need none of it.
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    names = (origin.hub,) if origin.config is None else (origin.hub, origin.config)
+    names = (name,) if config is None else (name, config)
     try:
-        records = load_dataset(*names, split=origin.hub_split)
+        records: Iterable[Any] = load_dataset(*names, split=split)
     except (DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{origin.hub}: cannot load the data set: {reason}; "
+            f"{name}: cannot load the data set: {reason}; "
             "expected a connection to Hugging Face, or --source with a local file or folder"
         ) from None
-    return _numbered(f"{origin.hub} {origin.split} row", records)
+    return records
 
 
-def _numbered(prefix: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{prefix} {number}", record) for number, record in enumerate(records, start=1))
+def numbered(records: Iterable[Any], where: str) -> Located:
+    """Records at "<where> row <n>", from 1."""
+    return ((f"{where} row {number}", record) for number, record in enumerate(records, start=1))
+
+
+def _lines(path: Path) -> Located:
+    """Blank lines are counted and passed over."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{number}"
+        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected jsonl") from None
+
+
+def _rows(path: Path, columns: Sequence[str] | None) -> Located:
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in columns or () if name not in names]
+            if missing:
+                raise UserError(f"{path}: no column {missing[0]!r}; found {', '.join(names)}")
+            rows = file.read(columns=columns).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {error}") from None
+    return numbered(rows, f"{path}:")

@@ -14,9 +14,8 @@ formats need a class of the user's that yields such rows.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gpg_megatron.data.records import Located, numbered, read_file
 from gpg_megatron.errors import UserError
 from gpg_megatron.plugins import load_object
 
 Row = Mapping[str, Any]
+_COLUMNS = ("data_source", "prompt", "reward_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def read_problems(path: str | Path, custom_class: str | None = None) -> list[Pro
         UserError: the file is missing, empty, unreadable or of another type, or a row does
             not follow the schema; the message names the file and the line or row.
     """
-    rows = _custom_rows(path, custom_class) if custom_class else _read_rows(Path(path))
+    rows = _custom(path, custom_class) if custom_class else read_file(Path(path), _COLUMNS)
     problems = [parse_row(row, location) for location, row in rows]
     if not problems:
         raise UserError(f"{path}: the file has no rows; expected at least one problem")
@@ -97,17 +98,8 @@ def parse_row(row: Any, location: str) -> Problem:
     )
 
 
-def write_parquet(rows: Sequence[Row], path: str | Path) -> None:
-    """Write rows as parquet, to a temporary name first: path is complete or untouched.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    write_parquets({Path(path): rows})
-
-
 def write_parquets(files: Mapping[Path, Sequence[Row]]) -> None:
-    """Write several files; none gets its name before all of them are complete on disk.
+    """Write files of rows; none gets its name before all of them are complete on disk.
 
     Raises:
         UserError: a folder cannot be written.
@@ -128,23 +120,7 @@ def write_parquets(files: Mapping[Path, Sequence[Row]]) -> None:
                 part.unlink()
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("<file>:<line>", value) for every line that is not blank.
-
-    Raises:
-        UserError: the file is missing or not UTF-8, or a line is not JSON.
-    """
-    _require_file(path)
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _json(line, f"{path}:{number}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; expected jsonl") from None
-
-
-def _custom_rows(path: str | Path, spec: str) -> list[tuple[str, Any]]:
+def _custom(path: str | Path, spec: str) -> Located:
     kind = load_object(spec, "data.custom_class")
     try:
         rows = list(kind(str(path)))
@@ -153,42 +129,7 @@ def _custom_rows(path: str | Path, spec: str) -> list[tuple[str, Any]]:
         raise UserError(
             f"data.custom_class: {spec} on {path}: {type(error).__name__}: {reason}"
         ) from error
-    return [(f"{path}: row {n}", row) for n, row in enumerate(rows, start=1)]
-
-
-def _json(line: str, location: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{location}: not JSON: {error.msg} at column {error.colno}") from None
-
-
-def _read_rows(path: Path) -> Iterable[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    raise UserError(f"{path}: unknown file type; expected .parquet or .jsonl")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    _require_file(path)
-    wanted = ("data_source", "prompt", "reward_model")
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            missing = [name for name in wanted if name not in names]
-            if missing:
-                raise UserError(f"{path}: no column {missing[0]!r}; found {', '.join(names)}")
-            rows = file.read(columns=list(wanted)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}") from None
-    return iter([(f"{path}: row {n}", row) for n, row in enumerate(rows, start=1)])
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"data file not found: {path}")
+    return numbered(rows, f"{path}:")
 
 
 def _messages(row: Row, location: str) -> tuple[Mapping[str, str], ...]:

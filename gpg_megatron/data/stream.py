@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Prompt
-
-
-class Stream(Protocol):
-    """Where training prompts come from."""
-
-    def take(self, n: int) -> list[Prompt]:
-        """The next n prompts."""
-
-    def state(self) -> dict[str, Any]:
-        """What restore() needs: integers, lists and dictionaries of strings."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where state() was taken. Raises UserError for a state of another run."""
-
-
-def open_stream(
-    prompts: Sequence[Prompt],
-    *,
-    per_file: Sequence[int],
-    weights: Sequence[float],
-    seed: int,
-    shuffle: bool,
-) -> Stream:
-    """One list of all prompts, or, with weights, a mix of the files.
-
-    Args:
-        per_file: how many of the prompts, which are in file order, each file gave.
-        weights: of each file; empty: no mix.
-
-    Raises:
-        UserError: a file of a mix gave no prompt.
-    """
-    if not weights:
-        return PromptStream(prompts, seed=seed, shuffle=shuffle)
-    starts = [sum(per_file[:i]) for i in range(len(per_file) + 1)]
-    return MixedStream(
-        [prompts[a:b] for a, b in pairwise(starts)], weights, seed=seed, shuffle=shuffle
-    )
 
 
 class PromptStream:
@@ -61,56 +25,56 @@ class PromptStream:
         self._prompts = tuple(prompts)
         self._seed = seed
         self._shuffle = shuffle
-        self._move_to(epoch=0, position=0)
+        self._order = lru_cache(maxsize=1)(self._make_order)
+        self.n_taken = 0
+        """Prompts taken since the beginning."""
 
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts."""
         assert n >= 0, n
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            if self._position == len(self._order):
-                self._move_to(epoch=self._epoch + 1, position=0)
-            end = min(len(self._order), self._position + n - len(taken))
-            taken += [self._prompts[i] for i in self._order[self._position : end]]
-            self._position = end
-        return taken
+        self.n_taken += n
+        places = (divmod(i, len(self._prompts)) for i in range(self.n_taken - n, self.n_taken))
+        return [self._prompts[self._order(epoch)[position]] for epoch, position in places]
 
-    def state(self) -> dict[str, int]:
-        """What restore() needs; plain integers."""
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "n_prompts": len(self._prompts),
-            "seed": self._seed,
-        }
+    def state(self) -> dict[str, Any]:
+        """What restore() needs, as plain JSON."""
+        epoch, position = divmod(self.n_taken, len(self._prompts))
+        return {"epoch": epoch, "position": position, **self._identity}
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where state() was taken.
 
         Raises:
-            UserError: the state belongs to another number of prompts or another seed.
+            UserError: the state belongs to other prompts, another order of them, or another seed.
         """
-        for key, here in (("n_prompts", len(self._prompts)), ("seed", self._seed)):
-            if state.get(key) != here:
+        for key, here in self._identity.items():
+            # Earlier versions saved neither shuffle nor digest.
+            if state.get(key, here if key in ("shuffle", "digest") else None) != here:
                 raise UserError(
                     f"the saved data position has {key}={state.get(key)}, this run {here}; "
-                    "expected the data files and the seed of the saved run"
+                    "expected the data files, data.shuffle and the seed of the saved run"
                 )
-        self._move_to(epoch=state["epoch"], position=state["position"])
+        self.n_taken = state["epoch"] * len(self._prompts) + state["position"]
 
-    @property
-    def n_taken(self) -> int:
-        """Prompts taken since the beginning."""
-        return self._epoch * len(self._prompts) + self._position
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What decides which prompts come, and in which order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for p in self._prompts:
+            digest.update(repr((p.id, p.token_ids, p.ground_truth, p.data_source)).encode())
+        return {
+            "n_prompts": len(self._prompts),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "digest": digest.hexdigest(),
+        }
 
-    def _move_to(self, *, epoch: int, position: int) -> None:
-        self._epoch = epoch
-        self._position = position
+    def _make_order(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))
         if self._shuffle:
             # A string seed is hashed with SHA-512: the same on every machine and Python.
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        self._order = order
+        return order
 
 
 class MixedStream:
@@ -140,10 +104,8 @@ class MixedStream:
         taken = [stream.n_taken for stream in self._streams]
         result: list[Prompt] = []
         for drawn in range(sum(taken), sum(taken) + n):
-            behind = [
-                share * (drawn + 1) - count
-                for share, count in zip(self._shares, taken, strict=True)
-            ]
+            counts = zip(self._shares, taken, strict=True)
+            behind = [share * (drawn + 1) - count for share, count in counts]
             chosen = behind.index(max(behind))
             result += self._streams[chosen].take(1)
             taken[chosen] += 1
@@ -173,3 +135,30 @@ class MixedStream:
             )
         for stream, part in zip(self._streams, files, strict=True):
             stream.restore(part)
+
+
+Stream = PromptStream | MixedStream
+
+
+def open_stream(
+    prompts: Sequence[Prompt],
+    *,
+    per_file: Sequence[int],
+    weights: Sequence[float],
+    seed: int,
+    shuffle: bool,
+) -> Stream:
+    """One list of all prompts, or, with weights, a mix of the files.
+
+    Args:
+        per_file: how many of the prompts, which are in file order, each file gave.
+        weights: of each file; empty: no mix.
+
+    Raises:
+        UserError: a file of a mix gave no prompt.
+    """
+    if not weights:
+        return PromptStream(prompts, seed=seed, shuffle=shuffle)
+    starts = [sum(per_file[:i]) for i in range(len(per_file) + 1)]
+    files = [prompts[a:b] for a, b in pairwise(starts)]
+    return MixedStream(files, weights, seed=seed, shuffle=shuffle)

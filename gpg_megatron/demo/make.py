@@ -62,7 +62,7 @@ def _fill(folder: Path, settings: DemoSettings) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from gpg_megatron.data import arithmetic
-    from gpg_megatron.data.schema import write_parquet
+    from gpg_megatron.data.schema import write_parquets
     from gpg_megatron.demo import model as demo_model
 
     disable_progress_bar()
@@ -76,8 +76,10 @@ def _fill(folder: Path, settings: DemoSettings) -> None:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     train = split.train[: settings.train_rows]
-    write_parquet(arithmetic.rows(TASK, "train", train), folder / "train.parquet")
-    write_parquet(arithmetic.rows(TASK, "test", split.test), folder / "test.parquet")
+    parts = {"train": train, "test": split.test}
+    write_parquets(
+        {folder / f"{name}.parquet": arithmetic.rows(TASK, name, x) for name, x in parts.items()}
+    )
     record = {
         "settings": dataclasses.asdict(settings),
         "pass_rate": demo_model.pass_rate(model, tokenizer, split.test),

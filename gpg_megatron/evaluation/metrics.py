@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, variance
 
 MAJORITY_DRAWS = 200
 """Subsets of k answers over which maj@k is averaged when k < n."""
@@ -23,18 +23,12 @@ class Estimate:
     """A mean over problems with its uncertainty."""
 
     value: float
+    low: float
+    """End of the 95 % confidence interval, at least 0."""
+    high: float
+    """End of it, at most 1."""
     half_width: float | None
-    """Of the 95 % confidence interval; None for a single problem."""
-
-    @property
-    def low(self) -> float:
-        """End of the interval, not below 0."""
-        return max(0.0, self.value - (self.half_width or 0.0))
-
-    @property
-    def high(self) -> float:
-        """End of the interval, not above 1."""
-        return min(1.0, self.value + (self.half_width or 0.0))
+    """Half the length of the interval; None for a single problem, which has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +42,33 @@ class Answers:
 
 
 def estimate(values_N: Sequence[float]) -> Estimate:
-    """Mean over problems, and 1.96 standard errors of it.
+    """Mean over problems, and Wilson's interval for it (Wilson 1927, JASA 22).
 
     The problems are taken as a sample of all problems of their kind, so that the n answers to
-    one problem count once, by their mean (Miller 2024, arXiv 2411.00640, section 2).
+    one problem count once, by their mean (Miller 2024, arXiv 2411.00640, section 2). Means that
+    differ less than single answers would tell as much as more problems with one answer each:
+    p (1 - p) over the squared standard error of the mean is their number.
+
+    Args:
+        values_N: within [0, 1].
     """
-    n = len(values_N)
-    width = Z95 * stdev(values_N) / math.sqrt(n) if n > 1 else None
-    return Estimate(value=fmean(values_N), half_width=width)
+    n, p = len(values_N), fmean(values_N)
+    if n == 1:
+        return Estimate(value=p, low=p, high=p, half_width=None)
+    spread = variance(values_N)
+    # With one answer to each problem this is n - 1: the spread is estimated.
+    effective = max(n - 1, n * p * (1 - p) / spread) if spread else n - 1
+    low, high = wilson(p, effective)
+    return Estimate(value=p, low=low, high=high, half_width=(high - low) / 2)
+
+
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """The 95 % confidence interval of a share p that was seen in n trials."""
+    z2 = Z95 * Z95 / n
+    middle = (p + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * (p * (1 - p) + z2 / 4)) / (1 + z2)
+    # At p = 0 and p = 1 the ends are 0 and 1 exactly, but for rounding.
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

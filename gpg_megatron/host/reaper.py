@@ -7,8 +7,8 @@
 
 A process belongs to a run when its environment carries GPG_RUN_ID=<run id>, or when it
 descends from one that does, or from the owner after the reaper started. At a normal end the
-owner calls cleanup_run. The reaper runs this file by its path, without site-packages: only
-the standard library may be imported here. Linux only: it reads /proc.
+owner calls cleanup_run. The reaper runs this file by its path, so that it stays small and does
+not depend on how the project was found: of packages only psutil may be imported here. Linux only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 RUN_ID_VARIABLE = "GPG_RUN_ID"
 SCRATCH_VARIABLE = "GPG_SCRATCH"
@@ -32,20 +35,11 @@ SHARED_MEMORY = Path("/dev/shm")
 SAMPLE_INTERVAL_S = 1.0
 TERM_GRACE_S = 3.0
 KILL_GRACE_S = 3.0
-_TRACKER = b"from multiprocessing.resource_tracker import main"
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+_TRACKER = "from multiprocessing.resource_tracker import main"
 _MAX_TEMP_PATH = 23
 """Ray puts Unix sockets 62 characters below the scratch folder; the kernel's limit is 107."""
 _SAMPLES_UNTIL_FOREIGN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process; the pair (pid, started) is never reused."""
-
-    pid: int
-    started: int
-    """Clock ticks after boot."""
-    parent: int
 
 
 @dataclass(slots=True)
@@ -53,56 +47,42 @@ class Sampler:
     """Remembers what belongs to one run: processes and the segments that they opened."""
 
     run_id: str
-    owner: Process | None = None
+    owner: psutil.Process | None = None
     """Its descendants belong to the run when they started after since."""
-    since: int = 0
-    members: set[tuple[int, int]] = field(default_factory=set)
-    """(pid, started)."""
+    since: float = 0.0
+    """Seconds since 1970, as all starts."""
+    members: set[tuple[int, float]] = field(default_factory=set)
+    """(pid, start): a pair that never comes again."""
     segments: set[str] = field(default_factory=set)
     """File names in /dev/shm."""
     _looked_at: dict[str, int] = field(default_factory=dict)
 
-    def sample(self) -> list[Process]:
+    def sample(self) -> list[psutil.Process]:
         """Look once; returns the living processes of the run."""
-        living = _living_processes()
-        alive = self._find_members(living)
-        self.members = {(p.pid, p.started) for p in alive}
-        names = {n for n in _segment_names() if n not in self.segments}
+        alive: dict[int, psutil.Process] = {}
+        for process in _living_processes():
+            if self._belongs(process, alive):
+                alive[process.pid] = process
+        self.members = {(p.pid, p.create_time()) for p in alive.values()}
+        names = _segment_names() - self.segments
         self._looked_at = {n: self._looked_at.get(n, 0) for n in names}
         if any(count < _SAMPLES_UNTIL_FOREIGN for count in self._looked_at.values()):
             self._looked_at = {n: count + 1 for n, count in self._looked_at.items()}
-            self.segments |= names & open_segments(p.pid for p in alive)
-        return alive
+            self.segments |= names & open_segments(alive)
+        return list(alive.values())
 
-    def _find_members(self, living: dict[int, Process]) -> list[Process]:
-        verdict: dict[int, bool] = {}
-
-        def belongs(process: Process) -> bool:
-            if process.pid not in verdict:
-                verdict[process.pid] = False
-                verdict[process.pid] = self._belongs(process, living, belongs)
-            return verdict[process.pid]
-
-        return [p for p in living.values() if belongs(p)]
-
-    def _belongs(
-        self,
-        process: Process,
-        living: dict[int, Process],
-        belongs: Callable[[Process], bool],
-    ) -> bool:
+    def _belongs(self, process: psutil.Process, older: dict[int, psutil.Process]) -> bool:
         """The mark in the environment decides; without one, descent does."""
-        if (process.pid, process.started) in self.members:
+        started, parent = process.create_time(), process.info["ppid"]
+        if (process.pid, started) in self.members:
             return True
-        prefix = f"{RUN_ID_VARIABLE}=".encode()
-        for entry in _read(process.pid, "environ").split(b"\0"):
-            if entry.startswith(prefix):
-                return entry == prefix + self.run_id.encode()
-        parent = living.get(process.parent)
-        if parent is None:
-            return False
-        own_child = self.owner is not None and parent.pid == self.owner.pid
-        return (own_child and process.started > self.since) or belongs(parent)
+        with suppress(psutil.Error, OSError):
+            mark = process.environ().get(RUN_ID_VARIABLE)
+            if mark is not None:
+                return bool(mark == self.run_id)
+        if self.owner is not None and parent == self.owner.pid and started > self.since:
+            return True
+        return parent in older
 
 
 def new_run_id() -> str:
@@ -126,7 +106,7 @@ def start_reaper(run_id: str) -> int:
     os.environ["SPT_NOENV"] = "1"
     os.environ[SCRATCH_VARIABLE] = str(scratch_directory(run_id))
     scratch_directory(run_id).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-I", "-S", __file__, run_id, str(os.getpid())]
+    command = [sys.executable, "-P", __file__, run_id, str(os.getpid())]
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
     return os.posix_spawn(command[0], command, os.environ, file_actions=quiet, setsid=True)
 
@@ -140,18 +120,15 @@ def cleanup_run(run_id: str) -> None:
     Raises:
         TimeoutError: a process outlived SIGKILL.
     """
-    sampler = _load(run_id)
-    living = _living_processes()
-    reapers = _reapers(run_id, living)
-    trackers = {
-        p.pid
-        for p in living.values()
-        if p.parent == os.getpid() and _TRACKER in _read(p.pid, "cmdline")
-    }
-    sweep(sampler, spare=_lineage(os.getpid(), living) | reapers | trackers)
-    for pid in reapers:
-        _signal(pid, signal.SIGKILL)
-        _collect(pid)
+    this = psutil.Process()
+    reapers = [p for p in _living_processes() if _words(p)[2:4] == [__file__, run_id]]
+    trackers = [p for p in this.children() if _is_tracker(p)]
+    spared = [this, *this.parents(), *trackers, *reapers]
+    sweep(_load(run_id), spare={p.pid for p in spared})
+    for reaper in reapers:
+        with suppress(psutil.Error):
+            reaper.kill()
+            reaper.wait(KILL_GRACE_S)
     shutil.rmtree(scratch_directory(run_id), ignore_errors=True)
 
 
@@ -163,11 +140,6 @@ def sweep(sampler: Sampler, spare: set[int]) -> None:
     Raises:
         TimeoutError: a process outlived SIGKILL.
     """
-
-    def targets(trackers: bool) -> list[int]:
-        alive = [p.pid for p in sampler.sample() if p.pid not in spare]
-        return [pid for pid in alive if trackers or _TRACKER not in _read(pid, "cmdline")]
-
     for number, trackers, grace_s in (
         (signal.SIGTERM, False, TERM_GRACE_S),
         (signal.SIGKILL, False, KILL_GRACE_S),
@@ -175,33 +147,37 @@ def sweep(sampler: Sampler, spare: set[int]) -> None:
         (signal.SIGKILL, True, KILL_GRACE_S),
     ):
         deadline = time.monotonic() + grace_s
-        signalled: set[int] = set()
-        while left := targets(trackers):
+        signalled: set[psutil.Process] = set()
+        while True:
+            alive = {p for p in sampler.sample() if p.pid not in spare}
+            left = {p for p in alive if trackers or not _is_tracker(p)}
             if number is not None:
-                for pid in set(left) - signalled:
-                    _signal(pid, number)
-                    signalled.add(pid)
-            if time.monotonic() > deadline:
+                for process in left - signalled:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
+                signalled |= left
+            if not left or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-    _unlink_segments(sampler.segments)
+    for name in (sampler.segments & _segment_names()) - open_segments(psutil.pids()):
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
     if left:
-        raise TimeoutError(f"processes {left} of run {sampler.run_id} outlived SIGKILL")
+        pids = [p.pid for p in left]
+        raise TimeoutError(f"processes {pids} of run {sampler.run_id} outlived SIGKILL")
 
 
 def watch(run_id: str, owner_pid: int) -> None:
     """The reaper's own loop: returns when the owner is dead and the run is swept."""
-    owner = _stat(owner_pid)
-    since = _stat(os.getpid())
-    assert since is not None
-    sampler = Sampler(run_id, owner=owner, since=since.started)
-    saved: tuple[set[tuple[int, int]], set[str]] = (set(), set())
-    while owner is not None and _is_alive(owner):
-        sampler.sample()
-        if (sampler.members, sampler.segments) != saved:
-            saved = (set(sampler.members), set(sampler.segments))
-            _save(sampler)
-        time.sleep(SAMPLE_INTERVAL_S)
+    sampler = Sampler(run_id, since=psutil.Process().create_time())
+    saved: tuple[set[tuple[int, float]], set[str]] = (set(), set())
+    with suppress(psutil.NoSuchProcess):
+        sampler.owner = owner = psutil.Process(owner_pid)
+        while owner.is_running() and owner.status() not in _ENDED:
+            sampler.sample()
+            if (sampler.members, sampler.segments) != saved:
+                saved = (set(sampler.members), set(sampler.segments))
+                _save(sampler)
+            time.sleep(SAMPLE_INTERVAL_S)
     sweep(sampler, spare={os.getpid()})
     shutil.rmtree(scratch_directory(run_id), ignore_errors=True)
 
@@ -221,50 +197,25 @@ def _load(run_id: str) -> Sampler:
     if not path.exists():
         return Sampler(run_id)
     data = json.loads(path.read_text())
-    members = {(pid, started) for pid, started in data["members"]}
-    return Sampler(run_id, members=members, segments=set(data["segments"]))
+    return Sampler(run_id, members=set(map(tuple, data["members"])), segments=set(data["segments"]))
 
 
-def _stat(pid: int) -> Process | None:
-    """None for a process that is gone or a zombie."""
-    # The name in parentheses may contain spaces and parentheses itself.
-    fields = _read(pid, "stat").rpartition(b")")[2].split()
-    if not fields or fields[0] in (b"Z", b"X"):
-        return None
-    return Process(pid=pid, started=int(fields[19]), parent=int(fields[1]))
+def _living_processes() -> list[psutil.Process]:
+    """No zombies; the oldest first, so that parents come before their children."""
+    found = psutil.process_iter(["ppid", "status", "create_time"])
+    living = (p for p in found if p.info["status"] not in _ENDED)
+    return sorted(living, key=lambda p: (p.create_time(), p.pid))
 
 
-def _is_alive(process: Process) -> bool:
-    """Its parent may change meanwhile: only pid and start time identify it."""
-    now = _stat(process.pid)
-    return now is not None and now.started == process.started
+def _words(process: psutil.Process) -> list[str]:
+    """The command line; empty when the process is gone or not ours to look at."""
+    with suppress(psutil.Error):
+        return list(process.cmdline())
+    return []
 
 
-def _read(pid: int, name: str) -> bytes:
-    """Empty when the process is gone or not ours to look at."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return b""
-
-
-def _living_processes() -> dict[int, Process]:
-    found = (_stat(int(name)) for name in os.listdir("/proc") if name.isdigit())
-    return {process.pid: process for process in found if process is not None}
-
-
-def _lineage(pid: int, living: dict[int, Process]) -> set[int]:
-    """The process and its ancestors."""
-    line: set[int] = set()
-    while pid in living and pid not in line:
-        line.add(pid)
-        pid = living[pid].parent
-    return line
-
-
-def _reapers(run_id: str, living: dict[int, Process]) -> set[int]:
-    wanted = (os.fsencode(__file__), run_id.encode())
-    return {pid for pid in living if tuple(_read(pid, "cmdline").split(b"\0")[3:5]) == wanted}
+def _is_tracker(process: psutil.Process) -> bool:
+    return any(_TRACKER in word for word in _words(process))
 
 
 def _segment_names() -> set[str]:
@@ -278,49 +229,18 @@ def open_segments(pids: Iterable[int]) -> set[str]:
     """
     inodes: set[int] = set()
     for pid in pids:
-        inodes |= _mapped_inodes(pid) | _open_inodes(pid)
+        # The process or a descriptor of it may be gone, or not ours to look at.
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                columns = line.split(maxsplit=5)
+                if len(columns) == 6 and columns[5].startswith(f"{SHARED_MEMORY}/"):
+                    inodes.add(int(columns[4]))
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                if os.readlink(entry.path).startswith(f"{SHARED_MEMORY}/"):
+                    inodes.add(os.stat(entry.path).st_ino)
     if not inodes:
         return set()
     return {entry.name for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
-
-
-def _mapped_inodes(pid: int) -> set[int]:
-    prefix = os.fsencode(SHARED_MEMORY) + b"/"
-    columns = (line.split(maxsplit=5) for line in _read(pid, "maps").splitlines())
-    return {int(c[4]) for c in columns if len(c) == 6 and c[5].startswith(prefix)}
-
-
-def _open_inodes(pid: int) -> set[int]:
-    inodes = set()
-    try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            if os.readlink(entry.path).startswith(f"{SHARED_MEMORY}/"):
-                inodes.add(os.stat(entry.path).st_ino)
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return inodes  # the process or the descriptor is gone, or not ours to look at
-    return inodes
-
-
-def _unlink_segments(names: set[str]) -> None:
-    in_use = open_segments(_living_processes())
-    for name in names & _segment_names():
-        if name not in in_use:
-            (SHARED_MEMORY / name).unlink(missing_ok=True)
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _collect(pid: int) -> None:
-    """Wait for a killed child, so that no zombie is left; nothing when it is not our child."""
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        return
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Loading, saving and moving weights all intersect boxes; nobody does head arithme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,10 +34,7 @@ class Box:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for start, stop in self.ranges:
-            count *= stop - start
-        return count
+        return math.prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:

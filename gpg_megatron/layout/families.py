@@ -7,8 +7,10 @@ and of Transformer Engine's fused modules are both listed; they mean the same te
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import (
@@ -57,136 +59,83 @@ class Rule:
         return not self.pattern.startswith("embedding.")
 
 
-_LAYER = "decoder.layers.{}."
-_HF = "model.layers.{}."
-_EXPERT = _LAYER + "mlp.experts."
-_HF_EXPERT = _HF + "mlp.experts.{}."
-_SHARED = _LAYER + "mlp.shared_experts."
-_HF_SHARED = _HF + "mlp.shared_expert."
+def _row(megatron: str, hf: str, layout: Layout, dims: str, prefixes: tuple[str, str]) -> Rule:
+    megatron_prefix, hf_prefix = prefixes
+    return Rule(
+        tuple(megatron_prefix + name for name in megatron.split()),
+        tuple(hf_prefix + name for name in hf.split()),
+        layout,
+        tuple(dims.split()),
+    )
 
 
-def _gate_and_up(prefix: str) -> tuple[str, ...]:
-    return (prefix + "gate_proj.weight", prefix + "up_proj.weight")
-
+_once = partial(_row, prefixes=("", ""))
+_layer = partial(_row, prefixes=("decoder.layers.{}.", "model.layers.{}."))
+_attention = partial(
+    _row, prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.self_attn.")
+)
+_shared = partial(
+    _row, prefixes=("decoder.layers.{}.mlp.shared_experts.", "model.layers.{}.mlp.shared_expert")
+)
 
 _COMMON = (
-    Rule(
-        ("embedding.word_embeddings.weight",),
-        ("model.embed_tokens.weight",),
-        vocab_rows,
-        ("vocab", "hidden"),
+    _once(
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab_rows, "vocab hidden"
     ),
-    Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), replicated, ("hidden",)),
-    Rule(
-        (
-            _LAYER + "input_layernorm.weight",
-            _LAYER + "self_attention.linear_qkv.layer_norm_weight",
-        ),
-        (_HF + "input_layernorm.weight",),
-        replicated,
-        ("hidden",),
+    _once("decoder.final_layernorm.weight", "model.norm.weight", replicated, "hidden"),
+    _layer(
+        "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
+        "input_layernorm.weight", replicated, "hidden",
     ),
-    Rule(
-        (_LAYER + "self_attention.linear_qkv.weight",),
-        tuple(f"{_HF}self_attn.{x}_proj.weight" for x in "qkv"),
-        qkv_rows,
-        ("qkv", "hidden"),
+    _attention(
+        "linear_qkv.weight", "q_proj.weight k_proj.weight v_proj.weight", qkv_rows, "qkv hidden"
     ),
-    Rule(
-        (_LAYER + "self_attention.linear_proj.weight",),
-        (_HF + "self_attn.o_proj.weight",),
-        columns,
-        ("hidden", "q"),
-    ),
+    _attention("linear_proj.weight", "o_proj.weight", columns, "hidden q"),
+)  # fmt: skip
+_QKV_BIAS = (_attention("linear_qkv.bias", "q_proj.bias k_proj.bias v_proj.bias", qkv_rows, "qkv"),)
+_QK_NORM = (
+    _attention("q_layernorm.weight", "q_norm.weight", replicated, "head"),
+    _attention("k_layernorm.weight", "k_norm.weight", replicated, "head"),
 )
 _DENSE_MLP = (
-    Rule(
-        (_LAYER + "pre_mlp_layernorm.weight", _LAYER + "mlp.linear_fc1.layer_norm_weight"),
-        (_HF + "post_attention_layernorm.weight",),
-        replicated,
-        ("hidden",),
+    _layer(
+        "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
+        "post_attention_layernorm.weight", replicated, "hidden",
     ),
-    Rule(
-        (_LAYER + "mlp.linear_fc1.weight",),
-        _gate_and_up(_HF + "mlp."),
-        gated_rows,
-        ("gate_and_up", "hidden"),
+    _layer(
+        "mlp.linear_fc1.weight",
+        "mlp.gate_proj.weight mlp.up_proj.weight", gated_rows, "gate_and_up hidden",
     ),
-    Rule(
-        (_LAYER + "mlp.linear_fc2.weight",),
-        (_HF + "mlp.down_proj.weight",),
-        columns,
-        ("hidden", "ffn"),
-    ),
-)
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", columns, "hidden ffn"),
+)  # fmt: skip
 _MOE_MLP = (
-    Rule(
-        (_LAYER + "pre_mlp_layernorm.weight",),
-        (_HF + "post_attention_layernorm.weight",),
-        replicated,
-        ("hidden",),
+    _layer(
+        "pre_mlp_layernorm.weight", "post_attention_layernorm.weight", replicated, "hidden"
     ),
-    Rule(
-        (_LAYER + "mlp.router.weight",),
-        (_HF + "mlp.gate.weight",),
-        replicated,
-        ("experts", "hidden"),
+    _layer("mlp.router.weight", "mlp.gate.weight", replicated, "experts hidden"),
+    _layer(
+        "mlp.experts.local_experts.{}.linear_fc1.weight mlp.experts.linear_fc1.weight{}",
+        "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
+        gated_rows, "expert_gate_and_up hidden",
     ),
-    Rule(
-        (_EXPERT + "local_experts.{}.linear_fc1.weight", _EXPERT + "linear_fc1.weight{}"),
-        _gate_and_up(_HF_EXPERT),
-        gated_rows,
-        ("expert_gate_and_up", "hidden"),
+    _layer(
+        "mlp.experts.local_experts.{}.linear_fc2.weight mlp.experts.linear_fc2.weight{}",
+        "mlp.experts.{}.down_proj.weight", columns, "hidden expert_ffn",
     ),
-    Rule(
-        (_EXPERT + "local_experts.{}.linear_fc2.weight", _EXPERT + "linear_fc2.weight{}"),
-        (_HF_EXPERT + "down_proj.weight",),
-        columns,
-        ("hidden", "expert_ffn"),
-    ),
-)
+)  # fmt: skip
 _SHARED_EXPERT = (
-    Rule(
-        (_SHARED + "gate_weight",),
-        (_HF + "mlp.shared_expert_gate.weight",),
-        replicated,
-        ("one", "hidden"),
+    _shared("gate_weight", "_gate.weight", replicated, "one hidden"),
+    _shared(
+        "linear_fc1.weight",
+        ".gate_proj.weight .up_proj.weight", gated_rows, "shared_gate_and_up hidden",
     ),
-    Rule(
-        (_SHARED + "linear_fc1.weight",),
-        _gate_and_up(_HF_SHARED),
-        gated_rows,
-        ("shared_gate_and_up", "hidden"),
-    ),
-    Rule(
-        (_SHARED + "linear_fc2.weight",),
-        (_HF_SHARED + "down_proj.weight",),
-        columns,
-        ("hidden", "shared_ffn"),
-    ),
-)
-_QKV_BIAS = (
-    Rule(
-        (_LAYER + "self_attention.linear_qkv.bias",),
-        tuple(f"{_HF}self_attn.{x}_proj.bias" for x in "qkv"),
-        qkv_rows,
-        ("qkv",),
-    ),
-)
-_QK_NORM = tuple(
-    Rule(
-        (f"{_LAYER}self_attention.{x}_layernorm.weight",),
-        (f"{_HF}self_attn.{x}_norm.weight",),
-        replicated,
-        ("head",),
-    )
-    for x in "qk"
-)
+    _shared("linear_fc2.weight", ".down_proj.weight", columns, "hidden shared_ffn"),
+)  # fmt: skip
 # Under pipeline parallelism the last stage of a tied model holds a copy of the embedding.
 _TIED_HEAD = (
-    Rule(("output_layer.weight",), ("model.embed_tokens.weight",), vocab_rows, ("vocab", "hidden")),
+    _once("output_layer.weight", "model.embed_tokens.weight", vocab_rows, "vocab hidden"),
 )
-_HEAD = (Rule(("output_layer.weight",), ("lm_head.weight",), vocab_rows, ("vocab", "hidden")),)
+_HEAD = (_once("output_layer.weight", "lm_head.weight", vocab_rows, "vocab hidden"),)
 
 
 def rules_of(model: ModelShape) -> tuple[Rule, ...]:
@@ -224,6 +173,9 @@ def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
     return sizes
 
 
+_NUMBERS = re.compile(r"(?<=decoder\.layers\.)\d+|(?<=local_experts\.)\d+|(?<=\.weight)\d+$")
+
+
 def pieces_of(name: str, shard: Shard, model: ModelShape) -> list[Piece]:
     """What one Megatron parameter shard holds, in Hugging Face coordinates.
 
@@ -233,7 +185,8 @@ def pieces_of(name: str, shard: Shard, model: ModelShape) -> list[Piece]:
     Raises:
         UserError: no row of the table names this parameter.
     """
-    pattern, numbers = _split_numbers(name)
+    # ("decoder.layers.{}.x", ["7"]) for "decoder.layers.7.x"
+    pattern, numbers = _NUMBERS.sub("{}", name), _NUMBERS.findall(name)
     for rule in rules_of(model):
         if pattern in rule.megatron:
             return rule.layout([hf.format(*numbers) for hf in rule.hf], shard, model)
@@ -245,16 +198,6 @@ def pieces_of(name: str, shard: Shard, model: ModelShape) -> list[Piece]:
 
 def numberings(rule: Rule, model: ModelShape) -> Iterator[tuple[int, ...]]:
     """The layer and expert numbers under which a row of the table exists."""
-    layers: Iterable[int] = range(model.num_layers) if rule.per_layer else ()
-    if rule.per_expert:
-        yield from ((layer, e) for layer in layers for e in range(model.num_experts))
-    else:
-        yield from ((layer,) for layer in layers) if rule.per_layer else [()]
-
-
-_NUMBERS = re.compile(r"(?<=decoder\.layers\.)\d+|(?<=local_experts\.)\d+|(?<=\.weight)\d+$")
-
-
-def _split_numbers(name: str) -> tuple[str, list[str]]:
-    """("decoder.layers.{}.x", ["7"]) for "decoder.layers.7.x"; [] without a layer."""
-    return _NUMBERS.sub("{}", name), _NUMBERS.findall(name)
+    layers = [range(model.num_layers)] if rule.per_layer else []
+    experts = [range(model.num_experts)] if rule.per_expert else []
+    return product(*layers, *experts)

@@ -141,17 +141,18 @@ def parameters(
 
 def local_shapes(model: ModelShape, grid: PolicyGrid, rank: int) -> dict[str, tuple[int, ...]]:
     """Global name -> shard shape of every parameter that a rank must have."""
-    result = {}
-    dp, pp = rank // grid.tp_size % grid.dp_size, rank // (grid.tp_size * grid.dp_size)
-    for parameter in parameters(model, grid):
-        if parameter.stage != pp:
-            continue
-        if parameter.expert is not None:
-            local_experts = model.num_experts // grid.ep_size
-            if parameter.expert // local_experts != dp % grid.ep_size:
-                continue
-        result[parameter.name] = _shard_shape(parameter, grid.tp_size)
-    return result
+    return {
+        parameter.name: _shard_shape(parameter, grid.tp_size)
+        for parameter in parameters(model, grid)
+        if rank in grid.holders(parameter.stage, None, _expert_position(parameter, model, grid))
+    }
+
+
+def _expert_position(parameter: Parameter, model: ModelShape, grid: PolicyGrid) -> int | None:
+    """The expert-parallel position that has it; None: all of them."""
+    if parameter.expert is None:
+        return None
+    return parameter.expert // (model.num_experts // grid.ep_size)
 
 
 def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]:
@@ -166,9 +167,7 @@ def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]
     for parameter in parameters(model, grid):
         rule = parameter.rule
         copies = rule.layout is replicated
-        ep = None
-        if parameter.expert is not None:
-            ep = parameter.expert // (model.num_experts // grid.ep_size)
+        ep = _expert_position(parameter, model, grid)
         names = dict(zip(rule.hf, parameter.hf_names, strict=True))
         for tp in range(1 if copies else grid.tp_size):
             key = (rule.pattern, tp)

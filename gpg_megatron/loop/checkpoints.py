@@ -207,4 +207,5 @@ def check_bytes(directory: Path, marker: Marker) -> None:
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:
     """What RunCheckpoints.save was given."""
-    return json.loads((directory / TRAINER_STATE).read_text())
+    state: dict[str, Any] = json.loads((directory / TRAINER_STATE).read_text())
+    return state

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.observe.watchdog import Watchdog
-from gpg_megatron.placement.states import Action, Load, Offload, Sleep
+from gpg_megatron.placement.states import Action, Load, Offload, Sleep, Wake
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.rollout.fleet import Fleet
 
@@ -48,7 +48,7 @@ class Handover:
             # An engine's worker shares its GPU with some rank, not with rank 0.
             dist.barrier(group=self._group)
 
-    def _tell_engines(self, action: Action) -> None:
+    def _tell_engines(self, action: Sleep | Wake) -> None:
         assert self._fleet is not None
         if isinstance(action, Sleep):
             self._fleet.sleep(action.level)

@@ -11,6 +11,7 @@ from gpg_megatron.checkpoint.resume import check_marker
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.prompts import load_prompts
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.lock import check_free
 from gpg_megatron.layout.hf_io import check_checkpoint
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
@@ -32,7 +33,7 @@ class Inputs:
 
 
 def check_output(config: Config) -> None:
-    """The run directory can be made. Nothing is written yet.
+    """The run directory can be made, and no other run is in it. Nothing is written yet.
 
     Raises:
         UserError
@@ -43,6 +44,7 @@ def check_output(config: Config) -> None:
         raise UserError(f"trainer.output_dir {path}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"trainer.output_dir {path}: {parent} is not writable")
+    check_free(path)
 
 
 def is_converted(config: Config) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gpg_megatron.algorithm.advantages import AdvantageStats, assign_advantages
 from gpg_megatron.batching.updates import BatchPlan, make_batches
 from gpg_megatron.bridge.bridge import WeightBridge
-from gpg_megatron.config.sections import AlgorithmConfig
+from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.checkpoints import RunCheckpoints
 from gpg_megatron.loop.guard import Guard

@@ -20,30 +20,23 @@ N_COLORS = 6
 # Stand-ins that are replaced in the SVG text, since matplotlib only takes real colours.
 _INK = "#010101"
 _SERIES = tuple(f"#0101f{i}" for i in range(N_COLORS))
-_MAX_BARS = 80
 _STYLE: dict[Any, Any] = {
+    **{
+        f"{what}color": _INK
+        for what in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")
+    },
     "svg.fonttype": "none",
-    "font.size": 9.0,
-    "axes.labelsize": 9.0,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _INK,
-    "grid.alpha": 0.13,
-    "grid.linewidth": 0.6,
-    "axes.linewidth": 0.6,
+    "font.size": 8.5,
+    "lines.linewidth": 1.6,
     "axes.grid": True,
+    "grid.alpha": 0.13,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.limits": (-3, 5),
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
 }
 
 
@@ -67,13 +60,10 @@ def chart_svg(steps: Sequence[int], panels: Sequence[Panel], name: str) -> str:
     `name` keeps the element ids of several charts on a page apart.
     """
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-        FigureCanvasSVG(figure)
-        figure.patch.set_alpha(0.0)
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, panel in zip(axes, panels, strict=True):
             _draw(ax, steps, panel)
@@ -85,12 +75,17 @@ def chart_svg(steps: Sequence[int], panels: Sequence[Panel], name: str) -> str:
 
 
 def _draw(ax: Axes, steps: Sequence[int], panel: Panel) -> None:
-    ax.patch.set_alpha(0.0)
     ax.set_ylabel(panel.label)
-    if panel.kind == "stack":
-        _draw_stack(ax, steps, panel.series)
-    else:
-        for (name, values), color in zip(panel.series.items(), cycle(_SERIES), strict=False):
+    edges = [*(step - 0.5 for step in steps), steps[-1] + 0.5]
+    bottom = [0.0] * len(steps)
+    for (name, values), color in zip(panel.series.items(), cycle(_SERIES), strict=False):
+        if panel.kind == "stack":
+            top = [
+                b + (v if math.isfinite(v) else 0.0) for b, v in zip(bottom, values, strict=True)
+            ]
+            ax.stairs(top, edges, baseline=bottom, fill=True, color=color, label=name)
+            bottom = top
+        else:
             _draw_line(ax, steps, values, color, name)
     positive = any(v > 0 for values in panel.series.values() for v in values)
     if panel.kind == "log" and positive:
@@ -118,26 +113,9 @@ def _draw_line(
     )
 
 
-def _draw_stack(ax: Axes, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:
-    layers = {name: [v if math.isfinite(v) else 0.0 for v in vs] for name, vs in series.items()}
-    if len(steps) > _MAX_BARS:
-        ax.stackplot(steps, *layers.values(), labels=list(layers), colors=_SERIES)
-        return
-    bottom = [0.0] * len(steps)
-    for (name, values), color in zip(layers.items(), _SERIES[: len(layers)], strict=True):
-        ax.bar(steps, values, bottom=bottom, width=0.85, color=color, label=name)
-        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
-
-
 def _themed(svg: str) -> str:
-    """Only the <svg> element, sized by the page, with the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    """Only the <svg> element, with the page's colours."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     # Group ids (figure_1, axes_1 ...) repeat from chart to chart and nothing refers to them.
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace(_INK, "currentColor")
-    for i, color in enumerate(_SERIES):
-        svg = svg.replace(color, f"var(--c{i})")
-    return svg
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(_INK, "currentColor")
+    return re.sub(r"#0101f(\d)", r"var(--c\1)", svg)

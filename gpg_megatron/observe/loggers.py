@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 
 from gpg_megatron.config.sections import LoggingConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
+from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -64,8 +65,21 @@ class RunLogger:
         path = self._dir / "metrics.jsonl"
         _drop_torn_line(path)
         self._metrics = path.open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(self._dir) if config.tensorboard else None
-        self._wandb = _open_wandb(self._dir, config, config_yaml_text) if config.wandb else None
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._dir / "tensorboard"))
+        if config.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.wandb_project,
+                name=self._dir.resolve().name,
+                dir=str(self._dir),
+                config=yaml.safe_load(config_yaml_text),
+            )
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Append one step to every log. Values that are not finite become null."""
@@ -91,9 +105,9 @@ class RunLogger:
             return
         by_place = {(sample.group, sample.index): sample for sample in samples}
         rows = (
-            _rollout_row(step, group, place, by_place[g, group.completions[place].index])
+            _rollout_row(step, group.prompt, completion, reward, by_place[g, completion.index])
             for g, group in enumerate(groups)
-            for place in range(len(group.completions))
+            for completion, reward in zip(group.completions, group.rewards, strict=True)
         )
         path = self._dir / "rollouts" / f"step_{step}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -121,40 +135,20 @@ def _finite(value: Value) -> Value:
 def _drop_torn_line(path: Path) -> None:
     """Cut off what a run that was killed while writing left after the last line break."""
     if path.exists():
-        content = path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            path.write_bytes(content[:complete])
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def _open_tensorboard(directory: Path) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory / "tensorboard"))
-
-
-def _open_wandb(directory: Path, config: LoggingConfig, config_yaml_text: str) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=config.wandb_project,
-        name=directory.resolve().name,
-        dir=str(directory),
-        config=yaml.safe_load(config_yaml_text),
-    )
-
-
-def _rollout_row(step: int, group: ScoredGroup, place: int, sample: TrainSample) -> dict[str, Any]:
-    completion: Completion = group.completions[place]
-    reward = group.rewards[place]
+def _rollout_row(
+    step: int, prompt: Prompt, completion: Completion, reward: Reward, sample: TrainSample
+) -> dict[str, Any]:
     return {
         "step": step,
         "group": sample.group,
         "index": sample.index,
-        "prompt_id": group.prompt.id,
-        "prompt": _prompt_text(group.prompt),
+        "prompt_id": prompt.id,
+        "prompt": _prompt_text(prompt),
         "response": completion.text,
-        "ground_truth": group.prompt.ground_truth,
+        "ground_truth": prompt.ground_truth,
         "reward": _finite(reward.score),
         "accuracy": _finite(reward.accuracy),
         "parts": {part: _finite(value) for part, value in reward.parts.items()},

@@ -3,7 +3,9 @@ memory_metrics, which asks the operating system."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from statistics import fmean
 
 import psutil
@@ -65,18 +67,13 @@ def memory_metrics(pids: Iterable[int] = ()) -> dict[str, float]:
     all their descendants, each counted once. Processes that have ended count as 0; pages
     that processes share count in each of them.
     """
-    processes: dict[int, psutil.Process] = {}
-    for pid in (psutil.Process().pid, *pids):
-        try:
+    processes: set[psutil.Process] = set()
+    for pid in (os.getpid(), *pids):
+        with suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
-            processes |= {p.pid: p for p in (root, *root.children(recursive=True))}
-        except psutil.NoSuchProcess:
-            continue
-    return {"memory/rss_gb": sum(map(_rss, processes.values())) / GIGABYTE}
-
-
-def _rss(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+            processes |= {root, *root.children(recursive=True)}
+    n_bytes = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            n_bytes += process.memory_info().rss
+    return {"memory/rss_gb": n_bytes / GIGABYTE}

@@ -1,17 +1,14 @@
-"""The report page, with $placeholders for what report.py fills in."""
+"""The report page, a Jinja template that report.py fills in."""
 
 from __future__ import annotations
 
-from string import Template
-
-PAGE = Template(
-    """\
+PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title - GPG run</title>
+<title>{{ title }} - GPG run</title>
 <style>
 :root {
   color-scheme: light dark;
@@ -68,18 +65,57 @@ details table { margin-bottom: 6px; }
 </head>
 <body>
 <main>
-<h1>$title</h1>
-<p>GPG training run · $subtitle</p>
-<div class="tiles">$tiles</div>
+<h1>{{ title }}</h1>
+<p>GPG training run · {{ subtitle }}</p>
+<div class="tiles">
+{% for value, label, remark in tiles %}
+<div class=tile><b>{{ value }}</b><span>{{ label }}</span><small>{{ remark }}</small></div>
+{% endfor %}
+</div>
 <h2>How it went</h2>
-<div class="charts">$charts</div>
+<div class="charts">
+{% for title, remark, svg in charts %}
+<figure aria-label="{{ title }}"><h3>{{ title }}</h3><p>{{ remark }}</p>{{ svg | safe }}</figure>
+{% endfor %}
+</div>
 <h2>Completions of the first and the last step</h2>
-<div class="table">$samples</div>
+{% if samples %}
+<div class="table"><table>
+<thead><tr><th>step</th><th>prompt</th><th>truth</th><th>response</th><th>verdict</th>
+<th class=n>advantage</th></tr></thead>
+{% for rows in samples %}
+{% for row in rows %}
+<tr>
+{% if loop.first %}
+<td rowspan={{ rows | length }}>{{ row.step }}</td>
+<td rowspan={{ rows | length }}><pre>{{ row.prompt }}</pre></td>
+<td rowspan={{ rows | length }}><pre>{{ row.ground_truth }}</pre></td>
+{% endif %}
+<td><pre>{{ row.response }}</pre></td>
+<td class={{ "right" if row.accuracy == 1 else "wrong" }}>
+{{- "✓ right" if row.accuracy == 1 else "✗ wrong" }}
+{%- if row.reward != row.accuracy %} ({{ row.reward | number }}){% endif %}</td>
+<td class=n>{{ row.advantage | number }}</td>
+</tr>
+{% endfor %}
+{% endfor %}
+</table></div>
+{% else %}
+<p>No completions were written (logging.rollout_samples is 0).</p>
+{% endif %}
 <h2>Details</h2>
-<details><summary>All metrics</summary>$metrics</details>
-<details><summary>Configuration</summary><pre>$config</pre></details>
+<details><summary>All metrics</summary>
+<table><thead><tr><th>metric</th>
+{% for name in ("first", "last", "min", "max") %}<th class=n>{{ name }}</th>{% endfor %}
+</tr></thead>
+{% for key, values in metrics %}
+<tr><td><code>{{ key }}</code></td>
+{% for value in values %}<td class=n>{{ value | number }}</td>{% endfor %}
+</tr>
+{% endfor %}
+</table></details>
+<details><summary>Configuration</summary><pre>{{ config }}</pre></details>
 </main>
 </body>
 </html>
 """
-)

@@ -57,19 +57,12 @@ class Progress:
     Args:
         total_steps: steps of the whole run.
         stream: where it is printed; None: stdout.
-        is_terminal: None: ask the stream.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        stream: TextIO | None = None,
-        is_terminal: bool | None = None,
-    ) -> None:
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total_steps = total_steps
         self._stream = stream or sys.stdout
-        on_terminal = self._stream.isatty() if is_terminal is None else is_terminal
-        self._bar = _make_bar(self._stream) if on_terminal else None
+        self._bar = _make_bar(self._stream) if self._stream.isatty() else None
         self._task: rich.progress.TaskID | None = None
 
     def message(self, text: str) -> None:
@@ -99,15 +92,13 @@ class Progress:
 
 
 def _make_bar(stream: TextIO) -> rich.progress.Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich import console, progress
 
-    return Bar(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[figures]}", markup=False),
-        TimeRemainingColumn(compact=True),
-        console=Console(file=stream, force_terminal=True),
+    return progress.Progress(
+        "{task.description}",
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.fields[figures]}", markup=False),
+        progress.TimeRemainingColumn(compact=True),
+        console=console.Console(file=stream, force_terminal=True),
     )

@@ -39,10 +39,11 @@ def read_metrics(output_dir: Path) -> list[Row]:
 
 def read_rollouts(output_dir: Path) -> dict[int, list[Row]]:
     """Step -> rows of rollouts/step_N.jsonl, for the first and the last step that has them."""
-    paths: dict[int, Path] = {}
-    for path in (output_dir / "rollouts").glob("step_*.jsonl"):
-        if found := re.fullmatch(r"step_(\d+)", path.stem):
-            paths[int(found[1])] = path
+    paths = {
+        int(found[1]): path
+        for path in (output_dir / "rollouts").glob("step_*.jsonl")
+        if (found := re.fullmatch(r"step_(\d+)", path.stem))
+    }
     ends = sorted({min(paths), max(paths)}) if paths else []
     return {step: _read_jsonl(paths[step]) for step in ends}
 

@@ -79,16 +79,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(self._limit_s / 4, 1.0)):
             for phases in list(self._threads.values()):
-                self._look_at(phases)
-
-    def _look_at(self, phases: _Phases) -> None:
-        now, running = time.monotonic(), phases.open
-        if not running or now - max(phases.said, phases.progress) < self._limit_s:
-            return
-        phases.said = now
-        name, start = running[-1]
-        print(
-            f"[rank {self._rank}] {name} has been running for {now - start:.0f} s",
-            file=self._stream or sys.stderr,
-            flush=True,
-        )
+                now, running = time.monotonic(), phases.open
+                if not running or now - max(phases.said, phases.progress) < self._limit_s:
+                    continue
+                phases.said = now
+                name, start = running[-1]
+                line = f"[rank {self._rank}] {name} has been running for {now - start:.0f} s"
+                print(line, file=self._stream or sys.stderr, flush=True)

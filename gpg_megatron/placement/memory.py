@@ -140,10 +140,10 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
     whole = 2 * (FP32 + 2 * item) * shape.hidden_size + 4 * item * d + 2 * FP32
     whole //= sequence_shares(config)
     attention = item * (4 * heads + 3 * kv_heads) * d + FP32 * heads
-    if shape.moe is None:
-        return whole + (attention + item * 5 * shape.ffn_size) // t
-    ffn = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
-    copies = shape.moe.experts_per_token * shape.hidden_size
+    ffn, copies = shape.ffn_size, 0
+    if shape.moe is not None:
+        ffn = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
+        copies = shape.moe.experts_per_token * shape.hidden_size
     return whole + (attention + item * (5 * ffn + copies)) // t
 
 
@@ -162,11 +162,8 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
     share = responses / (config.data.max_prompt_length + responses)
     tokens = p.max_tokens_per_micro_batch / p.context_parallel_size
     chunk = max(1, p.logits_chunk_mb * MIB // (FP32 * rows))
-    return (
-        min(math.ceil(tokens * share), chunk)
-        * rows
-        * (DTYPES[config.model.dtype].itemsize + 2 * FP32)
-    )
+    of_each = DTYPES[config.model.dtype].itemsize + 2 * FP32
+    return min(math.ceil(tokens * share), chunk) * rows * of_each
 
 
 def micro_batches_per_update(config: Config) -> int:

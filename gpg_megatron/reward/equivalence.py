@@ -1,7 +1,8 @@
 """Equivalence of mathematical expressions with the library math-verify (on sympy).
 
-What the strings do not decide is parsed and compared symbolically. That may take any time and
-memory: the scoring process is killed when it does, so the library's own alarms are off.
+It is asked where our own comparison knows neither that two answers are equal nor that they
+differ. That may take any time and memory: the scoring process is killed when it does, so the
+library's own alarms are off.
 """
 
 from __future__ import annotations
@@ -15,25 +16,37 @@ from gpg_megatron.reward import mathematics
 
 TAIL = 500
 """Characters at the end of a response without a box in which an expression is looked for."""
+DIGITS = 12
+"""To which the library compares what it cannot compare exactly; its own default of 6 makes all
+small numbers equal."""
 
 
 def prepare() -> None:
     """Import the library and use it once, so that no answer pays for that."""
-    equivalent("\\boxed{\\frac{1}{2}}", "0.5")
+    equivalent("\\boxed{(x+1)^2}", "x^2+2x+1")
 
 
 def equivalent(response: str, ground_truth: str) -> bool:
     """Whether the last box of the response (or, without one, its end) means the ground truth."""
+    boxed = last_boxed(response)
+    if boxed is None:
+        return _by_library(response[-TAIL:], ground_truth)
+    known = mathematics.compare(boxed, ground_truth)
+    if known is not None:
+        return known
+    if mathematics.says_more(boxed) or mathematics.says_more(ground_truth):
+        return False
+    return _by_library(f"\\boxed{{{boxed}}}", ground_truth)
+
+
+def _by_library(text: str, ground_truth: str) -> bool:
     from math_verify import verify
 
-    boxed = last_boxed(response)
-    if boxed is not None:
-        if mathematics.equal(boxed, ground_truth):
-            return True
-        if not boxed or len(boxed) > mathematics.MAX_ANSWER:
-            return False
-    target = _parse(f"\\boxed{{{boxed}}}" if boxed else response[-TAIL:])
-    return bool(target and verify(_truth(ground_truth), target, timeout_seconds=None))
+    target = _parse(text)
+    if not target:
+        return False
+    truth = _truth(ground_truth)
+    return bool(verify(truth, target, float_rounding=DIGITS, timeout_seconds=None))
 
 
 @functools.lru_cache(maxsize=1024)

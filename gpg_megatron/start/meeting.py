@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
 
 from gpg_megatron.errors import UserError
 
@@ -94,7 +93,7 @@ class Meeting:
         Raises:
             UserError: the port cannot be opened, or host 0 does not answer.
         """
-        from torch.distributed import DistError, TCPStore
+        from torch.distributed import DistError, PrefixStore, TCPStore
 
         self._hosts = hosts
         self._limit_s = join_timeout_s
@@ -105,7 +104,7 @@ class Meeting:
         if hosts.rank:
             self._wait_for_port()
         try:
-            self._store: Any = TCPStore(
+            store = TCPStore(
                 hosts.address,
                 hosts.port,
                 is_master=hosts.rank == 0,
@@ -117,6 +116,7 @@ class Meeting:
         except DistError as error:
             where = f"{hosts.address}:{hosts.port}"
             raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from None
+        self._store = PrefixStore("hosts", store)
 
     def _wait_for_port(self) -> None:
         """torch would wait too, and answer no signal meanwhile."""
@@ -139,25 +139,23 @@ class Meeting:
         Raises:
             UserError: a host did not come; it is named.
         """
-        self._set(f"{what}/{self._hosts.rank}", "1")
-        deadline = time.monotonic() + self._limit_s
-        while missing := [k for k in self._others if not self._store.check([self._key(what, k)])]:
-            if time.monotonic() > deadline:
-                raise UserError(f"waited {self._limit_s:g} s for hosts {missing}: {what}")
-            time.sleep(0.1)
+        self._store.set(f"{what}/{self._hosts.rank}", "1")
+
+        def missing() -> list[int]:
+            return [k for k in self._others if not self._store.check([f"{what}/{k}"])]
+
+        if not _until(lambda: not missing(), self._limit_s):
+            raise UserError(f"waited {self._limit_s:g} s for hosts {missing()}: {what}")
 
     def tell(self, what: str, value: str) -> None:
         """One host says something to all."""
-        self._set(what, value)
+        self._store.set(what, value)
 
     def hear(self, what: str) -> str:
         """What a host told. Raises UserError when none does."""
-        deadline = time.monotonic() + self._limit_s
-        while not self._store.check([f"hosts/{what}"]):
-            if time.monotonic() > deadline:
-                raise UserError(f"waited {self._limit_s:g} s to hear {what}")
-            time.sleep(0.1)
-        return str(self._store.get(f"hosts/{what}").decode())
+        if not _until(lambda: self._store.check([what]), self._limit_s):
+            raise UserError(f"waited {self._limit_s:g} s to hear {what}")
+        return str(self._store.get(what).decode())
 
     def watch(self) -> None:
         """From now on SIGTERM comes to this process when another host fails or is silent."""
@@ -184,20 +182,20 @@ class Meeting:
         rank = self._hosts.rank
         for failure in known:
             if failure.host == rank:
-                self._set(f"failed/{rank}", json.dumps(asdict(failure)))
+                self._store.set(f"failed/{rank}", json.dumps(asdict(failure)))
         found: list[Failure] = []
         if known and not any(failure.is_cause for failure in known):
             beats = self._beats()
-            self._until(lambda: any(f.is_cause for f in self._failures()), COMPARE_S)
+            _until(lambda: any(f.is_cause for f in self._failures()), COMPARE_S)
             still = [k for k, beat in self._beats().items() if beat == beats.get(k)]
             found += [_lost(k, "does not answer any more") for k in still]
         lost = {f.host for f in (*known, *found)} - {rank}
         found += (told := self._failures())
         lost -= {f.host for f in told}
-        self._set(f"left/{rank}", "1")
+        self._store.set(f"left/{rank}", "1")
         if rank == 0:  # the store ends with this launcher
-            keys = [self._key("left", k) for k in self._others if k not in lost]
-            self._until(lambda: self._store.check(keys), LEAVE_TIMEOUT_S)
+            keys = [f"left/{k}" for k in self._others if k not in lost]
+            _until(lambda: self._store.check(keys), LEAVE_TIMEOUT_S)
         return found
 
     def _watch(self) -> None:
@@ -207,7 +205,7 @@ class Meeting:
         while not self._stop.wait(BEAT_S):
             number += 1
             try:
-                self._set(f"beat/{self._hosts.rank}", str(number))
+                self._store.set(f"beat/{self._hosts.rank}", str(number))
                 self._reason = cause_of(self._failures(), self._hosts.rank) or self._silent(seen)
             except RuntimeError:  # torch's, when the store is gone
                 self._reason = _lost(0, "is gone")
@@ -228,27 +226,24 @@ class Meeting:
         """The last beat of each other host that has neither left nor failed."""
         found = {}
         for k in self._others:
-            if not any(self._store.check([self._key(what, k)]) for what in ("left", "failed")):
-                beat = self._key("beat", k)
+            if not any(self._store.check([f"{what}/{k}"]) for what in ("left", "failed")):
+                beat = f"beat/{k}"
                 found[k] = self._store.get(beat).decode() if self._store.check([beat]) else ""
         return found
 
     def _failures(self) -> list[Failure]:
         """Of the other hosts."""
-        keys = [self._key("failed", k) for k in self._others]
+        keys = [f"failed/{k}" for k in self._others]
         said = (json.loads(self._store.get(key)) for key in keys if self._store.check([key]))
         return [Failure(**failure) for failure in said]
 
-    def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
-        deadline = time.monotonic() + limit_s
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.1)
 
-    def _key(self, what: str, host: int) -> str:
-        return f"hosts/{what}/{host}"
-
-    def _set(self, name: str, value: str) -> None:
-        self._store.set(f"hosts/{name}", value)
+def _until(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Whether it became true in time."""
+    deadline = time.monotonic() + limit_s
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return true
 
 
 def _lost(host: int, how: str) -> Failure:

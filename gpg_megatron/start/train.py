@@ -1,7 +1,7 @@
 """gpg-train: check everything, start torchrun with the world that the configuration asks for
 (launcher.py).
 
-Under torchrun (RANK is set) it joins that world instead.
+Under torchrun it joins that world instead.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.rules import config_warnings
 from gpg_megatron.config.sections import Config
-from gpg_megatron.errors import RunError, UserError, exit_codes
+from gpg_megatron.errors import RunError, UserError, exit_codes, torchrun_rank
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
 from gpg_megatron.loop.inputs import check_model, model_files
 from gpg_megatron.model.shape import shape_warnings
@@ -40,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_host_options(parser)
     arguments = parser.parse_intermixed_args(argv)
     config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
-    first = os.environ.get("RANK", "0") == "0" and hosts.rank == 0
-    if first and RUN_ID_VARIABLE not in os.environ:
+    rank = torchrun_rank()
+    if not rank and hosts.rank == 0 and RUN_ID_VARIABLE not in os.environ:
         for line in config_warnings(config):
             print(f"warning: {line}", file=sys.stderr)
         for line in shape_warnings(model_files(config)):
             print(f"warning: {line}", file=sys.stderr)
     if arguments.dry_run:
         return dry_run(config, arguments.gpu_memory_gb)
-    if "RANK" in os.environ:
+    if rank is not None:
         return run_rank(config)
     given = [f"--config={arguments.config}", *arguments.overrides]
     return launch(config, given, hosts)
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dry_run(config: Config, gpu_gib: float) -> int:
     """Print the plan of a run. Without a GPU here, trainer.device=auto is planned for CPU."""
     from gpg_megatron.host.device import resolve_device
-    from gpg_megatron.start.dry_run import lines, plan_run
+    from gpg_megatron.start.dry_run import plan_run
+    from gpg_megatron.start.dry_run_text import lines
 
     device = config.trainer.device
     if device == "auto":
@@ -77,6 +79,7 @@ def run_rank(config: Config) -> int:
         resolve_device,
         set_threads,
     )
+    from gpg_megatron.host.lock import locked
     from gpg_megatron.policy.on_cpu import quiet_megatron
 
     quiet_megatron()
@@ -97,8 +100,9 @@ def run_rank(config: Config) -> int:
     init_process_group(device, config.policy.timeout_s)
     try:
         run_id = on_rank0(_own_run)
-        with build_run(config, shape, device, run_id) as run:
-            train(run)
+        with ExitStack() as held:
+            on_rank0(lambda: held.enter_context(locked(config.trainer.output_dir)))
+            train(held.enter_context(build_run(config, shape, device, run_id)))
     except (RunError, TimeoutError) as error:
         if dist.get_rank() and getattr(error, "everywhere", False):
             time.sleep(RANK0_GRACE_S)  # rank 0 says it; the launcher ends this rank then

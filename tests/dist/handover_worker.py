@@ -44,14 +44,14 @@ def main() -> None:
 
         return call
 
-    policy = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
-    fleet = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
+    policy: Any = SimpleNamespace(offload=noted("offload", rank == 1), load=noted("load", False))
+    fleet: Any = SimpleNamespace(sleep=noted("sleep", True), wake=noted("wake", False))
     group = dist.group.WORLD
     assert group is not None
     with closing(Watchdog(rank=rank, limit_s=60)) as watchdog:
         handover = Handover(
-            fleet if rank == 0 else None,  # type: ignore[arg-type]
-            lambda: policy,  # type: ignore[arg-type,return-value]
+            fleet if rank == 0 else None,
+            lambda: policy,
             partial(on_rank0, group=group),
             group,
             watchdog,

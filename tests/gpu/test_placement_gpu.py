@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.stack.test_main_job import START_LIMIT_S, job, started
+from tests.stack.jobs import START_LIMIT_S
+from tests.stack.test_main_job import job, started
 
 __all__ = ["job"]  # the fixture
 

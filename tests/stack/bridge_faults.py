@@ -37,7 +37,7 @@ class Faults:
 
         self.fleet = fleet
         self.job = job
-        self.notes: list[dict] = []
+        self.notes: list[dict[str, Any]] = []
         self.version = 0
         config = configuration(job, {"tensor_model_parallel_size": dist.get_world_size()})
         self.shape = load_model_shape(config.model.path)
@@ -48,13 +48,15 @@ class Faults:
             grid=policy_grid(config.policy, self.shape),
             rank=dist.get_rank(),
         )
+        world = dist.group.WORLD
+        assert world is not None
         self.bridge = WeightBridge(
             side,
             fleet.fleet,
             config.bridge,
             wire_dtype=torch.float32,
             run_id=job["run_id"],
-            group=dist.group.WORLD,
+            group=world,
         )
 
     def note(self, what: str, action: Callable[[], Any]) -> None:
@@ -82,7 +84,7 @@ class Faults:
         self.version += 1
         self.bridge.publish(self.version)
 
-    def gap(self) -> dict:
+    def gap(self) -> dict[str, Any]:
         result = compare("fault", self.version, self.policy, self.shape, self.fleet, 0, 0)
         return {"gap": result.gap, "versions": result.versions, "published": self.version}
 

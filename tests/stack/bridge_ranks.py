@@ -26,6 +26,9 @@ from megatron.core import parallel_state  # noqa: E402
 
 from gpg_megatron.batching.updates import pack  # noqa: E402
 from gpg_megatron.bridge.bridge import PolicySide, WeightBridge  # noqa: E402
+from gpg_megatron.bridge.engine_layout import Engine  # noqa: E402
+from gpg_megatron.bridge.forecast import forecast  # noqa: E402
+from gpg_megatron.bridge.plan import bucket_elements  # noqa: E402
 from gpg_megatron.bridge.protocol import BACKEND, RECEIVER  # noqa: E402
 from gpg_megatron.config.loading import load_config  # noqa: E402
 from gpg_megatron.config.sections import Config  # noqa: E402
@@ -39,7 +42,13 @@ from gpg_megatron.policy.policy import Policy  # noqa: E402
 from gpg_megatron.rollout.engine import EngineSpec  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
-from gpg_megatron.types import Completion, ModelShape, Prompt, SamplingParams  # noqa: E402
+from gpg_megatron.types import (  # noqa: E402
+    DTYPES,
+    Completion,
+    ModelShape,
+    Prompt,
+    SamplingParams,
+)
 
 COLLECTIVE_LIMIT_S = 300
 PROMPTS = ((10, 20, 30), (40, 50), (60, 70, 80, 90, 100), (7, 7, 7, 7))
@@ -112,7 +121,12 @@ class Fleets:
             n=1, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, stop=(), seed=version
         )
         requests = [SamplingRequest(prompt=p, params=params) for p in prompts]
-        completions = on_rank0(lambda: self.fleet.generate(requests))
+
+        def generate() -> list[Completion]:
+            assert self.fleet is not None
+            return self.fleet.generate(requests)
+
+        completions = on_rank0(generate)
         return list(zip(prompts, completions, strict=True))
 
     def close(self) -> None:
@@ -151,7 +165,8 @@ def configuration(job: dict[str, Any], policy: dict[str, int]) -> Config:
 
 
 def device_of(job: dict[str, Any]) -> Device:
-    return job.get("device", "cpu")
+    device: Device = job.get("device", "cpu")
+    return device
 
 
 def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) -> list[Result]:
@@ -163,21 +178,27 @@ def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) ->
         grid=policy_grid(config.policy, shape),
         rank=dist.get_rank(),
     )
+    world = dist.group.WORLD
+    assert world is not None
     bridge = WeightBridge(
         side,
         fleet.fleet,
         config.bridge,
-        wire_dtype=torch.float32 if config.rollout.dtype == "fp32" else torch.bfloat16,
+        wire_dtype=DTYPES[config.rollout.dtype],
         run_id=job["run_id"],
-        group=dist.group.WORLD,
+        group=world,
     )
+    engine = Engine(model=shape, tp_size=config.rollout.tensor_model_parallel_size)
+    needed = forecast(side.grid, engine, config.rollout.num_engines).bound
+    item = DTYPES[config.rollout.dtype].itemsize
     results = []
     # The engine starts with the first checkpoint: only the others show that something arrived.
     first, *others = job["checkpoints"]
     for number, checkpoint in enumerate((*others, first), start=1):
         load_hf(checkpoint, policy.named_shards(), shape, policy.position)
-        sent = bridge.publish(number).n_bytes
-        results.append(compare(name, number, policy, shape, fleet, sent, bridge.needed_bytes))
+        bridge.publish(number)
+        sent = item * sum(bucket_elements(message.bucket) for message in bridge._messages)
+        results.append(compare(name, number, policy, shape, fleet, sent, item * needed))
     bridge.close()
     return results
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from gpg_megatron.bridge.receiver import BridgeReceiver
+import torch
+
+from gpg_megatron.bridge.receiver import BridgeReceiver, Source
 
 AT_BUCKET = 2
 
@@ -12,13 +15,13 @@ AT_BUCKET = 2
 class FaultyReceiver(BridgeReceiver):
     """Inside vLLM's worker."""
 
-    def fault(self, kind: str, seconds: float = 0.0) -> None:
+    def fault(self: Any, kind: str, seconds: float = 0.0) -> None:
         """What goes wrong at the third bucket of the next update: raise, damage, or sleep."""
         engine = self.weight_transfer_engine
         install = type(engine)._install
         seen = 0
 
-        def faulty(bucket, data, sender, number, *, verify):
+        def faulty(source: Source, data: torch.Tensor, *, verify: bool) -> None:
             nonlocal seen
             if seen == AT_BUCKET:
                 if kind == "raise":
@@ -28,10 +31,10 @@ class FaultyReceiver(BridgeReceiver):
                     data[0] ^= 1
                 time.sleep(seconds)
             seen += 1
-            install(engine, bucket, data, sender, number, verify=verify)
+            install(engine, source, data, verify=verify)
 
         engine._install = faulty
 
-    def heal(self) -> None:
+    def heal(self: Any) -> None:
         """Work as usual again."""
         del self.weight_transfer_engine._install

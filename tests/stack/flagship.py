@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.stack.jobs import STEP_KEYS
 
@@ -55,12 +56,12 @@ def environment(model: Path, raw: Path, folder: Path, output: Path, **more: str)
     }
 
 
-def read_metrics(output: Path) -> list[dict]:
+def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The lines of a run directory's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").open()]
 
 
-def check_metrics(rows: list[dict], *, tolerance: float = 1e-4) -> None:
+def check_metrics(rows: list[dict[str, Any]], *, tolerance: float = 1e-4) -> None:
     """Two steps with everything in them, agreement after the syncs, both data sets evaluated."""
     before, *steps = rows
     assert [row["step"] for row in (before, *steps)] == [0, 1, 2]

@@ -23,9 +23,12 @@ from gpg_megatron.host.reaper import new_run_id, start_reaper
 class Extension:
     """Worker extension."""
 
+    model_runner: Any
+    """The worker's."""
+
     def probe(self) -> dict[str, str]:
         self.installer = Installer(self.model_runner.get_model())
-        return self.installer.policies
+        return {part.name: part.policy for part in self.installer._parts}
 
     def finish_early(self) -> str:
         """The error of an update of which nothing has arrived."""
@@ -48,12 +51,16 @@ class Extension:
         most = 0
         for d in reversed(self.destinations) if reverse else self.destinations:
             target = self.installer.target(d.view.parameter)
-            most = max(most, self.installer.staged_bytes)
+            most = max(most, self.staged_bytes())
             view = target.as_strided(d.view.shape, d.view.stride, d.view.offset)
             view.copy_(tensors[d.hf_name][d.hf.slices])
             self.installer.wrote(d.view.parameter, d.hf.numel)
         self.installer.finish()
-        return [most, self.installer.staged_bytes]
+        return [most, self.staged_bytes()]
+
+    def staged_bytes(self) -> int:
+        """What staging tensors hold right now."""
+        return sum(t.nbytes for part in self.installer._parts for t in part.staging.values())
 
 
 def main(jobs: Path, results: Path) -> None:
@@ -86,7 +93,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         worker_extension_cls="tests.stack.install_engine.Extension",
     )
-    result = {"loaded": logprobs(llm, job["prompts"])}
+    result: dict[str, Any] = {"loaded": logprobs(llm, job["prompts"])}
     result["policies"] = llm.collective_rpc("probe")[0]
     result["probed"] = logprobs(llm, job["prompts"])
     result["updates"] = []
@@ -100,7 +107,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def logprobs(llm, prompts: list[list[int]]) -> list[float]:
+def logprobs(llm: Any, prompts: list[list[int]]) -> list[float]:
     """Of every prompt token but the first, all prompts in a row."""
     from vllm import SamplingParams
 

@@ -136,7 +136,7 @@ class SlurmCluster:
         deadline = time.monotonic() + LIMIT_S
         while not condition():
             for daemon in self._daemons:
-                assert daemon.poll() is None, f"{daemon.args}: ended\n{self.logs()}"
+                assert daemon.poll() is None, f"{daemon.args!r}: ended\n{self.logs()}"
             assert time.monotonic() < deadline, f"waited for {what}\n{self.logs()}"
             time.sleep(0.2)
 

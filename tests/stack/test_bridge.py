@@ -12,11 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
-from tests.tiny import make_tiny_model
+from tests.tiny import Family, make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD = 4
@@ -41,7 +42,7 @@ EXPERTS = {
 
 @dataclass(frozen=True)
 class Case:
-    family: str
+    family: Family
     tied: bool
     engine_tp: int
     num_engines: int = 1
@@ -83,7 +84,7 @@ SLOW_CASES = (
 )
 
 
-def publish_everything(case: Case, folder: Path) -> list[dict]:
+def publish_everything(case: Case, folder: Path) -> list[dict[str, Any]]:
     """Run a case; the result of every publish."""
     checkpoints = [
         str(
@@ -111,7 +112,8 @@ def publish_everything(case: Case, folder: Path) -> list[dict]:
     }
     (folder / "job.json").write_text(json.dumps(job))
     launch(folder / "job.json", run_id)
-    return json.loads((folder / "results.json").read_text())
+    results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return results
 
 
 def launch(
@@ -138,7 +140,7 @@ def launch(
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-def check(case: Case, results: list[dict]) -> None:
+def check(case: Case, results: list[dict[str, Any]]) -> None:
     assert {r["layout"] for r in results} == case.layouts.keys()
     for result in results:
         assert result["gap"] <= GAP[case.dtype], result

@@ -4,6 +4,7 @@ the next publish mends it. One start of the engine serves all of it."""
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,12 @@ from tests.stack.bridge_faults import BRIDGE_LIMIT_S
 from tests.stack.test_bridge import launch
 from tests.tiny import make_tiny_model
 
+Notes = dict[str, dict[str, Any]]
+"""What was tried -> how it ended on every rank."""
+
 
 @pytest.fixture(scope="module")
-def notes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Notes:
     folder = tmp_path_factory.mktemp("faults")
     checkpoints = [
         str(make_tiny_model(folder / name, num_layers=8, hidden_size=256, num_heads=8, seed=seed))
@@ -37,13 +41,13 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return {note["what"]: note for note in json.loads((folder / "notes.json").read_text())}
 
 
-def failed(note: dict, within_s: float) -> str:
+def failed(note: dict[str, Any], within_s: float) -> str:
     """It failed on every rank in time; the error of rank 0."""
     assert all(has_failed and seconds < within_s for has_failed, seconds in note["ends"]), note
-    return note["error"]
+    return str(note["error"])
 
 
-def worked(notes: dict[str, dict], publish: str, gap: str) -> None:
+def worked(notes: Notes, publish: str, gap: str) -> None:
     assert notes[publish]["error"] is None, notes[publish]
     result = notes[gap]["result"]
     assert result is not None, notes[gap]
@@ -51,7 +55,7 @@ def worked(notes: dict[str, dict], publish: str, gap: str) -> None:
     assert result["versions"] == [result["published"]]
 
 
-def test_the_first_publish_works(notes: dict[str, dict]) -> None:
+def test_the_first_publish_works(notes: Notes) -> None:
     worked(notes, "first", "first works")
 
 
@@ -59,20 +63,20 @@ def test_the_first_publish_works(notes: dict[str, dict]) -> None:
     ("kind", "words"),
     [("raise", "the fault that was asked for"), ("damage", "arrived damaged")],
 )
-def test_a_failing_receiver(notes: dict[str, dict], kind: str, words: str) -> None:
+def test_a_failing_receiver(notes: Notes, kind: str, words: str) -> None:
     error = failed(notes[kind], BRIDGE_LIMIT_S)
     assert "publishing version" in error and words in error
     assert "the weights are incomplete" in failed(notes[f"{kind} refuses"], BRIDGE_LIMIT_S)
     worked(notes, f"{kind} again", f"{kind} mended")
 
 
-def test_a_receiver_that_is_too_slow(notes: dict[str, dict]) -> None:
+def test_a_receiver_that_is_too_slow(notes: Notes) -> None:
     error = failed(notes["sleep"], BRIDGE_LIMIT_S + 5)
     assert f"waited {BRIDGE_LIMIT_S} s for engine worker 0 to read" in error
     worked(notes, "sleep again", "sleep mended")
 
 
-def test_an_engine_that_is_killed_in_the_middle(notes: dict[str, dict]) -> None:
+def test_an_engine_that_is_killed_in_the_middle(notes: Notes) -> None:
     """Found out long before the time limit of the wait."""
     assert "engine 0 died while receiving weights" in failed(notes["kill"], BRIDGE_LIMIT_S - 1)
     assert "engine 0 died" in failed(notes["kill refuses"], BRIDGE_LIMIT_S)

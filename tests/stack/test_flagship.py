@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, development_data: Path) -> di
     for script in SCRIPTS:
         output, log = folder / script, folder / f"{script}.log"
         environment = flagship.environment(model, raw, folder, output)
-        command = [flagship.ROOT / "launch" / script, *flagship.OVERRIDES]
+        command: list[str | Path] = [flagship.ROOT / "launch" / script, *flagship.OVERRIDES]
         with running_job(command, output=output, log=log, environment=environment) as job:
             print(job.ends(0, limit_s=START_LIMIT_S))
         done[script] = job

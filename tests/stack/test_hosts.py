@@ -44,14 +44,19 @@ def two_hosts(place: Path, name: str, *overrides: str) -> Iterator[tuple[Job, Jo
     port, ray_port = _free_ports(2)
     output = place / name
     with ExitStack() as stack:
-        jobs = []
+        jobs: list[Job] = []
         for rank in range(2):
             environment = flagship.environment(
                 place / "model", place / "raw", place, output,
                 NNODES="2", NODE_RANK=str(rank), NPROC_PER_NODE="2", MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port), RAY_PORT=str(ray_port),
             )  # fmt: skip
-            command = [SCRIPT, *flagship.OVERRIDES, "rollout.num_engines=2", *overrides]
+            command: list[str | Path] = [
+                SCRIPT,
+                *flagship.OVERRIDES,
+                "rollout.num_engines=2",
+                *overrides,
+            ]
             log = place / f"{name}_{rank}.log"
             jobs.append(
                 stack.enter_context(

@@ -109,9 +109,10 @@ def run_engines(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads((folder / "results.json").read_text())
+    results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
     for (family, dtype, _), result in zip(engines, results, strict=True):
-        check(result, *(expected(path, dtype) for path in checkpoints[family]), TOLERANCE[dtype])
+        a, b = (expected(path, dtype) for path in checkpoints[family])
+        check(result, a, b, TOLERANCE[dtype])
     return results
 
 

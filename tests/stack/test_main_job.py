@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,7 +250,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(job: Path) -> None:
         assert path.read_bytes() == (ends[1] / path.name).read_bytes(), path.name
 
     result = compare(whole.output / "hf" / "step_4", ends[0])
-    assert result.n_equal == result.n_tensors > 40
+    assert len(result) > 40 and all(result.values())
     again = "trainer.total_training_steps=1"
     with started(job, "from_checkpoint", f"model.path={ends[0]}", again) as run:
         assert "first sync verified" in run.ends(0, limit_s=START_LIMIT_S)
@@ -257,7 +258,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(job: Path) -> None:
         assert "nothing to do" in run.ends(0, limit_s=START_LIMIT_S)
 
 
-def _timeless(row: dict) -> dict:
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     """The metrics that do not depend on the clock or the machine."""
     return {k: v for k, v in row.items() if not k.startswith(("timing/", "throughput/", "memory/"))}
 

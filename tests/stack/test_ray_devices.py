@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_engines_get_the_devices_that_they_were_given(run_id: str) -> None:
             return os.environ["CUDA_VISIBLE_DEVICES"]
 
     actor = ray.remote(num_cpus=1, num_gpus=1)(Engine)
-    engines = [actor.remote() for _ in range(2)]
+    engines: list[Any] = [actor.remote() for _ in range(2)]
     found = ray.get([engine.devices.remote() for engine in engines], timeout=120)
     assert sorted(found) == ["4", "5"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -10,29 +12,29 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 
-class NoTransfer(WeightTransferEngine):
+class NoTransfer(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdateInfo]):
     """Updates that change nothing, or fail when they are told to."""
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = WeightTransferUpdateInfo
 
-    def init_transfer_engine(self, init_info):
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
         raise NotImplementedError
 
-    def start_weight_update(self):
+    def start_weight_update(self) -> None:
         pass
 
-    def update_weights(self, update_info):
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         if update_info["payload"] == b"fail":
             raise ValueError("the update failed")
 
-    def receive_weights(self, update_info):
+    def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
         raise NotImplementedError
 
-    def finish_weight_update(self):
+    def finish_weight_update(self) -> None:
         pass
 
-    def shutdown(self):
+    def shutdown(self) -> None:
         pass
 
 
@@ -42,17 +44,17 @@ WeightTransferEngineFactory.register_engine("none", NoTransfer)
 class Extension:
     """Mixed into vLLM's worker: self.rank and self.model_runner are the worker's."""
 
-    def hello(self, *args):
+    def hello(self: Any, *args: Any) -> list[Any]:
         return [self.rank, list(args)]
 
-    def fail(self, text: str):
+    def fail(self, text: str) -> None:
         raise ValueError(text)
 
-    def sleep_for(self, seconds: float):
+    def sleep_for(self, seconds: float) -> float:
         import time
 
         time.sleep(seconds)
         return seconds
 
-    def bridge_forget_update(self):
+    def bridge_forget_update(self) -> None:
         self._weight_update_active = False

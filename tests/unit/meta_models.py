@@ -122,7 +122,7 @@ def kept(tp: int, dtype: torch.dtype) -> float:
         batch = pack([sample] * (n_tokens // 256), [1.0] * (n_tokens // 256))
         weights = {p.untyped_storage().data_ptr() for p in ddp.parameters()}
         storages: dict[int, int] = {}
-        alive = []
+        alive: list[torch.Tensor] = []
 
         def keep(x: torch.Tensor, storages: dict[int, int] = storages, alive: Any = alive) -> Any:
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()

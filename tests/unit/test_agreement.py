@@ -135,7 +135,7 @@ def is_refused(engine: torch.Tensor, policy: torch.Tensor, limit: Limit) -> bool
 def test_two_right_programs_are_never_refused(unit: float, canary: int) -> None:
     """Many runs: flat and peaked models, the canary and much larger steps, and steps whose
     tokens are much surer or less sure than those of the canary."""
-    for seed in range(10):
+    for seed in range(3):
         for scale in (0.5, 2.0, 6.0):
             model = Logits(canary, scale=scale, seed=seed)
             limit = model.limit(unit)
@@ -150,7 +150,7 @@ def test_two_right_programs_are_never_refused(unit: float, canary: int) -> None:
 @pytest.mark.parametrize(("unit", "moved"), [(BF16, 0.5), (FP32, 1e-3)], ids=["bf16", "fp32"])
 def test_other_weights_are_always_refused(unit: float, moved: float) -> None:
     """Logits that are elsewhere by half a nat, in fp32 by a thousandth."""
-    for seed in range(20):
+    for seed in range(5):
         model = Logits(256, scale=2.0, seed=seed)
         limit = model.limit(unit)
         assert is_refused(model.logprobs(unit, other=moved), model.logprobs(unit), limit)

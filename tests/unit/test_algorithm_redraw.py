@@ -182,7 +182,7 @@ def test_no_live_group_is_lost_or_trained_on_twice(
 def test_the_groups_carried_over_always_leave_room_for_a_new_prompt(
     share: float, beta_th: float, seed: random.Random, on_exhausted: Literal["train", "skip"]
 ) -> None:
-    """A step draws as the conductor does; over many steps less than a batch is carried."""
+    """A step draws as the loop does; over many steps less than a batch is carried."""
     config = AlgorithmConfig(beta_th=beta_th, max_redraws=2, on_exhausted=on_exhausted)
     size, live_in, live_out = 6, 0, 0
     carried: tuple[ScoredGroup, ...] = ()

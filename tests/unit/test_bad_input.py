@@ -118,6 +118,16 @@ def test_an_uneven_pipeline_is_legal(config: Path, capsys: pytest.CaptureFixture
     assert "missing.jsonl" in line
 
 
+def test_rank_of_a_platform_makes_no_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert train.main(["--config", "none.yaml"]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
 def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--config", "none.yaml"]) == 2
     assert "none.yaml" in capsys.readouterr().err

@@ -57,7 +57,8 @@ def model_shape(architecture: str, *, tied: bool = False) -> ModelShape:
         rope_theta=1e4,
         rms_norm_eps=1e-6,
         max_position_embeddings=64,
-        **FLAGS[architecture],
+        qkv_bias=FLAGS[architecture]["qkv_bias"],
+        qk_norm=FLAGS[architecture]["qk_norm"],
     )
 
 
@@ -106,13 +107,17 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
-def test_hf_shapes_are_what_transformers_writes(written, architecture, tied) -> None:
+def test_hf_shapes_are_what_transformers_writes(
+    written: Mapping[tuple[str, bool], Path], architecture: str, tied: bool
+) -> None:
     shapes = hf_shapes(model_shape(architecture, tied=tied))
     assert shapes == shapes_in(written[architecture, tied])
 
 
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
-def test_one_rank_holds_every_tensor_of_the_file(written, architecture, tied) -> None:
+def test_one_rank_holds_every_tensor_of_the_file(
+    written: Mapping[tuple[str, bool], Path], architecture: str, tied: bool
+) -> None:
     model = model_shape(architecture, tied=tied)
     shapes = shapes_in(written[architecture, tied])
     elements = dict.fromkeys(shapes, 0)
@@ -182,7 +187,7 @@ Q_THEN_K_THEN_V = ("q", "k", "v", "q", "k", "v")
         ),
     ],
 )
-def test_names_by_hand(architecture, name, expected) -> None:
+def test_names_by_hand(architecture: str, name: str, expected: list[str]) -> None:
     """In the order in which they stand in the Megatron parameter."""
     model = model_shape(f"{architecture}ForCausalLM")
     pieces = pieces_of(name, Shard(megatron_shapes(model)[name], 0, 1), model)
@@ -214,7 +219,7 @@ def test_the_output_layer_of_a_tied_model_is_the_embedding() -> None:
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     ],
 )
-def test_both_layer_specs_mean_the_same_tensor(local_spec, transformer_engine) -> None:
+def test_both_layer_specs_mean_the_same_tensor(local_spec: str, transformer_engine: str) -> None:
     model, shard = model_shape("Qwen3ForCausalLM"), Shard((HIDDEN,), 0, 1)
     assert pieces_of(f"decoder.layers.1.{transformer_engine}", shard, model) == pieces_of(
         f"decoder.layers.1.{local_spec}", shard, model
@@ -234,7 +239,7 @@ def test_both_layer_specs_mean_the_same_tensor(local_spec, transformer_engine) -
         ("Qwen2ForCausalLM", "module.decoder.layers.0.input_layernorm.weight"),
     ],
 )
-def test_a_parameter_without_a_row_is_named(architecture, name) -> None:
+def test_a_parameter_without_a_row_is_named(architecture: str, name: str) -> None:
     with pytest.raises(UserError) as caught:
         pieces_of(name, Shard((8, 8), 0, 1), model_shape(architecture))
     assert name in str(caught.value) and architecture in str(caught.value)

@@ -199,7 +199,10 @@ def test_qkv_rows(case: tuple[ModelShape, int], bias: bool) -> None:
     check(qkv_rows, hf, np.split(fused, tp), model)
 
 
-def row_pieces(pieces: Sequence[Piece]) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+RowPiece = tuple[str, tuple[int, int], tuple[int, int]]
+
+
+def row_pieces(pieces: Sequence[Piece]) -> list[RowPiece]:
     """(name, Hugging Face rows, local rows); all other dimensions are whole."""
     for piece in pieces:
         assert piece.hf.ranges[1:] == piece.local.ranges[1:] == ((0, 3),)
@@ -221,7 +224,7 @@ def test_gated_rows_by_hand() -> None:
         (3, [("k", (1, 2), (0, 1)), ("v", (0, 2), (1, 3))]),
     ],
 )
-def test_qkv_rows_with_more_ranks_than_groups_by_hand(rank, expected) -> None:
+def test_qkv_rows_with_more_ranks_than_groups_by_hand(rank: int, expected: list[RowPiece]) -> None:
     """One group: q rows 0-7, k rows 0-1, v rows 0-1, cut into 4 times 3 rows."""
     model = model_shape(heads=4, kv_heads=1, head_dim=2)
     assert row_pieces(qkv_rows(["q", "k", "v"], Shard((3, 3), rank, 4), model)) == expected
@@ -235,7 +238,7 @@ def test_qkv_rows_with_more_ranks_than_groups_by_hand(rank, expected) -> None:
         (3, []),
     ],
 )
-def test_vocab_rows_by_hand(rank, expected) -> None:
+def test_vocab_rows_by_hand(rank: int, expected: list[RowPiece]) -> None:
     """5 rows padded to 8 on 4 ranks: rank 2 has one of each kind, rank 3 padding only."""
     pieces = vocab_rows(["embed"], Shard((2, 3), rank, 4), model_shape(vocab=5))
     assert row_pieces(pieces) == expected

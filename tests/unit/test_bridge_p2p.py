@@ -31,8 +31,9 @@ def ends() -> Iterator[tuple[P2POutbox, dict[int, P2PInbox]]]:
         thread.join(timeout=30)
     assert set(inboxes) == set(RECEIVERS)
     yield outbox, inboxes
-    for end in (outbox, *inboxes.values()):
-        end.close()
+    outbox.close()
+    for inbox in inboxes.values():
+        inbox.close()
 
 
 def soon(poll: Callable[[], object]) -> object:
@@ -59,7 +60,12 @@ def test_messages_reach_their_receivers_in_order(
 ) -> None:
     outbox, inboxes = ends
     plan = [(5, 1, 8), (2, 2, 64), (5, 3, 3), (5, 4, 64), (2, 5, 1)]
-    thread = threading.Thread(target=lambda: [send(outbox, *message) for message in plan])
+
+    def send_all() -> None:
+        for message in plan:
+            send(outbox, *message)
+
+    thread = threading.Thread(target=send_all)
     thread.start()
     for receiver, value, n_bytes in plan:
         assert receive(inboxes[receiver], n_bytes) == [value] * n_bytes

@@ -236,12 +236,12 @@ def test_both_ends_see_the_same_buckets(case: Case) -> None:
 @given(cases())
 def test_buckets_are_full_of_needed_elements_and_no_larger_than_the_limit(case: Case) -> None:
     n_elements: Counter[tuple[int, int]] = Counter()
-    for (_, *to), buckets in case.sent().items():
+    for (_, engine, worker), buckets in case.sent().items():
         for bucket in buckets:
             ends = [move.offset + move.numel for move in bucket]
             assert [move.offset for move in bucket] == [0, *ends[:-1]]
             assert bucket_elements(bucket) == ends[-1] <= case.limit
-            n_elements[*to] += bucket_elements(bucket)
+            n_elements[engine, worker] += bucket_elements(bucket)
         for bucket, following in pairwise(buckets):
             assert bucket_elements(bucket) + following[0].numel > case.limit
     needed = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -51,7 +51,9 @@ def test_both_ends_have_the_same_buckets(planned: Planned) -> None:
         assert total == planned.needed // (engines * workers)
 
 
-def test_the_work_is_shared(planned: Planned, record_property) -> None:
+def test_the_work_is_shared(
+    planned: Planned, record_property: Callable[[str, object], None]
+) -> None:
     """The rank that sends most is ahead of an equal share by less than one largest rectangle for
     each engine, and by little for many engines."""
     share = planned.needed / planned.case.grid.world_size
@@ -62,6 +64,8 @@ def test_the_work_is_shared(planned: Planned, record_property) -> None:
     record_property("over_share", planned.over_share)
 
 
-def test_planning_takes_seconds(planned: Planned, record_property) -> None:
+def test_planning_takes_seconds(
+    planned: Planned, record_property: Callable[[str, object], None]
+) -> None:
     record_property("seconds", planned.seconds)
     assert sum(planned.seconds.values()) < SLOWEST_S

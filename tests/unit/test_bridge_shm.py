@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import torch
 
 from gpg_megatron.bridge.transports import base as transport
 from gpg_megatron.bridge.transports.base import Patience, TransferError
-from gpg_megatron.bridge.transports.shm import ShmAddress, ShmInbox, ShmOutbox
+from gpg_megatron.bridge.transports.shm import _RECEIVER, ShmAddress, ShmInbox, ShmOutbox
 from gpg_megatron.bridge.transports.table import open_inbox, open_outbox
 
 BUCKET = 256
@@ -61,7 +62,8 @@ def take(inbox: ShmInbox, n_bytes: int = BUCKET) -> int | None:
     data = inbox.poll(n_bytes)
     if data is None:
         return None
-    (value,) = set(data.tolist())
+    values: set[int] = set(data.tolist())
+    (value,) = values
     inbox.done()
     return value
 
@@ -69,26 +71,36 @@ def take(inbox: ShmInbox, n_bytes: int = BUCKET) -> int | None:
 # ---- one process ------------------------------------------------------------------------
 
 
-def test_a_new_outbox_is_idle_and_has_a_slot(outbox, inboxes) -> None:
+def test_a_new_outbox_is_idle_and_has_a_slot(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     assert outbox.idle()
     slot = outbox.slot()
+    assert slot is not None
     assert (slot.dtype, slot.shape) == (torch.uint8, (BUCKET,))
     assert take(inboxes[0]) is None
 
 
-def test_a_message_is_the_posted_bytes_until_it_is_done(outbox, inboxes) -> None:
+def test_a_message_is_the_posted_bytes_until_it_is_done(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     sent = torch.arange(100, dtype=torch.uint8)
-    outbox.slot()[:100] = sent
+    slot = outbox.slot()
+    assert slot is not None
+    slot[:100] = sent
     outbox.post(1, 100)
     for _ in range(2):
-        assert torch.equal(inboxes[1].poll(100), sent)
+        data = inboxes[1].poll(100)
+        assert data is not None and torch.equal(data, sent)
     assert not outbox.idle()
     inboxes[1].done()
     assert inboxes[1].poll(100) is None
     assert outbox.idle()
 
 
-def test_messages_keep_their_order_through_both_slots(outbox, inboxes) -> None:
+def test_messages_keep_their_order_through_both_slots(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     """Also where the older message is in the second slot."""
     send(outbox, 0, 1)
     send(outbox, 0, 2)
@@ -98,41 +110,49 @@ def test_messages_keep_their_order_through_both_slots(outbox, inboxes) -> None:
     assert [take(inboxes[0]) for _ in range(3)] == [7, 8, None]
 
 
-def test_order_when_two_messages_arrive_during_a_poll(outbox, inboxes, monkeypatch) -> None:
+def test_order_when_two_messages_arrive_during_a_poll(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first slot is looked at, then both are filled, then the second is looked at."""
     segment = inboxes[0]._segment
-    look = segment.posted
+    look = segment.get
 
-    def look_and_send(slot: int) -> tuple[int, int]:
-        seen = look(slot)
-        if not sent:
+    def look_and_send(field: int, slot: int = 0) -> int:
+        seen: int = look(field, slot)
+        if field == _RECEIVER and not sent:
             sent.extend([1, 2])
             send(outbox, 0, 1)
             send(outbox, 0, 2)
         return seen
 
     sent: list[int] = []
-    monkeypatch.setattr(segment, "posted", look_and_send)
+    monkeypatch.setattr(segment, "get", look_and_send)
     received = [take(inboxes[0]) for _ in range(4)]
     assert [value for value in received if value is not None] == [1, 2]
 
 
-def test_one_slot_is_filled_while_the_other_is_read(outbox, inboxes) -> None:
+def test_one_slot_is_filled_while_the_other_is_read(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     first = outbox.slot()
     send(outbox, 0, 1)
     second = outbox.slot()
+    assert first is not None and second is not None
     assert second.data_ptr() != first.data_ptr()
     send(outbox, 0, 2)
     assert outbox.slot() is None
     data = inboxes[0].poll(BUCKET)
-    assert outbox.slot() is None
+    assert outbox.slot() is None and data is not None
     assert set(data.tolist()) == {1}
     inboxes[0].done()
-    assert outbox.slot().data_ptr() == first.data_ptr()
+    third = outbox.slot()
+    assert third is not None and third.data_ptr() == first.data_ptr()
     assert not outbox.idle()
 
 
-def test_a_message_to_another_receiver_is_not_taken(outbox, inboxes) -> None:
+def test_a_message_to_another_receiver_is_not_taken(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     """Nor does it hold up the one behind it."""
     send(outbox, 1, 11)
     assert take(inboxes[0]) is None
@@ -146,7 +166,7 @@ def test_a_message_to_another_receiver_is_not_taken(outbox, inboxes) -> None:
     assert outbox.idle()
 
 
-def test_receivers_may_take_turns(outbox, inboxes) -> None:
+def test_receivers_may_take_turns(outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]) -> None:
     for value in range(20):
         receiver = value // 3 % 2
         send(outbox, receiver, value)
@@ -156,7 +176,9 @@ def test_receivers_may_take_turns(outbox, inboxes) -> None:
 
 @pytest.mark.parametrize("n_read", [0, 1, 2])
 @pytest.mark.parametrize("n_sent", [1, 2, 3])
-def test_reset_forgets_what_was_not_read(outbox, inboxes, n_sent: int, n_read: int) -> None:
+def test_reset_forgets_what_was_not_read(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox], n_sent: int, n_read: int
+) -> None:
     inbox = inboxes[0]
     for value in range(n_sent):
         if outbox.slot() is None:
@@ -174,7 +196,9 @@ def test_reset_forgets_what_was_not_read(outbox, inboxes, n_sent: int, n_read: i
     assert [take(inbox) for _ in range(3)] == [101, 102, None]
 
 
-def test_a_receiver_that_still_polls_hears_of_the_reset(outbox, inboxes) -> None:
+def test_a_receiver_that_still_polls_hears_of_the_reset(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     send(outbox, 0, 1)
     outbox.reset()
     with pytest.raises(TransferError, match="^the sender has given up this update$"):
@@ -189,7 +213,9 @@ def test_a_receiver_that_still_polls_hears_of_the_reset(outbox, inboxes) -> None
 # ---- the name ---------------------------------------------------------------------------
 
 
-def test_settle_takes_the_name_away_and_leaves_the_memory(name, outbox, inboxes) -> None:
+def test_settle_takes_the_name_away_and_leaves_the_memory(
+    name: str, outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     assert (SHM / name).stat().st_mode & 0o777 == 0o600
     outbox.settle()
     assert not (SHM / name).exists()
@@ -199,7 +225,7 @@ def test_settle_takes_the_name_away_and_leaves_the_memory(name, outbox, inboxes)
     assert outbox.idle()
 
 
-def test_a_missing_segment_is_an_error_that_says_what_to_do(name, outbox) -> None:
+def test_a_missing_segment_is_an_error_that_says_what_to_do(name: str, outbox: ShmOutbox) -> None:
     outbox.settle()
     message = (
         f"shared-memory segment /dev/shm/{name} is not on this host; with bridge.transport=shm "
@@ -209,7 +235,9 @@ def test_a_missing_segment_is_an_error_that_says_what_to_do(name, outbox) -> Non
         ShmInbox(outbox.address(), 0)
 
 
-def test_a_name_in_use_is_refused_and_kept(name, outbox, inboxes) -> None:
+def test_a_name_in_use_is_refused_and_kept(
+    name: str, outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
     with pytest.raises(FileExistsError):
         ShmOutbox(name, BUCKET)
     send(outbox, 0, 5)
@@ -217,7 +245,9 @@ def test_a_name_in_use_is_refused_and_kept(name, outbox, inboxes) -> None:
     assert (SHM / name).exists()
 
 
-def test_a_full_shared_memory_is_an_error_that_leaves_nothing(name, monkeypatch) -> None:
+def test_a_full_shared_memory_is_an_error_that_leaves_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -226,7 +256,7 @@ def test_a_full_shared_memory_is_an_error_that_leaves_nothing(name, monkeypatch)
         ShmOutbox(name, BUCKET)
 
 
-def test_close_releases_the_files(name) -> None:
+def test_close_releases_the_files(name: str) -> None:
     before = set(os.listdir("/proc/self/fd"))
     outbox = ShmOutbox(name, BUCKET)
     inbox = ShmInbox(outbox.address(), 0)
@@ -235,7 +265,7 @@ def test_close_releases_the_files(name) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_both_ends_open_by_the_name_of_the_transport(name) -> None:
+def test_both_ends_open_by_the_name_of_the_transport(name: str) -> None:
     outbox = open_outbox("shm", name, BUCKET, [0], 1.0)
     address = pickle.loads(pickle.dumps(outbox.address()))
     assert address == ShmAddress(name, BUCKET)
@@ -272,7 +302,7 @@ def receive(pipe: Connection, address: ShmAddress, sizes: Sequence[Sequence[int]
     pipe.send(received)
 
 
-def test_two_processes(name, outbox) -> None:
+def test_two_processes(name: str, outbox: ShmOutbox) -> None:
     """400 messages of random sizes to two receivers, after the name is gone."""
     random = torch.Generator().manual_seed(0)
     messages: list[list[bytes]] = [[], []]
@@ -323,7 +353,7 @@ class Clock(SimpleNamespace):
 
 
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(transport, "time", clock)
     return clock
@@ -338,20 +368,24 @@ def test_patience_returns_what_is_there_at_once() -> None:
     assert Patience(0).until(lambda: 0, "x") == 0
 
 
+def _popped(answers: list[bool | None]) -> object:
+    return answers.pop() if answers else "late"
+
+
 @pytest.mark.parametrize("absent", [None, False])
-def test_patience_waits_for_a_result(clock, absent) -> None:
+def test_patience_waits_for_a_result(clock: SimpleNamespace, absent: bool | None) -> None:
     answers = [absent] * 500
-    assert Patience(5).until(lambda: answers.pop() if answers else "late", "x") == "late"
+    assert Patience(5).until(partial(_popped, answers), "x") == "late"
     assert 0.4 < clock.now < 1
 
 
-def test_patience_ends_with_the_name_of_what_it_waited_for(clock) -> None:
+def test_patience_ends_with_the_name_of_what_it_waited_for(clock: SimpleNamespace) -> None:
     with pytest.raises(TransferError, match=r"^waited 2\.5 s for the last bucket$"):
         Patience(2.5).until(never, "the last bucket")
     assert 2.5 < clock.now < 2.6
 
 
-def test_patience_asks_about_once_a_second_whether_to_give_up(clock) -> None:
+def test_patience_asks_about_once_a_second_whether_to_give_up(clock: SimpleNamespace) -> None:
     asked = []
 
     def aborted() -> str | None:
@@ -363,12 +397,12 @@ def test_patience_asks_about_once_a_second_whether_to_give_up(clock) -> None:
     assert asked == pytest.approx([1, 2, 3], abs=0.1)
 
 
-def test_patience_does_not_ask_while_it_has_results(clock) -> None:
+def test_patience_does_not_ask_while_it_has_results(clock: SimpleNamespace) -> None:
     def aborted() -> str:
         raise AssertionError("asked")
 
     patience = Patience(60, aborted)
     for _ in range(5):
-        answers = [None] * 300
-        patience.until(lambda answers=answers: answers.pop() if answers else "late", "x")
+        answers: list[bool | None] = [None] * 300
+        patience.until(partial(_popped, answers), "x")
     assert clock.now > 1

@@ -178,7 +178,7 @@ def test_every_element_is_held_by_one_group_of_ranks(model: ModelShape, grid: Po
 def test_every_piece_of_every_rank_is_held_and_nothing_else(
     model: ModelShape, grid: PolicyGrid
 ) -> None:
-    pieces: Counter[tuple] = Counter()
+    pieces: Counter[tuple[object, ...]] = Counter()
     for rank in range(grid.world_size):
         for name, shape in local_shapes(model, grid, rank).items():
             shard = Shard(shape, rank % grid.tp_size, grid.tp_size)
@@ -317,7 +317,9 @@ QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
     ],
     ids=["shape", "missing", "unknown"],
 )  # fmt: skip
-def test_check_shards_names_the_parameter(change, message) -> None:
+def test_check_shards_names_the_parameter(
+    change: dict[str, tuple[int, ...] | None], message: str
+) -> None:
     grid = GRIDS["tp2"]
     shards = local_shapes(DENSE, grid, 1)
     check_shards(shards, DENSE, grid, 1)

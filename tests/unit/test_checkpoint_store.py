@@ -22,7 +22,6 @@ from gpg_megatron.checkpoint.store import (
     copy_hf_files,
     find_resume,
     list_saved,
-    newest_complete,
     prune,
     relative_files,
 )
@@ -64,13 +63,13 @@ def test_a_marker_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_newest_complete_one_is_used_and_newer_remains_are_named(tmp_path: Path) -> None:
-    assert newest_complete(tmp_path) == (None, [])
+    assert find_resume(tmp_path, "auto") == (None, [])
     save(tmp_path, 9)
     right = save(tmp_path, 10)
     save(tmp_path, 11, complete=False)
     (tmp_path / "step_12").mkdir()
     (tmp_path / "step_x").mkdir()
-    found, warnings = newest_complete(tmp_path)
+    found, warnings = find_resume(tmp_path, "auto")
     assert found == right
     assert warnings == [
         f"{tmp_path / name} is incomplete: its save was cut off; it is not used"

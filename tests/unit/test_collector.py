@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from gpg_megatron.config.sections import Config, RolloutConfig, TrainerConfig
 from gpg_megatron.data.stream import PromptStream
 from gpg_megatron.loop.rollouts import Collector
 from gpg_megatron.observe.watchdog import Watchdog
+from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 
 PROMPTS = [
@@ -24,14 +27,14 @@ PROMPTS = [
 class Engines:
     """Answers at once, with the version that it has, unless it is held."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.version = 0
-        self.requests = []
+        self.requests: list[list[tuple[str, int]]] = []
         self.may_go = threading.Event()
         self.may_go.set()
-        self.failure = None
+        self.failure: Exception | None = None
 
-    def generate(self, requests):
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
         assert self.may_go.wait(20), "held for 20 s"
         if self.failure:
             raise self.failure
@@ -54,7 +57,7 @@ class Engines:
 class Scorers:
     """Every third prompt's group is dead."""
 
-    def score(self, pairs):
+    def score(self, pairs: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[ScoredGroup]:
         groups = []
         for prompt, completions in pairs:
             live = int(prompt.id.split("/")[1]) % 3 > 0
@@ -71,21 +74,24 @@ CONFIG = Config(
     algorithm=AlgorithmConfig(beta_th=1.0, max_redraws=3),
 )
 
+Make = Callable[[], tuple[Collector, Engines]]
+
 
 @pytest.fixture
-def make():
+def make() -> Iterator[Make]:
     watchdog = Watchdog(rank=0, limit_s=60)
 
-    def build(engines=None):
-        engines = engines or Engines()
+    def build() -> tuple[Collector, Engines]:
+        engines: Any = Engines()
+        scorers: Any = Scorers()
         stream = PromptStream(PROMPTS, seed=5, shuffle=True)
-        return Collector(CONFIG, stream, engines, Scorers(), watchdog), engines
+        return Collector(CONFIG, stream, engines, scorers, watchdog), engines
 
     yield build
     watchdog.close()
 
 
-def test_a_batch_that_was_begun_is_the_batch_that_is_drawn_in_turn(make):
+def test_a_batch_that_was_begun_is_the_batch_that_is_drawn_in_turn(make: Make) -> None:
     in_turn, _ = make()
     ahead, _ = make()
     for step in range(1, 6):
@@ -97,7 +103,7 @@ def test_a_batch_that_was_begun_is_the_batch_that_is_drawn_in_turn(make):
         ahead.wait()
 
 
-def test_it_is_drawn_while_the_caller_does_something_else(make):
+def test_it_is_drawn_while_the_caller_does_something_else(make: Make) -> None:
     collector, engines = make()
     engines.may_go.clear()
     collector.begin(1)  # returns although the engines are held
@@ -108,7 +114,7 @@ def test_it_is_drawn_while_the_caller_does_something_else(make):
     assert {span.version for (span,) in spans} == {0}
 
 
-def test_one_batch_at_a_time(make):
+def test_one_batch_at_a_time(make: Make) -> None:
     collector, _ = make()
     collector.begin(1)
     with pytest.raises(AssertionError, match="one batch"):
@@ -116,16 +122,21 @@ def test_one_batch_at_a_time(make):
 
 
 @pytest.mark.parametrize("how", ["wait", "take", "state"])
-def test_what_fails_in_the_thread_is_raised_where_the_batch_is_used(make, how):
+def test_what_fails_in_the_thread_is_raised_where_the_batch_is_used(make: Make, how: str) -> None:
     collector, engines = make()
     engines.failure = TimeoutError("engine 0 does not answer")
     collector.begin(1)
+    uses: dict[str, Callable[[], object]] = {
+        "wait": collector.wait,
+        "state": collector.state,
+        "take": lambda: collector.take(1),
+    }
     with pytest.raises(TimeoutError, match="engine 0 does not answer"):
-        {"wait": collector.wait, "state": collector.state, "take": lambda: collector.take(1)}[how]()
+        uses[how]()
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_restored_run_goes_on_as_the_one_that_was_saved(make, ahead):
+def test_a_restored_run_goes_on_as_the_one_that_was_saved(make: Make, ahead: bool) -> None:
     """Carried groups, the position, and a batch that was drawn and not yet trained on."""
     collector, engines = make()
     for step in (1, 2):

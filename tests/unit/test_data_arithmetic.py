@@ -19,7 +19,7 @@ from gpg_megatron.errors import UserError
         ("max3", (20, 97, 35), "max(31, 94, 57) = 94\nmax(20, 97, 35) = ", "97"),
     ],
 )
-def test_rows(task, operands, question, answer):
+def test_rows(task: str, operands: tuple[int, ...], question: str, answer: str) -> None:
     (row,) = arithmetic.rows(task, "test", [operands])
     problem = parse_row(row, "here")
     assert problem.messages == ({"role": "user", "content": question},)
@@ -29,7 +29,7 @@ def test_rows(task, operands, question, answer):
 
 
 @pytest.mark.parametrize("task", list(arithmetic.TASKS))
-def test_train_and_test_are_disjoint_whatever_the_order_of_operands(task):
+def test_train_and_test_are_disjoint_whatever_the_order_of_operands(task: str) -> None:
     split = arithmetic.draw(task, seed=3, train_size=1000, test_size=200)
     train, test = ({tuple(sorted(x)) for x in part} for part in (split.train, split.test))
     assert (len(train), len(test)) == (1000, 200)
@@ -37,8 +37,8 @@ def test_train_and_test_are_disjoint_whatever_the_order_of_operands(task):
     assert any(x != tuple(sorted(x)) for x in split.test)
 
 
-def test_seed_and_size():
-    def draw(seed, train_size):
+def test_seed_and_size() -> None:
+    def draw(seed: int, train_size: int) -> arithmetic.Split:
         return arithmetic.draw("add", seed=seed, train_size=train_size, test_size=100)
 
     assert draw(1, 500) == draw(1, 500)
@@ -47,13 +47,13 @@ def test_seed_and_size():
     assert draw(1, 900).train[:500] == draw(1, 500).train
 
 
-def test_the_worked_example_is_no_problem():
+def test_the_worked_example_is_no_problem() -> None:
     keys = set(arithmetic.TASKS["max3"].keys())
     assert (31, 57, 94) not in keys
     assert len(keys) == 90 * 89 * 88 // 6 - 1
 
 
-def test_all_additions_can_be_drawn_and_not_one_more():
+def test_all_additions_can_be_drawn_and_not_one_more() -> None:
     split = arithmetic.draw("add", seed=1, train_size=5000, test_size=50)
     assert len({tuple(sorted(x)) for x in split.train + split.test}) == 100 * 101 // 2
     with pytest.raises(UserError, match=re.escape("(5001 + 50)")):
@@ -64,6 +64,6 @@ def test_all_additions_can_be_drawn_and_not_one_more():
     ("task", "train", "test", "message"),
     [("divide", 1, 1, "unknown; expected one of add"), ("add", 0, 1, "at least 1")],
 )
-def test_bad_requests(task, train, test, message):
+def test_bad_requests(task: str, train: int, test: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         arithmetic.draw(task, seed=1, train_size=train, test_size=test)

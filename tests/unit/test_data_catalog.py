@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -18,7 +20,7 @@ from gpg_megatron.data.schema import read_problems
 from gpg_megatron.errors import UserError
 
 
-def write(path: Path, *records: dict[str, object]) -> None:
+def write(path: Path, *records: Mapping[str, object]) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 
@@ -26,7 +28,7 @@ def write_gsm8k(path: Path, *answers: str) -> None:
     write(path, *({"question": f"Question {n}?", "answer": a} for n, a in enumerate(answers)))
 
 
-def truths(rows):
+def truths(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [row["reward_model"]["ground_truth"] for row in rows]
 
 
@@ -43,11 +45,13 @@ def truths(rows):
         ("", None),
     ],
 )
-def test_the_reference_answer_of_gsm8k(solution, answer):
+def test_the_reference_answer_of_gsm8k(solution: str, answer: str) -> None:
     assert gsm8k_reference(solution) == answer
 
 
-def test_the_command_writes_both_splits_from_a_folder(tmp_path, capsys):
+def test_the_command_writes_both_splits_from_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_gsm8k(tmp_path / "train.jsonl", "#### 1", "#### 2", "#### 3")
     write(tmp_path / "gsm8k_test.jsonl", {"question": "Another?", "answer": "#### 4"})
     out = tmp_path / "out"
@@ -67,7 +71,7 @@ def test_the_command_writes_both_splits_from_a_folder(tmp_path, capsys):
     assert train[0].data_source == "openai/gsm8k"
 
 
-def test_math_rows(tmp_path):
+def test_math_rows(tmp_path: Path) -> None:
     record = {"problem": "P?", "level": "Level 3", "type": "Algebra", "solution": "\\boxed{x^2}"}
     write(tmp_path / "math_train.jsonl", record)
     (row,) = load_split("math", str(tmp_path), "train").rows
@@ -94,24 +98,28 @@ def test_math_rows(tmp_path):
         ("olympiadbench", {"question": "P", "final_answer": ["$2$", "3"]}, "2, 3"),
     ],
 )
-def test_reference_answers_of_the_benchmarks(tmp_path, name, record, truth):
+def test_reference_answers_of_the_benchmarks(
+    tmp_path: Path, name: str, record: dict[str, Any], truth: str
+) -> None:
     write(tmp_path / "any.jsonl", record)
     assert truths(load_split(name, str(tmp_path / "any.jsonl"), "test").rows) == [truth]
 
 
-def test_every_data_set_says_where_it_is():
+def test_every_data_set_says_where_it_is() -> None:
     assert all(set(x.splits) <= {"train", "test"} and "/" in x.hub for x in DATA_SETS.values())
     assert len({x.hub for x in DATA_SETS.values()}) == len(DATA_SETS)
 
 
-def test_the_data_sets_own_parquet_layout(tmp_path):
+def test_the_data_sets_own_parquet_layout(tmp_path: Path) -> None:
     (tmp_path / "main").mkdir()
     table = pa.table({"question": ["Q?"], "answer": ["#### 9"]})
     pq.write_table(table, tmp_path / "main" / "test-00000-of-00001.parquet")
     assert truths(load_split("gsm8k", str(tmp_path), "test").rows) == ["9"]
 
 
-def test_records_without_answer_are_left_out_and_listed(tmp_path, capsys):
+def test_records_without_answer_are_left_out_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_gsm8k(tmp_path / "train.jsonl", "#### 1", "none", "#### 3")
     write(tmp_path / "test.jsonl", {"question": "Another?", "answer": "#### 1"})
     out = tmp_path / "out"
@@ -128,7 +136,7 @@ def test_records_without_answer_are_left_out_and_listed(tmp_path, capsys):
     assert [row["extra_info"]["index"] for row in rows] == [0, 2]
 
 
-def test_duplicates_conflicts_and_overlap_are_found(tmp_path):
+def test_duplicates_conflicts_and_overlap_are_found(tmp_path: Path) -> None:
     write(
         tmp_path / "train.jsonl",
         {"question": "How many?", "answer": "#### 1"},
@@ -145,7 +153,7 @@ def test_duplicates_conflicts_and_overlap_are_found(tmp_path):
     assert found.lines()[0] == "2 problems stand more than once in a split:"
 
 
-def test_a_long_list_is_cut_on_the_screen_only(tmp_path):
+def test_a_long_list_is_cut_on_the_screen_only(tmp_path: Path) -> None:
     write_gsm8k(tmp_path / "train.jsonl", *["none"] * (SHOWN + 3), "#### 1")
     found = examine({"train": load_split("gsm8k", str(tmp_path), "train")})
     assert len(found.lines()) == SHOWN + 2
@@ -153,7 +161,9 @@ def test_a_long_list_is_cut_on_the_screen_only(tmp_path):
     assert len(found.to_json()["unusable"]) == SHOWN + 3
 
 
-def test_mistakes_are_one_line_and_leave_no_file(tmp_path, capsys):
+def test_mistakes_are_one_line_and_leave_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_gsm8k(tmp_path / "train.jsonl", "#### 1")
     write_gsm8k(tmp_path / "test.jsonl", "none")
     out = tmp_path / "out"
@@ -169,14 +179,14 @@ def test_mistakes_are_one_line_and_leave_no_file(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_one_split_from_one_file(tmp_path):
+def test_one_split_from_one_file(tmp_path: Path) -> None:
     write_gsm8k(tmp_path / "mine.jsonl", "#### 1")
     arguments = ["--source", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "out")]
     assert cli.main(["gsm8k", *arguments, "--split", "test"]) == 0
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["checks.json", "test.parquet"]
 
 
-def test_a_missing_split_and_a_missing_field(tmp_path):
+def test_a_missing_split_and_a_missing_field(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no train split; expected one of gsm8k_train.jsonl"):
         load_split("gsm8k", str(tmp_path), "train")
     (tmp_path / "train.jsonl").write_text('{"answer": "#### 1"}\n', encoding="utf-8")
@@ -184,10 +194,10 @@ def test_a_missing_split_and_a_missing_field(tmp_path):
         load_split("gsm8k", str(tmp_path), "train")
 
 
-def test_hugging_face(monkeypatch):
+def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(*args, **kwargs):
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
         asked.append((args, kwargs))
         record = {"question": "Q?", "problem": "Q?", "answer": "#### 5", "solution": "\\boxed{5}"}
         return datasets.Dataset.from_list([record] * 3)
@@ -201,8 +211,8 @@ def test_hugging_face(monkeypatch):
     ]
 
 
-def test_hugging_face_out_of_reach_is_one_line(monkeypatch):
-    def load_dataset(*args, **kwargs):
+def test_hugging_face_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -210,7 +220,9 @@ def test_hugging_face_out_of_reach_is_one_line(monkeypatch):
         load_split("gsm8k", None, "train")
 
 
-def test_the_arithmetic_command_is_reproducible(tmp_path, capsys):
+def test_the_arithmetic_command_is_reproducible(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = ["--train-size", "20", "--test-size", "5"]
     for name in ("a", "b"):
         out = str(tmp_path / name)
@@ -236,7 +248,13 @@ def test_the_arithmetic_command_is_reproducible(tmp_path, capsys):
         ),
     ],
 )
-def test_the_whole_training_sets(development_data, name, sizes, duplicates, overlap):
+def test_the_whole_training_sets(
+    development_data: Path,
+    name: str,
+    sizes: dict[str, int],
+    duplicates: tuple[tuple[str, ...], ...],
+    overlap: tuple[tuple[str, ...], ...],
+) -> None:
     """The oddities of MATH are its own: two empty boxes, one problem twice, one in both splits."""
     splits = {x: load_split(name, str(development_data), x) for x in sizes}
     found = examine(splits)
@@ -250,6 +268,6 @@ def test_the_whole_training_sets(development_data, name, sizes, duplicates, over
 
 
 @pytest.mark.parametrize(("name", "size"), [("math500", 500), ("aime24", 30)])
-def test_the_whole_benchmarks(development_data, name, size):
+def test_the_whole_benchmarks(development_data: Path, name: str, size: int) -> None:
     found = examine({"test": load_split(name, str(development_data), "test")})
     assert (found.counts, found.unusable, found.duplicates) == ({"test": size}, (), ())

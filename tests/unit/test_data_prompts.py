@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from gpg_megatron.config.sections import DataConfig
 from gpg_megatron.data.prompts import file_labels, load_prompts
 from gpg_megatron.data.schema import make_row
 from gpg_megatron.demo.model import build_tokenizer
 from gpg_megatron.errors import UserError
+from gpg_megatron.types import Prompt
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer(["Say "], 300)
 
 
-def write(path, contents, data_source="demo/say"):
+def write(path: Path, contents: Sequence[str], data_source: str = "demo/say") -> str:
     rows = [
         make_row(
             data_source=data_source,
@@ -35,7 +39,9 @@ def write(path, contents, data_source="demo/say"):
     return str(path)
 
 
-def test_the_chat_template_opens_the_answer(tmp_path, tokenizer):
+def test_the_chat_template_opens_the_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 12"])
     (prompt,) = load_prompts([file], DataConfig(), tokenizer).prompts
     text = tokenizer.decode(prompt.token_ids)
@@ -46,7 +52,9 @@ def test_the_chat_template_opens_the_answer(tmp_path, tokenizer):
     assert (prompt.ground_truth, prompt.data_source) == ("2", "demo/say")
 
 
-def test_without_template_the_contents_are_joined_without_special_tokens(tmp_path, tokenizer):
+def test_without_template_the_contents_are_joined_without_special_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     row = make_row(data_source="d", content="3 + ", ability="x", ground_truth="7", extra_info={})
     row["prompt"].append({"role": "user", "content": "4 ="})
     path = tmp_path / "a.jsonl"
@@ -57,7 +65,9 @@ def test_without_template_the_contents_are_joined_without_special_tokens(tmp_pat
     assert not set(prompt.token_ids) & set(tokenizer.all_special_ids)
 
 
-def test_ids_are_source_file_and_row_also_after_filtering(tmp_path, tokenizer):
+def test_ids_are_source_file_and_row_also_after_filtering(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     # Digits are single tokens: the template's 3 + "Say" + " " + the digits.
     first = write(tmp_path / "a.jsonl", ["Say 1", "Say 12345", "Say 3"])
     second = write(tmp_path / "b.jsonl", ["Say 4"], data_source="other")
@@ -67,21 +77,23 @@ def test_ids_are_source_file_and_row_also_after_filtering(tmp_path, tokenizer):
     assert loaded.n_filtered == 1
 
 
-def test_an_overlong_prompt_is_an_error_with_row_and_lengths(tmp_path, tokenizer):
+def test_an_overlong_prompt_is_an_error_with_row_and_lengths(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 1", "Say 12345"])
     with pytest.raises(UserError, match=r"a.jsonl:2: the prompt has 10 tokens, .*_length=8"):
         load_prompts([file], DataConfig(max_prompt_length=8), tokenizer)
     assert len(load_prompts([file], DataConfig(max_prompt_length=10), tokenizer).prompts) == 2
 
 
-def test_nothing_left_after_filtering(tmp_path, tokenizer):
+def test_nothing_left_after_filtering(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 1"])
     data = DataConfig(max_prompt_length=2, overlong_prompts="filter")
     with pytest.raises(UserError, match="all 1 prompts are longer"):
         load_prompts([file], data, tokenizer)
 
 
-def test_a_tokenizer_without_template(tmp_path):
+def test_a_tokenizer_without_template(tmp_path: Path) -> None:
     bare = build_tokenizer(["Say "], 300)
     bare.chat_template = None
     file = write(tmp_path / "a.jsonl", ["Say 1"])
@@ -89,7 +101,9 @@ def test_a_tokenizer_without_template(tmp_path):
         load_prompts([file], DataConfig(), bare)
 
 
-def test_files_with_equal_names_are_told_apart_by_their_folders(tmp_path, tokenizer):
+def test_files_with_equal_names_are_told_apart_by_their_folders(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     for name in ("gsm8k", "math"):
         (tmp_path / name).mkdir()
     files = [write(tmp_path / name / "train.jsonl", ["Say 1"]) for name in ("gsm8k", "math")]
@@ -101,7 +115,7 @@ def test_files_with_equal_names_are_told_apart_by_their_folders(tmp_path, tokeni
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), min_size=1, max_size=6))
-def test_labels_are_distinct_and_as_short_as_can_be(folders):
+def test_labels_are_distinct_and_as_short_as_can_be(folders: list[list[str]]) -> None:
     files = sorted({"/at/some/place/" + "/".join(parts) + ".jsonl" for parts in folders})
     labels = file_labels(files)
     assert len(set(labels)) == len(files)
@@ -110,7 +124,9 @@ def test_labels_are_distinct_and_as_short_as_can_be(folders):
         assert all("/" not in label for label in labels)
 
 
-def test_the_system_prompt_goes_where_there_is_none(tmp_path, tokenizer):
+def test_the_system_prompt_goes_where_there_is_none(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     row = make_row(data_source="d", content="Say 1", ability="x", ground_truth="1", extra_info={})
     own = {**row, "prompt": [{"role": "system", "content": "Say "}, *row["prompt"]]}
     path = tmp_path / "a.jsonl"
@@ -122,7 +138,9 @@ def test_the_system_prompt_goes_where_there_is_none(tmp_path, tokenizer):
     assert tokenizer.decode(second.token_ids) == "Say Say 1"
 
 
-def test_a_class_of_the_users_reads_the_file(tmp_path, tokenizer):
+def test_a_class_of_the_users_reads_the_file(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     (tmp_path / "lines.txt").write_text("1 one\n2 two\n", encoding="utf-8")
     (tmp_path / "mine.py").write_text(
         "class Lines:\n"
@@ -143,7 +161,7 @@ def test_a_class_of_the_users_reads_the_file(tmp_path, tokenizer):
     )
     file = str(tmp_path / "lines.txt")
 
-    def load(name):
+    def load(name: str) -> tuple[Prompt, ...]:
         data = DataConfig(custom_class=f"{tmp_path}/mine.py:{name}")
         return load_prompts([file], data, tokenizer).prompts
 

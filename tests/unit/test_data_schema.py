@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpg_megatron.data.schema import make_row, read_problems, write_parquet, write_parquets
+from gpg_megatron.data.schema import make_row, read_problems, write_parquets
 from gpg_megatron.errors import UserError
 
 
-def row(**changes: object) -> dict:
+def row(**changes: object) -> dict[str, object]:
     good = make_row(
         data_source="demo/add",
         content="1 + 1?",
@@ -29,10 +29,10 @@ def jsonl(path: Path, *rows: object) -> Path:
     return path
 
 
-def test_jsonl_and_parquet_give_the_same_problems(tmp_path):
+def test_jsonl_and_parquet_give_the_same_problems(tmp_path: Path) -> None:
     rows = [row(), row(data_source="demo/max", reward_model={"style": "rule", "ground_truth": "7"})]
     lines = read_problems(jsonl(tmp_path / "a.jsonl", *rows))
-    write_parquet(rows, tmp_path / "a.parquet")
+    write_parquets({tmp_path / "a.parquet": rows})
     table = read_problems(tmp_path / "a.parquet")
     for problems in (lines, table):
         assert [p.data_source for p in problems] == ["demo/add", "demo/max"]
@@ -42,14 +42,14 @@ def test_jsonl_and_parquet_give_the_same_problems(tmp_path):
     assert table[1].location == f"{tmp_path / 'a.parquet'}: row 2"
 
 
-def test_blank_lines_are_skipped_and_still_counted(tmp_path):
+def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"\n{json.dumps(row())}\n\n", encoding="utf-8")
     (problem,) = read_problems(path)
     assert problem.location == f"{path}:2"
 
 
-def test_further_columns_and_a_numeric_answer_are_accepted(tmp_path):
+def test_further_columns_and_a_numeric_answer_are_accepted(tmp_path: Path) -> None:
     extra = row(reward_model={"style": "rule", "ground_truth": 42}, agent_name="x")
     (problem,) = read_problems(jsonl(tmp_path / "a.jsonl", extra))
     assert problem.ground_truth == "42"
@@ -70,27 +70,27 @@ def test_further_columns_and_a_numeric_answer_are_accepted(tmp_path):
         (row(reward_model={"ground_truth": True}), "ground_truth is a boolean"),
     ],
 )
-def test_a_malformed_row_names_its_line(tmp_path, bad, message):
+def test_a_malformed_row_names_its_line(tmp_path: Path, bad: object, message: str) -> None:
     path = jsonl(tmp_path / "a.jsonl", row(), bad)
     with pytest.raises(UserError, match=message):
         read_problems(path)
 
 
-def test_a_malformed_parquet_row_names_its_number(tmp_path):
+def test_a_malformed_parquet_row_names_its_number(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    write_parquet([row(), row(data_source=None)], path)
+    write_parquets({path: [row(), row(data_source=None)]})
     with pytest.raises(UserError, match="a.parquet: row 2: data_source is missing"):
         read_problems(path)
 
 
-def test_a_line_that_is_not_json_names_its_line(tmp_path):
+def test_a_line_that_is_not_json_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row()) + "\n{oops\n", encoding="utf-8")
     with pytest.raises(UserError, match="a.jsonl:2: not JSON: .* at column 2"):
         read_problems(path)
 
 
-def test_unusable_files(tmp_path):
+def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
@@ -113,7 +113,7 @@ def test_unusable_files(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_writing_is_all_or_nothing(tmp_path):
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("old", encoding="utf-8")
     blocked = tmp_path / "b.parquet" / "c.parquet"
     with pytest.raises(UserError, match="cannot write"):

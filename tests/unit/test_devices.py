@@ -6,6 +6,7 @@ import pytest
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.placement.devices import engine_devices, visible_devices
+from gpg_megatron.placement.states import Mode
 
 EIGHT = tuple("01234567")
 
@@ -28,7 +29,7 @@ def test_colocated_engines_share_the_ranks_gpus() -> None:
 
 
 def test_disaggregated_engines_have_the_gpus_after_the_ranks() -> None:
-    mode = "disaggregated"
+    mode: Mode = "disaggregated"
     assert engine_devices(EIGHT, mode=mode, n_ranks=4, n_workers=4) == ("4", "5", "6", "7")
     assert engine_devices(("7", "3", "5"), mode=mode, n_ranks=1, n_workers=1) == ("3",)
     with pytest.raises(UserError) as raised:

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.large_layouts import CASES as LARGE
+from benchmarks.large_layouts import LargeCase
 from gpg_megatron.bridge.forecast import forecast, worker_elements
 from gpg_megatron.config.loading import load_config
-from gpg_megatron.config.sections import GIB
-from gpg_megatron.data.schema import make_row, write_parquet
+from gpg_megatron.config.sections import GIB, Config
+from gpg_megatron.data.schema import make_row, write_parquets
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
 from gpg_megatron.start import train
-from gpg_megatron.start.dry_run import _ranges, count_rows, lines, plan_run, problems
+from gpg_megatron.start.dry_run import count_rows, plan_run, problems
+from gpg_megatron.start.dry_run_text import lines
 from tests.tiny import write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +32,7 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directories with a config.json and nothing else."""
     folder = tmp_path_factory.mktemp("models")
     for name, (hidden, ffn, layers, heads, kv_heads) in SHAPES.items():
@@ -46,7 +48,7 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def flagship(models: Path, *overrides: str):
+def flagship(models: Path, *overrides: str) -> Config:
     """The shipped configuration, with a model of which only the shape is there."""
     model = f"model.path={models / 'qwen2-7b'}"
     return load_config(ROOT / "configs/qwen2-7b_math_megatron.yaml", [model, *overrides])
@@ -59,6 +61,7 @@ def test_the_flagship_by_the_numbers(models: Path) -> None:
     text = "\n".join(lines(plan))
     assert "policy     8 ranks: TP2 PP2 DP2" in text
     assert "engines    4 x TP2 = 8 workers" in text
+    assert "  stage 1: layers 14-27, ranks 4-7" in text.splitlines()
     assert "1,024 prompts x 5 = 5,120 responses" in text
     assert "updates    4 per rollout batch, 256 prompts = 1,280 responses each; 840 in 210" in text
     assert "epoch      unknown" in text
@@ -155,7 +158,7 @@ def test_what_does_not_fit_is_named(models: Path) -> None:
 
 
 @pytest.mark.parametrize("case", LARGE[:2], ids=lambda case: case.name)
-def test_the_forecast_of_a_publish(case) -> None:
+def test_the_forecast_of_a_publish(case: LargeCase) -> None:
     found = forecast(case.grid, case.engine, case.n_engines)
     # These vocabularies are multiples of 64 * TP, so that the engines have no padding.
     workers = [worker_elements(case.engine, worker) for worker in range(case.engine.tp_size)]
@@ -166,7 +169,7 @@ def test_the_forecast_of_a_publish(case) -> None:
 
 def test_rows_are_counted_without_a_tokenizer(tmp_path: Path) -> None:
     row = make_row(data_source="d", content="c", ability="a", ground_truth="1", extra_info={"i": 0})
-    write_parquet([row] * 5, tmp_path / "a.parquet")
+    write_parquets({tmp_path / "a.parquet": [row] * 5})
     jsonl = write_problems(tmp_path / "b.jsonl", ["1", "2"])
     jsonl.write_text(jsonl.read_text() + "\n")
     assert count_rows([str(tmp_path / "a.parquet"), str(jsonl)]) == 7
@@ -185,10 +188,6 @@ def test_epochs(models: Path, tmp_path: Path) -> None:
     assert "32 prompts = 2.00 rollout batches = 4.00 updates; the run is 1.50 epochs" in text
 
 
-def test_ranges() -> None:
-    assert _ranges((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
-
-
 def test_the_command_needs_neither_weights_nor_torchrun(models: Path) -> None:
     command = [
         sys.executable, "-m", "gpg_megatron.start.train", "--dry-run", "--gpu-memory-gb", "80",
@@ -205,7 +204,10 @@ def test_the_command_needs_neither_weights_nor_torchrun(models: Path) -> None:
 
 
 def test_mistakes_are_one_line(
-    models: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(RUN_ID_VARIABLE, raising=False)
     config = str(ROOT / "configs/qwen2-7b_math_megatron.yaml")

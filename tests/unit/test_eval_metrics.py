@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from statistics import fmean
 
 import pytest
@@ -77,9 +78,12 @@ def test_the_order_of_answers_does_not_matter(order: list[str]) -> None:
 def test_the_interval_by_hand() -> None:
     found = estimate([0.0, 1.0, 1.0, 0.0])
     assert found.value == 0.5
-    # sd = sqrt(1/3), 4 problems
-    assert found.half_width == pytest.approx(1.959964 * math.sqrt(1 / 3) / 2)
-    assert (found.low, found.high) == (0.0, 1.0)  # 0.5 +- 0.566 cut to [0, 1]
+    # Wilson: 0.5 +- z sqrt(1/12 + z^2/36) / (1 + z^2/3), z^2 = 3.8415
+    assert found.half_width == pytest.approx(0.374666, abs=1e-5)
+    assert (found.low, found.high) == pytest.approx((0.125334, 0.874666), abs=1e-5)
+    assert estimate([1.0] * 30).low == pytest.approx(29 / (29 + 3.841459), abs=1e-5)
+    assert estimate([1.0] * 30).high == 1.0
+    assert estimate([0.0] * 30).low == 0.0
     assert estimate([0.25]).half_width is None
     assert (estimate([0.25]).low, estimate([0.25]).high) == (0.25, 0.25)
 
@@ -92,6 +96,29 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     runs = [estimate([float(rng.random() < 0.3) for _ in range(100)]) for _ in range(400)]
     share = fmean(run.low <= 0.3 <= run.high for run in runs)
     assert abs(share - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 400)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_interval_holds_with_few_problems(p: float, n: int) -> None:
+    """2,000 evaluations of 30 problems whose accuracies differ, n answers to each. An exact sum
+    for n = 1 gives 0.97, 0.96 and 0.94."""
+    rng = random.Random(f"{p}/{n}")
+
+    def problem() -> float:
+        accuracy = rng.betavariate(4 * p, 4 * (1 - p))
+        return fmean(float(rng.random() < accuracy) for _ in range(n))
+
+    runs = [estimate([problem() for _ in range(30)]) for _ in range(2000)]
+    share = fmean(run.low <= p <= run.high for run in runs)
+    assert share >= 0.93 - 3 * math.sqrt(0.93 * 0.07 / 2000)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=40))
+def test_the_interval_holds_its_value_and_stays_within_0_and_1(values: list[float]) -> None:
+    found = estimate(values)
+    assert 0.0 <= found.low <= found.value <= found.high <= 1.0
+    assert found.low < found.high
 
 
 def test_summarise() -> None:

@@ -38,8 +38,7 @@ def test_metrics_per_data_source(groups: list[ScoredGroup]) -> None:
         "pass@4": 0.5,
         "maj@4": 0.5,  # 5 and 5.0 are one answer; no problem 2 is right
     }
-    # MATH's own scorer compares spellings: neither half is "0.5".
-    assert found["math"]["mean@4"].value == 0.0
+    assert found["math"]["mean@4"].value == 0.5  # both halves are 0.5
     assert found["math"]["mean@4"].half_width is None
 
 
@@ -73,11 +72,12 @@ def test_in_the_loop(tmp_path: Path) -> None:
         metrics = evaluate(fleet, pool, prompts, params, path)
     assert metrics == {
         "eval/gsm8k/mean@2": 0.75,
-        "eval/gsm8k/mean@2/ci95": pytest.approx(1.959964 * 0.25),  # sd of (1, 0.5) / sqrt(2)
+        # Wilson, z^2 = 3.8415: a share of 0.75 in 3 trials; of 1 in 1: (1 - 1 / 4.8415) / 2.
+        "eval/gsm8k/mean@2/ci95": pytest.approx(0.353533, abs=1e-5),
         "eval/gsm8k/pass@2": 1.0,
-        "eval/gsm8k/pass@2/ci95": 0.0,
+        "eval/gsm8k/pass@2/ci95": pytest.approx(0.396725, abs=1e-5),
         "eval/gsm8k/maj@2": 0.75,
-        "eval/gsm8k/maj@2/ci95": pytest.approx(1.959964 * 0.25),
+        "eval/gsm8k/maj@2/ci95": pytest.approx(0.353533, abs=1e-5),
     }
     assert len(path.read_text().splitlines()) == 4
     assert [(r.prompt.id, r.params) for r in fleet.requests] == [("a", params), ("b", params)]

@@ -10,7 +10,7 @@ from gpg_megatron.model.flops import TokenCosts, token_costs
 from gpg_megatron.types import ModelShape, MoEShape
 
 
-def shape(moe=None):
+def shape(moe: MoEShape | None = None) -> ModelShape:
     return ModelShape(
         architecture="LlamaForCausalLM",
         num_layers=30,
@@ -30,7 +30,7 @@ def shape(moe=None):
     )
 
 
-def test_a_dense_model():
+def test_a_dense_model() -> None:
     costs = token_costs(shape())
     # SmolLM2-135M: 134,515,008 parameters, of which the norms (61 * 576) multiply nothing
     matrices = 134_515_008 - 61 * 576 - 49152 * 576
@@ -40,7 +40,7 @@ def test_a_dense_model():
     assert costs.per_pair == 6 * 30 * 2 * 9 * 64
 
 
-def test_a_token_pays_for_the_experts_that_it_visits():
+def test_a_token_pays_for_the_experts_that_it_visits() -> None:
     moe = MoEShape(
         num_experts=60, experts_per_token=4, ffn_size=100, shared_ffn_size=200, renormalised=False
     )
@@ -48,12 +48,12 @@ def test_a_token_pays_for_the_experts_that_it_visits():
     assert per_layer == 576 * (3 * 600 + 60) - 576 * 3 * 1536
 
 
-def test_total():
+def test_total() -> None:
     costs = TokenCosts(per_token=100.0, per_loss_token=10.0, per_pair=1.0)
     assert costs.total(n_tokens=2, n_loss_tokens=3, n_pairs=4) == 234.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_what_a_product_reaches(dtype):
+def test_the_peak_is_what_a_product_reaches(dtype: torch.dtype) -> None:
     """Between a slow core and more than any CPU does."""
     assert 1e8 < peak_flops_per_s("cpu", dtype) < 1e15

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpg_megatron.loop.group_json import from_json, to_json
-from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from gpg_megatron.types import Completion, FinishReason, Prompt, Reward, ScoredGroup, VersionSpan
 
 TEXT = st.text(max_size=8)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
@@ -16,7 +17,7 @@ TOKENS = st.lists(st.integers(0, 10**6), max_size=4)
 
 
 @st.composite
-def groups(draw):
+def groups(draw: st.DrawFn) -> ScoredGroup:
     prompt = Prompt(
         id=draw(TEXT),
         token_ids=tuple(draw(TOKENS)),
@@ -33,7 +34,7 @@ def groups(draw):
                 index=index,
                 token_ids=tokens,
                 logprobs=tuple(draw(NUMBER) for _ in tokens),
-                finish_reason=draw(st.sampled_from(["stop", "length"])),
+                finish_reason=draw(st.sampled_from(get_args(FinishReason))),
                 text=draw(TEXT),
                 versions=(VersionSpan(version=3, start=0, end=len(tokens)),) if tokens else (),
             )
@@ -44,5 +45,5 @@ def groups(draw):
 
 
 @given(groups())
-def test_a_round_trip_through_a_file(group):
+def test_a_round_trip_through_a_file(group: ScoredGroup) -> None:
     assert from_json(json.loads(json.dumps(to_json(group)))) == group

@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "config": frozenset({"errors"}),
     "host": frozenset({"types", "errors"}),
     "model": OBJECTS,
-    "data": OBJECTS | USERS_OWN,
+    # gpg-data lists the reference answers that their own scorer does not accept.
+    "data": OBJECTS | USERS_OWN | {"reward"},
     "reward": OBJECTS | USERS_OWN,
     "algorithm": OBJECTS,
     "batching": OBJECTS | {"algorithm", "model"},

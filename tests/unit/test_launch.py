@@ -21,7 +21,7 @@ SCRIPTS = ("run_qwen2-7b_math_megatron.sh", "run_qwen2-7b_math.sh")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's config.json, and raw data in the columns of the two data sets."""
     folder = tmp_path_factory.mktemp("flagship")
     config = {
@@ -43,7 +43,9 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, place: Path, *arguments: str, **environment: str):
+def run(
+    script: str, place: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     given = {
         "PATH": os.environ["PATH"],
         "GPG_PYTHON": sys.executable,

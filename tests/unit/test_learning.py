@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from gpg_megatron.errors import UserError
 MINIMAL = "model: {path: m}\ndata: {train_files: [t]}\n"
 
 
-def row(step, accuracy, tokens, **more):
+def row(step: int, accuracy: float, tokens: int, **more: float) -> dict[str, Any]:
     return {
         "step": step,
         "reward/accuracy": accuracy,
@@ -27,18 +29,25 @@ def row(step, accuracy, tokens, **more):
     }
 
 
-def result(method, seed, accuracy, tokens, held_out=None, ended=""):
+def result(
+    method: str,
+    seed: int,
+    accuracy: Sequence[float],
+    tokens: Sequence[int],
+    held_out: Mapping[str, float],
+    ended: str = "",
+) -> dict[str, Any]:
     return {
         "method": method,
         "seed": seed,
         "accuracy": accuracy,
         "tokens": tokens,
-        "held_out": held_out or {},
+        "held_out": held_out,
         "ended": ended,
     }
 
 
-def test_curves_of_a_run():
+def test_curves_of_a_run() -> None:
     rows = [
         {"step": 0, "eval/a/mean@1": 0.25},
         row(1, 0.3, 100),
@@ -59,7 +68,7 @@ RESULTS = [
 ]
 
 
-def test_the_table_says_mean_and_spread_and_who_failed():
+def test_the_table_says_mean_and_spread_and_who_failed() -> None:
     rows = summary(["gpg", "amap", "rloo"], RESULTS)
     assert [r["method"] for r in rows] == ["gpg", "amap"]
     assert rows[0]["held_out_after"] == pytest.approx([0.6, 0.5, 0.7])
@@ -71,7 +80,7 @@ def test_the_table_says_mean_and_spread_and_who_failed():
     assert "ended after 1 steps: error" in describe(RESULTS[2])
 
 
-def test_accuracy_against_tokens_is_where_the_samples_were_drawn():
+def test_accuracy_against_tokens_is_where_the_samples_were_drawn() -> None:
     grid, rows = over_tokens(RESULTS[:2])
     # Step 1 is drawn at 0 tokens, step 2 at 10: there every run has its second accuracy.
     assert (grid[0], grid[-1]) == (0.0, 10.0)
@@ -81,14 +90,16 @@ def test_accuracy_against_tokens_is_where_the_samples_were_drawn():
     assert 0.39 < middle < 0.41
 
 
-def test_every_method_is_a_configuration(tmp_path: Path):
+def test_every_method_is_a_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(MINIMAL)
     for overrides in METHODS.values():
         load_config(file, overrides)
 
 
-def test_a_result_is_not_made_again_unless_the_settings_changed(tmp_path: Path, monkeypatch):
+def test_a_result_is_not_made_again_unless_the_settings_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def trained(*_: object, **__: object) -> None:
         raise AssertionError("a run was started")
 
@@ -105,6 +116,6 @@ def test_a_result_is_not_made_again_unless_the_settings_changed(tmp_path: Path, 
         run(folder, "gpg", 1, config, ["trainer.seed=1", "policy.lr=1.0"])
 
 
-def test_an_unknown_method_is_one_line(tmp_path: Path, capsys):
+def test_an_unknown_method_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert learning_main(["--out", str(tmp_path), "--methods", "gpg,ppo"]) == 2
     assert "'ppo'" in capsys.readouterr().err

@@ -46,11 +46,14 @@ def megatron_says(*arguments: str) -> Any:
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, int]]:
     names = [f"{m}:{tp}:{pp}:{stage}" for m, (_, tp, pp) in CASES.items() for stage in range(pp)]
-    return megatron_says("built", *names)
+    found: dict[str, dict[str, int]] = megatron_says("built", *names)
+    return found
 
 
 @pytest.mark.parametrize("model", CASES)
-def test_parameters_gradients_and_optimizer_of_every_stage(built, model: str) -> None:
+def test_parameters_gradients_and_optimizer_of_every_stage(
+    built: dict[str, dict[str, int]], model: str
+) -> None:
     shape, tp, pp = CASES[model]
     policy = PolicyConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     config = replace(Config(), policy=policy, model=ModelConfig(dtype="bf16"))
@@ -74,7 +77,7 @@ def test_what_autograd_keeps_of_a_layer(tp: int) -> None:
     shape = replace(QWEN2_7B, **SMALL)
     policy = PolicyConfig(tensor_model_parallel_size=tp)
     for dtype, real in megatron_says("kept", str(tp)).items():
-        model = ModelConfig(dtype={"bfloat16": "bf16", "float32": "fp32"}[dtype])
+        model = ModelConfig(dtype="bf16" if dtype == "bfloat16" else "fp32")
         assert activation_bytes(replace(Config(), policy=policy, model=model), shape) == real
 
 
@@ -113,7 +116,7 @@ def test_earlier_stages_keep_more_micro_batches() -> None:
 def test_what_reduces_activations() -> None:
     config = config_of(max_tokens_per_micro_batch=2048)
 
-    def of(**changes: object) -> int:
+    def of(**changes: Any) -> int:
         changed = replace(config, policy=replace(config.policy, **changes))
         return policy_memory(changed, QWEN2_7B, n_parameters=1, stage=0).activations
 
@@ -136,6 +139,7 @@ def test_ranks_that_share_a_row_share_the_optimizer() -> None:
 
 def test_experts_count_as_often_as_a_token_visits_them() -> None:
     config = config_of()
+    assert QWEN3_30B.moe is not None
     fewer = replace(QWEN3_30B, moe=replace(QWEN3_30B.moe, experts_per_token=4))
     difference = activation_bytes(config, QWEN3_30B) - activation_bytes(config, fewer)
     assert difference == 2 * (5 * 4 * 768 + 4 * 2048)

@@ -84,13 +84,6 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.rstrip(" ").endswith("\n") or "\x1b[?25h" in text
 
 
-def test_is_terminal_decides_over_the_stream() -> None:
-    stream = Terminal()
-    with closing(Progress(40, stream, is_terminal=False)) as progress:
-        progress.step(1, METRICS)
-    assert stream.getvalue() == step_line(1, 40, METRICS) + "\n"
-
-
 def test_phases_are_timed_and_added_up() -> None:
     with closing(Watchdog(rank=0, limit_s=60)) as watchdog:
         for _ in range(2):

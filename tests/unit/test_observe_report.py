@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.observe.charts import N_COLORS, Panel, chart_svg
+from gpg_megatron.observe.charts import N_COLORS, Kind, Panel, chart_svg
 from gpg_megatron.observe.report import write_report
 
 CONFIG = """\
@@ -136,7 +136,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["line", "log", "stack"])
 @pytest.mark.parametrize("n", [1, 3, 200])
-def test_charts_take_their_colours_from_the_page(kind, n: int) -> None:
+def test_charts_take_their_colours_from_the_page(kind: Kind, n: int) -> None:
     values = [0.0 if i == 0 else math.nan if i == 1 else 10.0**-i for i in range(n)]
     names = [f"series {i}" for i in range(N_COLORS)]
     svg = chart_svg(

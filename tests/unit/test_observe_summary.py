@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from gpg_megatron.observe.rundir import Row
 from gpg_megatron.observe.summary import summary_lines
 
 
 def test_first_and_last_evaluation_sums_of_seconds_and_peak_memory() -> None:
-    rows = [
+    rows: list[Row] = [
         {"step": 0, "eval/a/mean@1": 0.25, "timing/eval_s": 2.0, "memory/rss_gb": 3.0},
         {"step": 1, "timing/rollout_s": 10.4, "timing/policy_s": 5.0, "memory/rss_gb": 7.25},
         {"step": 2, "timing/rollout_s": 10.4, "eval/a/mean@1": 0.75, "memory/rss_gb": None},

@@ -14,11 +14,13 @@ from gpg_megatron.placement.states import (
     TRANSITIONS,
     Action,
     Load,
+    Mode,
     Offload,
     Part,
     Placement,
     Sleep,
     State,
+    Transition,
     Wake,
     actions_between,
 )
@@ -82,7 +84,7 @@ def test_no_way_generates_from_weights_that_were_dropped(way: list[State]) -> No
 
 
 @pytest.mark.parametrize("transition", COLOCATED, ids=lambda x: f"{x[0].name}-{x[1].name}")
-def test_everything_is_given_back_before_anything_is_taken(transition) -> None:
+def test_everything_is_given_back_before_anything_is_taken(transition: Transition) -> None:
     actions = COLOCATED[transition]
     taken = [not isinstance(action, GIVES_BACK) for action in actions]
     assert taken == sorted(taken)
@@ -100,7 +102,7 @@ def test_every_state_can_be_reached_and_left_again() -> None:
     assert not any(b is State.START for _, b in COLOCATED)
 
 
-def recorded(mode: str, *states: State) -> tuple[Placement, list[Action]]:
+def recorded(mode: Mode, *states: State) -> tuple[Placement, list[Action]]:
     calls: list[Action] = []
     placement = Placement(mode, calls.append)
     for state in states:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.plugins import load_object
 
 
-def test_an_object_of_a_file_with_a_neighbour(tmp_path):
+def test_an_object_of_a_file_with_a_neighbour(tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_plugin.py").write_text("VALUE = 41\n")
     file = tmp_path / "plugin.py"
     file.write_text("from neighbour_of_plugin import VALUE\ndef f():\n    return VALUE + 1\n")
@@ -26,7 +28,7 @@ def test_an_object_of_a_file_with_a_neighbour(tmp_path):
         ("broken.py:f", "broken.py: ZeroDivisionError: division by zero"),
     ],
 )
-def test_mistakes(tmp_path, monkeypatch, spec, message):
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.py").write_text("f = 1\n")
     (tmp_path / "broken.py").write_text("f = 1 / 0\n")

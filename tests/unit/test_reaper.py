@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
@@ -55,7 +56,11 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _wait_until(condition, what: str) -> None:
+def _is_gone(pid: int) -> bool:
+    return not _alive(pid)
+
+
+def _wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < deadline, f"waited {LIMIT_S} s for {what}"
@@ -92,7 +97,7 @@ def test_nothing_outlives_the_owner(run_id: str, number: signal.Signals) -> None
     owner.wait(timeout=LIMIT_S)
     owner.stdout.close()
     for pid in (reaper, child, int(stray)):
-        _wait_until(lambda pid=pid: not _alive(pid), f"process {pid} to end")
+        _wait_until(partial(_is_gone, pid), f"process {pid} to end")
     assert not (SHARED_MEMORY / segment).exists()
     assert not scratch_directory(run_id).exists()
 
@@ -205,8 +210,18 @@ def test_semaphores_count_as_segments(run_id: str) -> None:
     assert not (SHARED_MEMORY / name).exists()
 
 
-def test_the_reaper_needs_no_package() -> None:
-    """It runs with -I -S from its path: nothing of the project may be imported."""
-    command = [sys.executable, "-I", "-S", reaper_module.__file__, "0" * 12, "999999999"]
+def test_the_reaper_ends_at_once_when_its_owner_is_gone(tmp_path: Path) -> None:
+    """As it is started: from its path, wherever, and with nothing to say."""
+    command = [sys.executable, "-P", reaper_module.__file__, "0" * 12, "999999999"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_reaper_imports_nothing_of_the_project() -> None:
+    script = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]);"
+        "print([name for name in sys.modules if name.startswith('gpg_megatron')])"
+    )
+    command = [sys.executable, "-P", "-c", script, reaper_module.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from gpg_megatron.types import ModelShape
 from tests.unit.test_bridge_hf_io import TIED, UNTIED
 
 
-def saved(root: Path, step: int = 5, **fields: object) -> Path:
+def saved(root: Path, step: int = 5, **fields: Any) -> Path:
     """A checkpoint of TIED."""
     directory = root / "checkpoints" / f"step_{step}"
     directory.mkdir(parents=True)
@@ -82,7 +83,7 @@ def test_the_newest_is_found_and_described(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    tmp_path: Path, fields: dict, distributed: bool, shape: ModelShape, message: str
+    tmp_path: Path, fields: dict[str, Any], distributed: bool, shape: ModelShape, message: str
 ) -> None:
     saved(tmp_path, **fields)
     with pytest.raises(UserError, match=message):

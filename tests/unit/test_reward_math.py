@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.data.catalog import load_split
-from gpg_megatron.reward.mathematics import MAX_ANSWER, equal, normalise, vote
+from gpg_megatron.reward.form import MAX_ANSWER, normal_form
+from gpg_megatron.reward.mathematics import equal, vote
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.reward.scorers import Verdict, gsm8k, math, math_verify
 from tests.unit.test_reward_pool import children, item
@@ -81,7 +82,7 @@ def test_what_differs(answer: str, truth: str) -> None:
 def test_normalising_ends_and_equal_holds_for_itself(text: str) -> None:
     assert equal(text, text)
     assert vote(text) == vote(text)
-    assert len(normalise(text)) <= 8 * len(text) + 8
+    assert len(normal_form(text)) <= 8 * len(text) + 8
 
 
 def test_an_answer_that_is_too_long_is_wrong() -> None:
@@ -221,23 +222,9 @@ def test_math_verify_agrees_on_a_sample(development_data: Path) -> None:
     assert (missed, fooled) == ([], [])
 
 
-# Where math-verify takes a changed answer for the same: it compares decimals to 6 digits (the
-# first of each split), takes either side of an equation, or cannot parse the whole of the answer.
-FOOLED = {
-    "test": ["\\frac{1}{2004!}", "\\frac \\pi4 + 2 - \\sqrt2", "\\frac{7}{5} + \\frac{1}{5} i."],
-    "train": [
-        "\\frac{1}{2^{98}}",
-        "0.56 = 56\\%",
-        "2007 + \\frac\\pi 2",
-        "\\begin{pmatrix} 1 & -1 \\\\ 1 & \\phantom -1 \\end{pmatrix}",
-        "\\begin{pmatrix} -1 & 0 \\\\ 0 & -1 \\end{pmatrix}.",
-    ],
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_math_verify_agrees_on_every_reference_solution(development_data: Path, split: str) -> None:
     missed, fooled = agreement_of_math_verify(references(development_data, "math", split))
     assert missed == []
-    assert sorted(fooled) == sorted(FOOLED[split])
+    assert fooled == []

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from gpg_megatron.config.sections import RewardConfig
 from gpg_megatron.data.catalog import DATA_SETS
 from gpg_megatron.errors import UserError
+from gpg_megatron.reward.gsm8k import TAIL as GSM8K_TAIL
+from gpg_megatron.reward.gsm8k import exact_number as parse_number
+from gpg_megatron.reward.gsm8k import last_answer as gsm8k_answer
 from gpg_megatron.reward.scorers import (
-    GSM8K_TAIL,
     SCORERS,
     exact_match,
     gsm8k,
-    gsm8k_answer,
-    parse_number,
 )
 from gpg_megatron.reward.sources import (
     DATA_SOURCES,
     check_data_sources,
     check_prompts,
     scorer_name,
+    unmet,
 )
 from gpg_megatron.types import Prompt
 
@@ -89,6 +90,18 @@ def test_exact_match(response: str, truth: str, score: float) -> None:
         ("#### 1\n#### 2", "2"),
         ("#### 2\n#### the end", "2"),
         ("#### 7 #### 8 and more", "8"),
+        ("####\n42", "42"),
+        ("#### \\boxed{42}", "42"),
+        ("#### \\(42\\)", "42"),
+        ("#### (42)", "42"),
+        ("####: 42", "42"),
+        ("#### *42*", "42"),
+        ("#### 42\N{NO-BREAK SPACE}", "42"),
+        ("#### **Final answer:** 42 clips.", "42"),
+        ("#### 1{,}234", "1234"),
+        ("#### 42 m^2", "42"),
+        ("#### 42 (clips)", "42"),
+        ("#### 42 ####", "42"),
     ],
 )
 def test_gsm8k_finds_the_number(response: str, number: str) -> None:
@@ -104,7 +117,7 @@ def test_gsm8k_finds_the_number(response: str, number: str) -> None:
         "#### forty-two",
         "####",
         "#### x = 42",
-        "####\n42",
+        "####\n42 apples, 3 of them red",
         "#### 1/2",
         "#### 1 / 2",
         "#### 5-7",
@@ -120,6 +133,23 @@ def test_gsm8k_finds_the_number(response: str, number: str) -> None:
         "#### --4",
         "#### -$-4",
         "#### 5\n#### 1/2",
+        "#### 3 or 4",
+        "#### 3 1/2",
+        "#### 5, 6",
+        "#### 10 000",
+        "#### 12!",
+        "#### 12x",
+        "#### 12\N{SUPERSCRIPT TWO}",
+        "#### 5 x 3 = 15",
+        "#### 5 to 7",
+        "#### 70 #### unknown",
+        "#### 70\n#### unknown",
+        "#### 72 \N{DIVISION SIGN} 2",
+        "#### 72 thousand",
+        "#### 72k",
+        "#### 72nd",
+        "#### 72 and a half",
+        "#### 72, no, 73",
         "#### 42" + " " * GSM8K_TAIL,
     ],
 )
@@ -200,6 +230,27 @@ def test_an_unknown_data_source_is_named() -> None:
     with pytest.raises(UserError, match=r"'lighteval/x'.*known: arithmetic\*, gsm8k"):
         check_data_sources(["gsm8k", "lighteval/x"], RewardConfig())
     check_data_sources(["lighteval/x"], RewardConfig(scorer="gsm8k"))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "truth", "reason"),
+    [
+        ("math", "5}", None),
+        ("math", "\\boxed{72}", None),
+        ("math_verify", "\\frac{1}{2}", None),
+        ("gsm8k", "56.0", None),
+        ("custom", "", None),
+        ("math", " ", "is empty"),
+        ("gsm8k", "NaN", "is what a missing value is written as"),
+        ("gsm8k", "word", "is not a number"),
+        ("math_verify", "x" * 3000, "does not score 1 against itself"),
+        ("verl_math", "a\\sqrt", None),
+        ("verl_gsm8k", "1,000", "does not score 1 against itself"),
+    ],
+)
+def test_ground_truths_that_no_answer_can_meet(scorer: str, truth: str, reason: str | None) -> None:
+    found = unmet(scorer, truth)
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_an_unreadable_ground_truth_is_named() -> None:

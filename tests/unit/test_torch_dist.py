@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from gpg_megatron.checkpoint.torch_dist import (
     METADATA,
-    ChunkReader,
+    Stored,
     append_chunk,
+    read_box,
     read_index,
     write_index,
 )
@@ -37,32 +39,31 @@ CUTS = [(0, 5, 0, 6), (5, 8, 0, 4), (5, 8, 4, 6)]
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tensor in nine chunks and two files."""
     directory = tmp_path_factory.mktemp("written")
-    items = []
+    chunks = []
     with (directory / "__0_0.distcp").open("wb") as a, (directory / "__0_1.distcp").open("wb") as b:
         for layer in range(3):
             for r0, r1, c0, c1 in CUTS:
                 file = a if r0 == 0 else b
-                name = Path(file.name).name
                 box = Box(((layer, layer + 1), (r0, r1), (c0, c1)))
                 data = WHOLE[box.slices].clone()
-                items.append(append_chunk(file, name, "weight", SHAPE, box, data))
-    write_index(directory, items)
+                chunks.append(append_chunk(file, box, data))
+    write_index(directory, {"weight": Stored(SHAPE, WHOLE.dtype, tuple(chunks))})
     return directory
 
 
 def test_torch_reads_what_was_written(written: Path) -> None:
     state = {"weight": torch.zeros(SHAPE)}
-    dcp.load(state, checkpoint_id=str(written), no_dist=True)
+    load(state, checkpoint_id=str(written), no_dist=True)
     assert torch.equal(state["weight"], WHOLE)
 
 
 def test_what_torch_writes_is_read(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16()}
-    dcp.save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
-    index, reader = read_index(tmp_path), ChunkReader(tmp_path)
+    save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
+    index = read_index(tmp_path)
     for name, right in tensors.items():
         out = torch.empty_like(right)
-        reader.read(index[name], Box.whole(right.shape), out)
+        read_box(tmp_path, index[name], Box.whole(right.shape), out)
         assert index[name].dtype == right.dtype and torch.equal(out, right)
 
 
@@ -77,15 +78,15 @@ def test_any_box_is_read_from_the_chunks_that_it_crosses(
         ranges.append((start, data.draw(st.integers(start + 1, n))))
     box = Box(tuple(ranges))
     out = torch.empty(box.shape)
-    ChunkReader(written).read(read_index(written)["weight"], box, out)
+    read_box(written, read_index(written)["weight"], box, out)
     assert torch.equal(out, WHOLE[box.slices])
 
 
 def test_a_box_outside_the_chunks_is_refused(written: Path, tmp_path: Path) -> None:
     stored = read_index(written)["weight"]
-    part = type(stored)(stored.shape, stored.dtype, stored.chunks[:2])
+    part = Stored(stored.shape, stored.dtype, stored.chunks[:2])
     with pytest.raises(UserError, match="only 42 of 48 elements are stored"):
-        ChunkReader(written).read(part, Box(((0, 1), (0, 8), (0, 6))), torch.empty(1, 8, 6))
+        read_box(written, part, Box(((0, 1), (0, 8), (0, 6))), torch.empty(1, 8, 6))
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,9 @@ def test_a_cut_file_is_named(written: Path, tmp_path: Path) -> None:
     for path in written.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     os.truncate(tmp_path / "__0_0.distcp", 500)
+    stored = read_index(tmp_path)["weight"]
     with pytest.raises(UserError, match=r"__0_0\.distcp.* damaged"):
-        ChunkReader(tmp_path).read(
-            read_index(tmp_path)["weight"], Box(((0, 1), (0, 5), (0, 6))), torch.empty(5, 6)
-        )
+        read_box(tmp_path, stored, Box(((0, 1), (0, 5), (0, 6))), torch.empty(5, 6))
     (tmp_path / "__0_1.distcp").unlink()
     with pytest.raises(UserError, match=r"__0_1\.distcp: No such file"):
-        ChunkReader(tmp_path).read(
-            read_index(tmp_path)["weight"], Box(((0, 1), (5, 8), (0, 6))), torch.empty(3, 6)
-        )
+        read_box(tmp_path, stored, Box(((0, 1), (5, 8), (0, 6))), torch.empty(3, 6))

@@ -22,9 +22,8 @@ from gpg_megatron.bridge.transports.base import SLOTS, TransferError
 _ROOT = Path("/dev/shm")
 _DATA = 4096
 _HEADER = 64
-_RESETS = 1024
-_READ = 32
-"""Within a header: where the reader's field starts."""
+# Fields of a header; the last one is the whole segment's.
+_NUMBER, _RECEIVER, _READ, _RESETS = 0, 8, 32, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,34 +44,11 @@ class _Segment:
         self.slots = memory[_DATA:].view(SLOTS, bucket_bytes)
         self._file = os.open(path, os.O_RDWR)
 
-    def posted(self, slot: int) -> tuple[int, int]:
-        """(message number, receiver); message 0 is none."""
-        number = self._get(slot * _HEADER)
-        return number, self._get(slot * _HEADER + 8)
+    def get(self, field: int, slot: int = 0) -> int:
+        return int.from_bytes(os.pread(self._file, 8, slot * _HEADER + field), sys.byteorder)
 
-    def set_posted(self, slot: int, number: int, receiver: int) -> None:
-        # The receiver first: whoever sees the new number sees the new receiver.
-        self._set(slot * _HEADER + 8, receiver)
-        self._set(slot * _HEADER, number)
-
-    def read(self, slot: int) -> int:
-        """The message number that was read last."""
-        return self._get(slot * _HEADER + _READ)
-
-    def set_read(self, slot: int, number: int) -> None:
-        self._set(slot * _HEADER + _READ, number)
-
-    def resets(self) -> int:
-        return self._get(_RESETS)
-
-    def count_reset(self) -> None:
-        self._set(_RESETS, self.resets() + 1)
-
-    def _get(self, position: int) -> int:
-        return int.from_bytes(os.pread(self._file, 8, position), sys.byteorder)
-
-    def _set(self, position: int, value: int) -> None:
-        os.pwrite(self._file, value.to_bytes(8, sys.byteorder), position)
+    def set(self, value: int, field: int, slot: int = 0) -> None:
+        os.pwrite(self._file, value.to_bytes(8, sys.byteorder), slot * _HEADER + field)
 
     def close(self) -> None:
         os.close(self._file)
@@ -102,10 +78,10 @@ class ShmOutbox:
         return self._address
 
     def reset(self) -> None:
-        self._segment.count_reset()
+        self._segment.set(self._segment.get(_RESETS) + 1, _RESETS)
         for slot in range(SLOTS):
-            self._segment.set_posted(slot, 0, 0)
-            self._segment.set_read(slot, 0)
+            for field in (_RECEIVER, _NUMBER, _READ):
+                self._segment.set(0, field, slot)
         self._sent = 0
 
     def slot(self) -> torch.Tensor | None:
@@ -115,7 +91,9 @@ class ShmOutbox:
     def post(self, receiver: int, n_bytes: int) -> None:
         index = self._sent % SLOTS
         self._sent += 1
-        self._segment.set_posted(index, self._sent, receiver)
+        # The receiver first: whoever sees the new number sees the new receiver.
+        self._segment.set(receiver, _RECEIVER, index)
+        self._segment.set(self._sent, _NUMBER, index)
 
     def idle(self) -> bool:
         return all(self._is_read(slot) for slot in range(SLOTS))
@@ -129,7 +107,7 @@ class ShmOutbox:
         self._segment.close()
 
     def _is_read(self, slot: int) -> bool:
-        return self._segment.posted(slot)[0] == self._segment.read(slot)
+        return self._segment.get(_NUMBER, slot) == self._segment.get(_READ, slot)
 
 
 class ShmInbox:
@@ -153,10 +131,10 @@ class ShmInbox:
         self._resets = 0
 
     def start(self) -> None:
-        self._resets = self._segment.resets()
+        self._resets = self._segment.get(_RESETS)
 
     def poll(self, n_bytes: int) -> torch.Tensor | None:
-        if self._segment.resets() != self._resets:
+        if self._segment.get(_RESETS) != self._resets:
             raise TransferError("the sender has given up this update")
         # Looks twice: while the slots are looked at in turn two messages may come, and the
         # later one be seen alone. Whatever was posted before it is there at the second look.
@@ -170,14 +148,14 @@ class ShmInbox:
         """(message number, slot) of what this receiver has not read."""
         waiting = []
         for slot in range(SLOTS):
-            number, receiver = self._segment.posted(slot)
-            if receiver == self._receiver and number > self._segment.read(slot):
+            number, receiver = (self._segment.get(f, slot) for f in (_NUMBER, _RECEIVER))
+            if receiver == self._receiver and number > self._segment.get(_READ, slot):
                 waiting.append((number, slot))
         return waiting
 
     def done(self) -> None:
         number, slot = self._reading
-        self._segment.set_read(slot, number)
+        self._segment.set(number, _READ, slot)
 
     def close(self) -> None:
         self._segment.close()

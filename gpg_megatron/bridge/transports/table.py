@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpg_megatron.bridge.transports.base import Inbox, Outbox, TransportName
+from gpg_megatron.bridge.transports.cuda_ipc import CudaInbox, CudaOutbox
+from gpg_megatron.bridge.transports.p2p import P2PInbox, P2POutbox
+from gpg_megatron.bridge.transports.shm import ShmInbox, ShmOutbox
 
 
 def open_outbox(
@@ -17,28 +20,16 @@ def open_outbox(
 ) -> Outbox:
     """The sending end of one rank; the name is unique on the host."""
     if transport == "shm":
-        from gpg_megatron.bridge.transports.shm import ShmOutbox
-
         return ShmOutbox(name, bucket_bytes)
     if transport == "cuda_ipc":
-        from gpg_megatron.bridge.transports.cuda_ipc import CudaOutbox
-
         return CudaOutbox(name, bucket_bytes)
-    from gpg_megatron.bridge.transports.p2p import P2POutbox
-
     return P2POutbox(bucket_bytes, receivers, backend=transport, timeout_s=timeout_s)
 
 
 def open_inbox(transport: TransportName, address: Any, receiver: int) -> Inbox:
     """The receiving end for one sender, by the sender's address."""
     if transport == "shm":
-        from gpg_megatron.bridge.transports.shm import ShmInbox
-
         return ShmInbox(address, receiver)
     if transport == "cuda_ipc":
-        from gpg_megatron.bridge.transports.cuda_ipc import CudaInbox
-
         return CudaInbox(address, receiver)
-    from gpg_megatron.bridge.transports.p2p import P2PInbox
-
     return P2PInbox(address, receiver)

@@ -1,0 +1,109 @@
+"""The dry run's plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpg_megatron.config.sections import GIB
+from gpg_megatron.placement.memory import micro_batches_per_update
+from gpg_megatron.start.dry_run import RunPlan, gib, problems
+from gpg_megatron.types import DTYPES
+
+
+def lines(plan: RunPlan) -> list[str]:
+    """What a run will do, what it needs, and last what would not fit."""
+    found = [f"does not fit: {problem}" for problem in problems(plan)]
+    text = _processes(plan) + _batches(plan) + _memory(plan) + _bridge(plan)
+    return text.splitlines() + (found or ["fits       as far as is known"])
+
+
+def _processes(plan: RunPlan) -> str:
+    p, r, s = plan.config.policy, plan.config.rollout, plan.shape
+    experts = f", {s.num_experts} experts" if s.moe else ""
+    context = f" CP{p.context_parallel_size}" if p.context_parallel_size > 1 else ""
+    expert = f" EP{p.expert_model_parallel_size}" if s.moe else ""
+    workers = plan.engine_gpus
+    text = f"""\
+model      {s.architecture}, {plan.n_parameters / 1e9:.2f}e9 parameters, {s.num_layers} layers\
+{experts}; policy {plan.config.model.dtype}, engines {r.dtype}
+policy     {p.world_size} ranks: TP{p.tensor_model_parallel_size} \
+PP{p.pipeline_model_parallel_size}{context} DP{p.data_parallel_size}{expert}
+engines    {r.num_engines} x TP{r.tensor_model_parallel_size} = {len(workers)} workers
+scorers    {plan.config.reward.num_workers}
+"""
+    if plan.device_bytes is None:
+        return text + "devices    CPU\n"
+    shared = len(range(workers.start, min(workers.stop, p.world_size)))
+    text += f"""\
+devices    {len(plan.memory_by_gpu)} GPUs of {gib(plan.device_bytes)}, \
+{plan.config.trainer.placement}: rank r on GPU r, workers from GPU {workers.start} on; \
+{shared} GPUs hold a rank and a worker
+"""
+    for stage in plan.stages:
+        text += (
+            f"  stage {stage.number}: layers {_span(stage.layers)}, ranks {_span(stage.ranks)}\n"
+        )
+    return text
+
+
+def _batches(plan: RunPlan) -> str:
+    c, t = plan.config, plan.config.trainer
+    n, batch, update = c.rollout.n, t.train_batch_size, t.prompts_per_update
+    epoch = "unknown: data.train_files cannot be counted here"
+    if plan.n_rows is not None:
+        epoch = (
+            f"{plan.n_rows:,} prompts = {plan.n_rows / batch:.2f} rollout batches = "
+            f"{plan.n_rows / update:.2f} updates; the run is "
+            f"{t.total_training_steps * batch / plan.n_rows:.2f} epochs"
+        )
+    return f"""\
+rollout    {batch:,} prompts x {n} = {batch * n:,} responses of at most \
+{c.rollout.max_response_length:,} tokens
+updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = {update * n:,} responses \
+each; {t.total_updates:,} in {t.total_training_steps:,} steps
+           at most {micro_batches_per_update(c)} micro-batches of \
+{c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update
+epoch      {epoch}
+"""
+
+
+def _memory(plan: RunPlan) -> str:
+    names = ("parameters", "gradients", "optimizer", "activations", "logits", "total")
+    text = f"memory     {'GiB per rank':<16}" + "".join(f"{name:>12}" for name in names) + "\n"
+    for stage in plan.stages:
+        numbers = "".join(f"{getattr(stage.memory, name) / GIB:12.2f}" for name in names)
+        text += f"           {f'policy stage {stage.number}':<16}{numbers}\n"
+    e = plan.engine
+    text += f"""\
+           engine worker: {gib(e.reserved)} = parameters {gib(e.parameters)} + \
+KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
+{e.kv_tokens // plan.longest:,} sequences of full length
+"""
+    if plan.device_bytes is None or plan.config.trainer.placement != "colocated":
+        return text
+    fullest = max(plan.peaks, key=lambda gpu: sum(plan.peaks[gpu][1:]))
+    states = plan.memory_by_gpu[fullest].items()
+    held = ", ".join(f"{state} {gib(sum(parts))}" for state, parts in states)
+    ranks = sum(len(s.ranks) * (s.memory.parameters + s.memory.optimizer) for s in plan.stages)
+    return f"""{text}\
+           GPU {fullest} by state: {held}
+           host memory of all ranks: {gib(ranks)} for what is offloaded; and \
+{gib(len(plan.engine_gpus) * e.parameters)} for the engines' weights while the policy is saved
+"""
+
+
+def _bridge(plan: RunPlan) -> str:
+    f, r = plan.publish, plan.config.rollout
+    item = DTYPES[r.dtype].itemsize
+    return f"""\
+bridge     {plan.config.bridge.transport}: {gib(f.sent * item)} per publish \
+(bound {gib(f.bound * item)}), {gib(f.sent * item / r.num_engines)} to each engine in \
+{f.n_routes:,} rectangles
+           {f.n_senders} ranks send, the most {gib(f.most_sent * item)} \
+({f.most_sent / f.share:.2f} of an equal share); a worker receives at most {gib(f.received * item)}
+"""
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Of numbers without a gap: 0-3."""
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
