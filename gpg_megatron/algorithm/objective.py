@@ -29,6 +29,7 @@ SUMS = (
     "clipped",
     "kl",
     "entropy",
+    "unlikely",
 )
 """The statistics that are added up over micro-batches and ranks, in the order of the reduction."""
 MAXIMA = ("gap_max",)
@@ -116,6 +117,7 @@ def _distances(current_N: Tensor, measured_N: Tensor, engine_N: Tensor) -> dict[
         "k3": kl_k3(engine_N, current_N).sum(),
         "ratio": rho_N.sum(),
         "squared_ratio": rho_N.square().sum(),
+        "unlikely": -torch.expm1(engine_N).sum(),
     }
 
 
@@ -130,6 +132,7 @@ def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[st
     named = {
         "mismatch/logprob_mean": statistics["gap"] / n,
         "mismatch/logprob_max": statistics["gap_max"],
+        "mismatch/unlikely_mean": statistics["unlikely"] / n,
         "mismatch/kl_k1": statistics["k1"] / n,
         "mismatch/kl_k3": statistics["k3"] / n,
     }

@@ -167,9 +167,8 @@ class BridgeConfig:
     timeout_s: int = ranged(300, at_least=1)
     """Limit of every wait between a policy rank and an engine worker, in seconds."""
     canary_tolerance: Optional[float] = ranged(None, above=0)
-    """Largest accepted |log-prob difference| between engine and policy: on the canary prompts
-    after the first sync, and, when both sides are fp32, in every step's rollouts.
-    None: 1e-4 when both sides are fp32, else 0.25."""
+    """Largest accepted mean of |engine log-prob - policy log-prob|, nats, after the first sync
+    and at every step. None: measured for the model when a run starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,10 +308,3 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    @property
-    def mismatch_tolerance(self) -> float:
-        """Largest accepted |engine log-prob - policy log-prob| after a sync."""
-        if self.bridge.canary_tolerance is not None:
-            return self.bridge.canary_tolerance
-        return 1e-4 if self.model.dtype == self.rollout.dtype == "fp32" else 0.25

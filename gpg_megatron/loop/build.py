@@ -313,11 +313,12 @@ def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
 
 
 def _guard(config: Config, rank0: Rank0 | None) -> Guard:
-    both_fp32 = config.model.dtype == config.rollout.dtype == "fp32"
+    coarser = "bf16" if "bf16" in (config.model.dtype, config.rollout.dtype) else "fp32"
     return Guard(
-        mismatch_limit=config.mismatch_tolerance,
+        tolerance=config.bridge.canary_tolerance,
+        coarser=DTYPES[coarser],
         # With top_p or top_k the engine's log-probs are those of a cut distribution.
-        judges_steps=both_fp32 and not config.rollout.truncates,
+        judges_rollouts=not config.rollout.truncates,
         max_bad_steps=config.trainer.max_bad_steps,
         samples_file=Path(config.trainer.output_dir) / "bad_samples.jsonl",
         say=rank0.message if rank0 is not None else lambda text: None,

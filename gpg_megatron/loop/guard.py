@@ -11,8 +11,21 @@ import torch
 
 from gpg_megatron.batching.updates import pack, split_updates
 from gpg_megatron.errors import RunError
-from gpg_megatron.loop.agreement import canary_sample, check_canary, check_mismatch
+from gpg_megatron.loop.agreement import (
+    Distance,
+    Limit,
+    canary_sample,
+    distance,
+    judge,
+    measured_limit,
+    step_distance,
+    worst_token,
+)
+from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import Completion, MicroBatch, Prompt, StepResult, TrainSample
+
+ROUNDING_SEEDS = (1, 2)
+"""Each costs a forward pass of the canary."""
 
 
 class TooManyBadSteps(RunError):
@@ -27,8 +40,9 @@ class Guard:
     def __init__(
         self,
         *,
-        mismatch_limit: float,
-        judges_steps: bool,
+        tolerance: float | None,
+        coarser: torch.dtype,
+        judges_rollouts: bool,
         max_bad_steps: int,
         samples_file: Path,
         say: Callable[[str], None],
@@ -36,44 +50,64 @@ class Guard:
     ) -> None:
         """
         Args:
-            mismatch_limit: of log-probs of engines and policy, nats.
-            judges_steps: the rollouts of every step are held against it, not only the canary's.
+            tolerance: mean difference of log-probs of engines and policy, nats; None: measured.
+            coarser: of the types that engines and policy compute in.
+            judges_rollouts: the engines' log-probs of what is trained on are comparable.
             max_bad_steps: so many in a row end the run, at least 1.
             samples_file: where their samples are written.
             say: prints a line, where this rank is to print any.
             is_rank0: this rank writes the file.
         """
-        self.mismatch_limit = mismatch_limit
-        self._judges_steps = judges_steps
+        self.limit = Limit(floor=0.0 if tolerance is None else tolerance, slope=0.0)
+        self._is_measured = tolerance is None
+        self._coarser = coarser
+        self._judges_rollouts = judges_rollouts
         self._bad_steps = BadSteps(max_bad_steps)
         self._samples_file = samples_file
         self._say = say
         self._is_rank0 = is_rank0
 
-    def check_canary(
-        self,
-        pairs: Sequence[tuple[Prompt, Completion]],
-        logprobs: Callable[[Sequence[MicroBatch]], list[torch.Tensor]],
-    ) -> float:
-        """The largest difference of log-probs on the engines' first samples, nats.
+    def measure(self, pairs: Sequence[tuple[Prompt, Completion]], policy: Policy) -> None:
+        """Set the limit of this model, unless the user did. Collective.
 
         Args:
-            logprobs: those of the policy. Collective; every rank computes all of the samples.
+            pairs: samples of the engines; only which tokens they are counts.
+        """
+        if not self._is_measured:
+            return
+        batches = _rows(pairs)
+        own = torch.cat(policy.logprobs(batches))
+        others = [
+            torch.cat(policy.rounded_logprobs(batches, self._coarser, seed))
+            for seed in ROUNDING_SEEDS
+        ]
+        self.limit = measured_limit(own, others)
+
+    def check_canary(
+        self, when: str, pairs: Sequence[tuple[Prompt, Completion]], policy: Policy
+    ) -> Distance:
+        """Hold samples that the engines just made against the policy's log-probs; how far they
+        are apart. Collective: every rank computes all of them.
 
         Raises:
             MismatchError
         """
-        batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
-        (values,) = logprobs([batch])
-        return check_canary(pairs, batch, values, self.mismatch_limit)
+        batches = _rows(pairs)
+        engine, own = _engine_logprobs(batches), torch.cat(policy.logprobs(batches))
+        found = distance(engine, own)
+        judge(found, self.limit, when, worst_token(pairs, (own - engine).abs()))
+        return found
 
     def check(
         self, step: int, samples: Sequence[TrainSample], results: Sequence[StepResult]
-    ) -> None:
+    ) -> bool:
         """
         Args:
             samples: of the rollout batch.
             results: of its updates, in order.
+
+        Returns:
+            whether the samples showed that engines and policy agree; otherwise the canary has to.
 
         Raises:
             TooManyBadSteps, MismatchError
@@ -81,8 +115,12 @@ class Guard:
         self._check_finite(step, samples, results)
         # Later updates are of other weights than those that sampled.
         version = results[0].version - results[0].updated
-        if self._judges_steps and all(sample.version == version for sample in samples):
-            check_mismatch(step, results[0], self.mismatch_limit)
+        found = step_distance(results[0].metrics)
+        is_fresh = all(sample.version == version for sample in samples)
+        if found is None or not self._judges_rollouts or not is_fresh:
+            return False
+        judge(found, self.limit, f"step {step}, rollouts of the present weights")
+        return True
 
     def _check_finite(
         self, step: int, samples: Sequence[TrainSample], results: Sequence[StepResult]
@@ -140,6 +178,15 @@ class BadSteps:
         with path.open("w", encoding="utf-8") as file:
             for row in self._rows:
                 file.write(json.dumps(row) + "\n")
+
+
+def _rows(pairs: Sequence[tuple[Prompt, Completion]]) -> list[MicroBatch]:
+    """Each in a row of its own, which fits where anything is trained."""
+    return [pack([canary_sample(prompt, completion)], [1.0]) for prompt, completion in pairs]
+
+
+def _engine_logprobs(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    return torch.cat([batch.rollout_logprobs_T[batch.loss_mask_T] for batch in batches])
 
 
 def _row(step: int, update: int, sample: TrainSample, result: StepResult) -> dict[str, Any]:

@@ -24,7 +24,10 @@ from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import canary_params, validation_params
 from gpg_megatron.types import Completion, Prompt, ScoredGroup, TrainSample
 
-CANARY_PROMPTS = 8
+CANARY_PROMPTS = (8, 16)
+"""At least and at most."""
+CANARY_SIZE = 256
+"""Tokens, where so many prompts have them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,8 +47,10 @@ class Rank0:
 
     def canary(self) -> list[tuple[Prompt, Completion]]:
         """A few short samples of the engines' weights, to compare with the policy's."""
-        prompts = self.inputs.train_prompts[:CANARY_PROMPTS]
         rollout = self.config.rollout
+        fewest, most = CANARY_PROMPTS
+        needed = -(-CANARY_SIZE // canary_params(rollout, seed=0).max_tokens)
+        prompts = self.inputs.train_prompts[: min(max(needed, fewest), most)]
         requests = [
             replace(request, params=canary_params(rollout, seed=request.params.seed))
             for request in sampling_requests(self.config, prompts, step=0, redraw=0)

@@ -24,13 +24,13 @@ from gpg_megatron.loop.step_metrics import step_metrics, throughput
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.states import Placement, State
 from gpg_megatron.policy.policy import Policy
-from gpg_megatron.types import StepResult, TrainBatch, TrainSample
+from gpg_megatron.types import Completion, Prompt, StepResult, TrainBatch, TrainSample
 
 
 def train(run: Run) -> None:
     """Train to the end, from the resume point if there is one. Collective."""
     run.publish()
-    run.check_engines()
+    run.check_first_sync()
     run.evaluate_first()
     for step in run.steps():
         with run.place(State.ROLLOUT):
@@ -39,11 +39,12 @@ def train(run: Run) -> None:
         batches = make_batches(samples, run.plan, skipped=rollout.selection.skipped)
         with run.place(State.POLICY), run.phase("policy"):
             results = run.policy.learn(batches)
-        run.guard.check(step, samples, results)
+        is_judged = run.guard.check(step, samples, results)
         run.publish()
+        agreement = {} if is_judged else run.check_engines(step)
         evals = run.evaluate_at(step)
         run.save_at(step, evals)
-        run.report(step, rollout, samples, stats, batches, results, evals)
+        run.report(step, rollout, samples, stats, batches, results, evals | agreement)
     run.finish()
 
 
@@ -113,14 +114,31 @@ class Run:
             self.bridge.publish(self.policy.version)
         self._published = self.policy.version
 
-    def check_engines(self) -> None:
+    def check_first_sync(self) -> None:
         """Refuse to train when the engines do not compute what the policy computes."""
-        with self.place(State.ROLLOUT):
-            canary = self.on_rank0(lambda: self._rank0.canary())
+        canary = self._canary()
         with self.place(State.READ):
-            gap = self.guard.check_canary(canary, self.policy.logprobs)
-        limit = self.guard.mismatch_limit
-        self.say(f"first sync verified: log-probs agree within {gap:.1e} (limit {limit:g})")
+            self.guard.measure(canary, self.policy)
+            found = self.guard.check_canary("after the first sync", canary, self.policy)
+        self.say(
+            f"first sync verified: log-probs agree within {found.mean:.1e} in the mean "
+            f"(limit {self.guard.limit.of(found):.1e})"
+        )
+
+    def check_engines(self, step: int) -> dict[str, float]:
+        """The same after a step whose rollouts cannot be judged; what was found, as metrics."""
+        canary = self._canary()
+        with self.place(State.READ):
+            found = self.guard.check_canary(f"after step {step}", canary, self.policy)
+        return {
+            "mismatch/canary_mean": found.mean,
+            "mismatch/canary_max": found.largest,
+            "mismatch/canary_unlikely_mean": found.unlikely,
+        }
+
+    def _canary(self) -> list[tuple[Prompt, Completion]]:
+        with self.place(State.ROLLOUT):
+            return self.on_rank0(lambda: self._rank0.canary())
 
     def evaluate_first(self) -> None:
         """The state before training, as step 0."""
@@ -152,7 +170,7 @@ class Run:
         stats: AdvantageStats,
         batches: Sequence[TrainBatch],
         results: Sequence[StepResult],
-        evals: Mapping[str, float],
+        others: Mapping[str, float],
     ) -> None:
         """Write what a step was, on rank 0. timing/step_s is its time without the evaluation."""
         if self.rank0 is None:
@@ -160,7 +178,7 @@ class Run:
         timings = self.watchdog.pop_timings() | dict(rollout.timings)
         seconds = time.perf_counter() - self._step_began - timings.get("timing/eval_s", 0.0)
         metrics = step_metrics(rollout, samples, stats, batches, results)
-        metrics |= dict(evals) | timings | {"timing/step_s": seconds}
+        metrics |= dict(others) | timings | {"timing/step_s": seconds}
         metrics |= throughput(metrics, self.peak_flops_per_s)
         self.rank0.report(step, metrics, rollout.groups, samples)
         self.rank0.warn_of_shaped_scores(step, stats)

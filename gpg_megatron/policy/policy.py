@@ -21,17 +21,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
-from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, objective
 from gpg_megatron.algorithm.objective import metrics as objective_metrics
-from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model, forward_arguments
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
 from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, current_lr
+from gpg_megatron.policy.outputs import (
+    Output,
+    OutputFunction,
+    logprob_output,
+    objective_output,
+    reduced,
+)
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
+from gpg_megatron.policy.rounding import rounded_elsewhere
 from gpg_megatron.types import (
     DTYPES,
     Anchors,
@@ -181,11 +187,11 @@ class Policy:
         self._optimizer.zero_grad()
         outputs = self._run(
             batch.micro_batches,
-            partial(_objective_output, self._algorithm),
+            partial(objective_output, self._algorithm),
             anchors=anchors,
             forward_only=False,
         )
-        statistics = _reduce(outputs)
+        statistics = reduced(outputs)
         loss, metrics = statistics["loss"], objective_metrics(statistics, self._algorithm)
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
@@ -202,7 +208,7 @@ class Policy:
         """Log-probabilities of the response tokens, fp32 [number of masked-in positions] per
         micro-batch, at the sampling temperature. The same on every pipeline stage."""
         self._residence.require("parameters")
-        outputs = self._run(micro_batches, _logprob_output, anchors=NO_ANCHORS, forward_only=True)
+        outputs = self._run(micro_batches, logprob_output, anchors=NO_ANCHORS, forward_only=True)
         box: list[list[torch.Tensor] | None] = [[x.cpu() for x in outputs] if outputs else None]
         dist.broadcast_object_list(
             box,
@@ -211,6 +217,13 @@ class Policy:
         )
         assert box[0] is not None
         return box[0]
+
+    def rounded_logprobs(
+        self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype, seed: int
+    ) -> list[torch.Tensor]:
+        """Those of `logprobs`, as a program that rounds to a type elsewhere could have them."""
+        with rounded_elsewhere(self._ddp.module.decoder, dtype, seed):
+            return self.logprobs(micro_batches)
 
     def _run(
         self,
@@ -259,64 +272,6 @@ class Policy:
             lr=current_lr(self._optimizer),
             metrics=metrics,
         )
-
-
-Output = tuple[torch.Tensor, torch.Tensor, Any]
-"""What the schedule expects of a micro-batch: loss, token count, and what is handed back."""
-OutputFunction = Callable[
-    [MicroBatch, torch.Tensor | None, torch.Tensor | None, torch.Tensor], Output
-]
-
-
-def _objective_output(
-    config: AlgorithmConfig,
-    batch: MicroBatch,
-    old: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    output: torch.Tensor,
-) -> Output:
-    """The loss of one micro-batch and its statistics, from the last stage's output: log-probs
-    [N], or log-probs and entropies [2, N]."""
-    device = output.device
-    logprobs, entropy = output if output.dim() == 2 else (output, None)
-
-    def chosen(values_T: torch.Tensor) -> torch.Tensor:
-        return values_T[batch.loss_mask_T].to(device)
-
-    tokens = Tokens(
-        advantages=chosen(batch.advantages_T),
-        weights=chosen(batch.weights_T),
-        rollout=chosen(batch.rollout_logprobs_T),
-        responses=chosen(batch.responses_T),
-        old=None if old is None else old.to(device),
-        reference=None if reference is None else reference.to(device),
-    )
-    loss, statistics = objective(logprobs, entropy, tokens, config)
-    return loss, torch.zeros((), dtype=torch.int, device=device), statistics
-
-
-def _logprob_output(
-    batch: MicroBatch,
-    old: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    output: torch.Tensor,
-) -> Output:
-    logprobs = output[0] if output.dim() == 2 else output
-    return logprobs.sum(), torch.zeros((), dtype=torch.int), logprobs
-
-
-def _reduce(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """The micro-batches' statistics of all ranks in one; each is counted once, on the last
-    stage's first tensor-parallel and context-parallel rank."""
-    names = (*SUMS, *MAXIMA)
-    rows = torch.zeros(1, len(names), dtype=torch.float64)
-    if outputs and parallel_state.get_tensor_and_context_parallel_rank() == 0:
-        stacked = [torch.stack([row[name] for name in names]) for row in outputs]
-        rows = torch.stack(stacked).double().cpu()
-    total, largest = rows[:, : len(SUMS)].sum(0), rows[:, len(SUMS) :].amax(0)
-    dist.all_reduce(total)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip(names, [*total.tolist(), *largest.tolist()], strict=True))
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: object, **kwargs: object) -> None:

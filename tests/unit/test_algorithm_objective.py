@@ -267,6 +267,8 @@ def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
     assert named["mismatch/kl_k3"] == pytest.approx(k3, rel=1e-6)
     assert named["mismatch/logprob_max"] == pytest.approx(math.log(4.0))
     assert named["mismatch/logprob_mean"] == pytest.approx(math.log(8.0) / 4)
+    engine = four().rollout.exp()
+    assert named["mismatch/unlikely_mean"] == pytest.approx((1 - engine).mean().item())
 
 
 def test_without_a_correction_there_are_no_metrics_of_one() -> None:
@@ -275,6 +277,7 @@ def test_without_a_correction_there_are_no_metrics_of_one() -> None:
     assert set(named) == {
         "mismatch/logprob_mean",
         "mismatch/logprob_max",
+        "mismatch/unlikely_mean",
         "mismatch/kl_k1",
         "mismatch/kl_k3",
     }

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from gpg_megatron.loop.agreement import MismatchError
 from gpg_megatron.loop.guard import Guard, TooManyBadSteps
-from gpg_megatron.types import StepResult, TrainSample
+from gpg_megatron.types import (
+    Completion,
+    MicroBatch,
+    Prompt,
+    StepResult,
+    TrainSample,
+    VersionSpan,
+)
 
 
 def result(*, updated: bool, loss: float = 1.0, grad_norm: float = 1.0) -> StepResult:
@@ -42,6 +51,23 @@ def sample(name: str, *, group: int = 0, version: int = 4) -> TrainSample:
     )
 
 
+def canary(name: str) -> tuple[Prompt, Completion]:
+    prompt = Prompt(id=name, token_ids=(1, 2), messages=(), ground_truth="", data_source="d")
+    completion = Completion(
+        prompt_id=name,
+        index=0,
+        token_ids=(3, 4),
+        logprobs=(-0.5, -3.0),
+        finish_reason="stop",
+        text="",
+        versions=(VersionSpan(version=0, start=0, end=2),),
+    )
+    return prompt, completion
+
+
+CANARY = [canary("a"), canary("b")]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_bad(bad: float) -> None:
     assert result(updated=False, loss=bad).is_bad
@@ -51,8 +77,9 @@ def test_what_is_bad(bad: float) -> None:
 
 def guard(folder: Path, said: list[str] | None = None, **options: Any) -> Guard:
     defaults: dict[str, Any] = {
-        "mismatch_limit": 1e-4,
-        "judges_steps": True,
+        "tolerance": 1e-4,
+        "coarser": torch.float32,
+        "judges_rollouts": True,
         "max_bad_steps": 3,
         "samples_file": folder / "bad_samples.jsonl",
         "say": (said if said is not None else []).append,
@@ -128,17 +155,59 @@ def test_the_run_ends_with_one_line_and_the_file(tmp_path: Path, is_rank0: bool)
     assert path.exists() is is_rank0
 
 
+FAR = {"mismatch/logprob_mean": 1.0, "mismatch/logprob_max": 1.0, "mismatch/unlikely_mean": 0.5}
+NEAR = FAR | {"mismatch/logprob_mean": 1e-6, "mismatch/logprob_max": 1e-5}
+
+
 @pytest.mark.parametrize(
-    ("version", "judges_steps", "refused"),
+    ("version", "judges_rollouts", "judged"),
     [(4, True, True), (4, False, False), (3, True, False)],
-    ids=["of the present weights", "cut or in low precision", "of older weights"],
+    ids=["of the present weights", "of a cut distribution", "of older weights"],
 )
-def test_only_samples_of_the_present_weights_are_held_against_the_policy(
-    tmp_path: Path, version: int, judges_steps: bool, refused: bool
+def test_only_whole_samples_of_the_present_weights_are_held_against_the_policy(
+    tmp_path: Path, version: int, judges_rollouts: bool, judged: bool
 ) -> None:
-    far = {"mismatch/logprob_mean": 1.0, "mismatch/logprob_max": 1.0}
-    first = replace(result(updated=True), version=5, metrics=far)
-    with pytest.raises(MismatchError) if refused else nullcontext():
-        guard(tmp_path, judges_steps=judges_steps).check(
-            1, [sample("a", version=version), sample("b", version=4, group=1)], [first]
-        )
+    samples = [sample("a", version=version), sample("b", version=4, group=1)]
+    judge = guard(tmp_path, judges_rollouts=judges_rollouts)
+    near, far = (replace(MADE, version=5, metrics=metrics) for metrics in (NEAR, FAR))
+    assert judge.check(1, samples, [near]) is judged, "otherwise the canary has to"
+    with pytest.raises(MismatchError) if judged else nullcontext():
+        judge.check(1, samples, [far])
+
+
+def test_a_step_that_computed_nothing_judges_nothing(tmp_path: Path) -> None:
+    assert not guard(tmp_path).check(1, [sample("a", version=0)], [EMPTY])
+
+
+class Rounded:
+    """A policy whose log-probs are those of the engine, or off by as much as it is told."""
+
+    def __init__(self) -> None:
+        self.off, self.moved = 0.0, 0.01
+        self.dtypes: list[torch.dtype] = []
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return [batch.rollout_logprobs_T[batch.loss_mask_T] + self.off for batch in batches]
+
+    def rounded_logprobs(
+        self, batches: Sequence[MicroBatch], dtype: torch.dtype, seed: int
+    ) -> list[torch.Tensor]:
+        self.dtypes.append(dtype)
+        return [values + self.moved for values in self.logprobs(batches)]
+
+
+@pytest.mark.parametrize(("tolerance", "limit"), [(None, 1e-4 + 3 * 0.01), (0.5, 0.5)])
+def test_the_canary_is_judged_by_the_measured_limit_or_the_user_s(
+    tmp_path: Path, tolerance: float | None, limit: float
+) -> None:
+    policy = Rounded()
+    judge = guard(tmp_path, tolerance=tolerance, coarser=torch.bfloat16)
+    judge.measure(CANARY, cast(Any, policy))
+    assert set(policy.dtypes) == (set() if tolerance else {torch.bfloat16})
+    policy.off = 0.9 * limit
+    found = judge.check_canary("now", CANARY, cast(Any, policy))
+    assert found.mean == pytest.approx(0.9 * limit, rel=1e-3)
+    assert judge.limit.of(found) == pytest.approx(limit, rel=1e-3)
+    policy.off = 1.1 * limit
+    with pytest.raises(MismatchError, match="now: .*worst at prompt"):
+        judge.check_canary("now", CANARY, cast(Any, policy))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +125,11 @@ class World:
         self.needs("parameters")
         return [batch.rollout_logprobs_T[batch.loss_mask_T] for batch in batches]
 
+    def rounded_logprobs(
+        self, batches: Sequence[MicroBatch], dtype: torch.dtype, seed: int
+    ) -> list[Any]:
+        return self.logprobs(batches)
+
     def publish(self, version: int) -> None:
         self.needs("parameters", "weights")
         assert version == self.version
@@ -195,8 +201,9 @@ def run(world: World, folder: Path = Path("unused")) -> list[str]:
     world.resident |= {"parameters", "gradients", "optimizer"}
     placement.enter(State.SYNC)
     guard = Guard(
-        mismatch_limit=1e-4,
-        judges_steps=True,
+        tolerance=None,
+        coarser=torch.float32,
+        judges_rollouts=True,
         max_bad_steps=3,
         samples_file=folder / "bad.jsonl",
         say=world.message,
