@@ -42,7 +42,8 @@ def _sample(job: dict[str, Any]) -> list[Any]:
         generation_config="vllm",
     )
     params = SamplingParams(max_tokens=TOKENS, logprobs=0, seed=3, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs: Any = llm.generate(prompts, params)
     return [
         [
             prompt,
@@ -52,7 +53,7 @@ def _sample(job: dict[str, Any]) -> list[Any]:
                 for token, at in zip(sample.token_ids, sample.logprobs, strict=True)
             ],
         ]
-        for prompt, output in zip(job["prompts"], llm.generate(prompts, params), strict=True)
+        for prompt, output in zip(job["prompts"], outputs, strict=True)
         for sample in output.outputs
     ]
 
