@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from gpg_megatron.config.loading import config_yaml, load_config
 from gpg_megatron.config.sections import Config
@@ -17,6 +20,7 @@ from gpg_megatron.data.catalog import DATA_SETS, load_split
 from gpg_megatron.data.prompts import LoadedPrompts, file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
 from gpg_megatron.errors import RunError, UserError, exit_codes
+from gpg_megatron.evaluation import compare
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
 from gpg_megatron.reward.pool import RewardPool
@@ -25,6 +29,7 @@ from gpg_megatron.types import Prompt, SamplingParams, ScoredGroup
 
 RESULT_FILE = "eval.json"
 GENERATIONS_FILE = "generations.jsonl"
+COMPARE_FILE = "compare.jsonl"
 CONFIG_FILE = "config.yaml"
 
 
@@ -38,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = _modes(config, with_greedy=args.greedy)
     loaded = _prompts(args, config)
     check_prompts(loaded.prompts, config.reward)
+    scorers = compare.scorers_to_compare(args.compare, config.reward, loaded.prompts)
     print(
         f"{len(loaded.prompts)} problems, {loaded.n_filtered} left out because they are too long",
         flush=True,
@@ -45,15 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out)
     _prepare(out, config)
     try:
-        sets = _run(config, modes, loaded.prompts, out)
+        answered = _run(config, modes, loaded.prompts, out)
     except (RunError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    sets = _sets(answered)
     path = out / RESULT_FILE
     result = {"arguments": vars(args), "sets": sets}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_table(sets)))
-    print(f"{path}, {out / GENERATIONS_FILE}")
+    print(f"{path}, {out / GENERATIONS_FILE}", flush=True)
+    if scorers:
+        rows = compare.judge(answered, scorers, config.reward)
+        console = Console(highlight=False, markup=False)
+        for part in compare.report(rows, out / COMPARE_FILE):
+            console.print(part, soft_wrap=isinstance(part, str))
     return 0
 
 
@@ -73,7 +85,7 @@ def _prepare(out: Path, config: Config) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
-        for name in (RESULT_FILE, GENERATIONS_FILE):
+        for name in (RESULT_FILE, GENERATIONS_FILE, COMPARE_FILE):
             (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; expected a folder to write to") from None
@@ -81,7 +93,7 @@ def _prepare(out: Path, config: Config) -> None:
 
 def _run(
     config: Config, modes: Mapping[str, SamplingParams], prompts: Sequence[Prompt], out: Path
-) -> dict[str, Any]:
+) -> dict[str, list[ScoredGroup]]:
     """Start the engines, answer, score; leave nothing of it behind but files in out."""
     from gpg_megatron.bridge.protocol import RECEIVER
     from gpg_megatron.host.device import resolve_device
@@ -118,13 +130,21 @@ def _answer(
     modes: Mapping[str, SamplingParams],
     prompts: Sequence[Prompt],
     generations: Path,
-) -> dict[str, Any]:
-    """data_source -> mode -> {problems, metrics}."""
-    sets: dict[str, Any] = {}
+) -> dict[str, list[ScoredGroup]]:
+    """Mode -> its answers, which are also written."""
+    answered = {}
     for mode, params in modes.items():
-        groups = answer_all(sampler, pool, prompts, params)
-        write_generations(generations, groups, mode=mode)
-        for source, estimates in by_source(groups, powers_of_two(params.n)).items():
+        answered[mode] = answer_all(sampler, pool, prompts, params)
+        write_generations(generations, answered[mode], mode=mode)
+    return answered
+
+
+def _sets(answered: compare.Answered) -> dict[str, Any]:
+    """data_source -> mode -> {problems, metrics, ...}."""
+    sets: dict[str, Any] = {}
+    for mode, groups in answered.items():
+        ks = powers_of_two(max(len(group.completions) for group in groups))
+        for source, estimates in by_source(groups, ks).items():
             sets.setdefault(source, {})[mode] = _summary(groups, source, estimates)
     return sets
 
@@ -134,11 +154,13 @@ def _summary(
 ) -> dict[str, Any]:
     mine = [group for group in groups if group.prompt.data_source == source]
     completions = [c for group in mine for c in group.completions]
+    missing = (compare.without_verdict(reward) for group in mine for reward in group.rewards)
     return {
         "problems": len(mine),
         "tokens_mean": sum(len(c.token_ids) for c in completions) / len(completions),
         "clipped_fraction": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
+        "without_verdict": Counter(reason for reason in missing if reason),
         "metrics": {
             name: {**asdict(x), "low": x.low, "high": x.high} for name, x in estimates.items()
         },
@@ -154,6 +176,9 @@ def _table(sets: dict[str, Any]) -> list[str]:
                 interval = f"  [{x['low']:.4f}, {x['high']:.4f}]" if x["half_width"] else ""
                 head = f"{source} ({summary['problems']} problems, {mode})"
                 lines.append(f"{head} {name}: {x['value']:.4f}{interval}")
+            if summary["without_verdict"]:
+                missing = compare.listed(summary["without_verdict"])
+                lines.append(f"{source} ({mode}) answers without a verdict: {missing}")
     return lines
 
 
@@ -211,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", help="local file or folder for the names; without it, Hugging Face")
     add("--max-rows", type=_positive, help="only the first N problems of each")
     add("--greedy", action="store_true", help="also one greedy answer to each problem")
+    add("--compare", metavar="A,B", help="scorers whose verdicts on all answers are compared")
     add("--out", required=True, metavar="DIR", help="where results and generations are written")
     return parser
 

@@ -19,7 +19,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = write_problems(folder / "first.jsonl", ["1 + 1 =", "2 + 2 =", "3 + 3 ="])
     second = write_problems(folder / "second.jsonl", ["9 - 1 ="], data_source="gsm8k")
     options = (
-        "--greedy validation.n=4 data.apply_chat_template=false trainer.device=cpu "
+        "--greedy --compare exact_match,math validation.n=4 data.apply_chat_template=false trainer.device=cpu "
         "rollout.dtype=fp32 rollout.kv_cache_gb=0.1 rollout.enforce_eager=true "
         "data.max_prompt_length=32 rollout.max_response_length=8"
     )
@@ -38,6 +38,10 @@ def test_the_results(out: Path) -> None:
     assert sampled["problems"] == 3
     assert set(sampled["metrics"]) == {"mean@4", "pass@2", "maj@2", "pass@4", "maj@4"}
     assert set(result["sets"]["gsm8k"]["greedy"]["metrics"]) == {"mean@1"}
+    # A random model writes no "####".
+    assert result["sets"]["gsm8k"]["sampled"]["without_verdict"] == {"no answer": 4}
+    # Nor does it write a right answer, so that the scorers have nothing to disagree about.
+    assert (out / "compare.jsonl").read_text() == ""
 
 
 def test_the_generations(out: Path) -> None:

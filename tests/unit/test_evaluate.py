@@ -114,6 +114,14 @@ def test_generations_are_written_line_by_line(groups: list[ScoredGroup], tmp_pat
         ("reward.scorer=none", "command line: reward.scorer"),
         ("--data math500 --source nowhere", "--source nowhere: no such file or folder"),
         ("--data math500 math500 --source SOURCE", "--data math500: two data sets have this name"),
+        (
+            "--compare math",
+            "--compare math: expected two or more of exact_match, gsm8k, math, math_",
+        ),
+        (
+            "--compare math,hendrycks",
+            "--compare math,hendrycks: expected two or more of exact_match",
+        ),
         ("--config nowhere.yaml", "config file not found: nowhere.yaml"),
     ],
 )
