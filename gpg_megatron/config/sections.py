@@ -190,6 +190,8 @@ class RewardConfig:
     """Tokens before rollout.max_response_length over which the part overlong falls from 0 to -1."""
     num_workers: int = ranged(1, at_least=1)
     """Scoring processes."""
+    tolerance: float = ranged(0.0, at_least=0)
+    """Largest relative difference of two numbers that math and math_verify call equal."""
     timeout_s: float = ranged(10.0, above=0)
     """Limit for one answer."""
     timeout_score: float = ranged(0.0)

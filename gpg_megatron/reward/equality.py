@@ -20,8 +20,8 @@ MAX_MATCHED = 40
 """Parts of a set; larger ones are compared in order only."""
 
 
-def compare(answer: Answer, truth: Answer) -> Verdict:
-    """Whether these are equal."""
+def compare(answer: Answer, truth: Answer, tolerance: Rational = 0) -> Verdict:
+    """Whether these are equal, numbers when they are near."""
     if answer.label and _is_letter(truth):
         return answer.label == truth.body.form if isinstance(truth.body, Scalar) else None
     if truth.label and _is_letter(answer):
@@ -31,7 +31,7 @@ def compare(answer: Answer, truth: Answer) -> Verdict:
     units = (answer.unit, truth.unit)
     if all(units) and answer.unit != truth.unit and all(map(comparable, units)):
         return False
-    return _bodies(answer, truth)
+    return _bodies(answer, truth, tolerance)
 
 
 def _functions(answer: Answer, truth: Answer) -> bool:
@@ -51,32 +51,34 @@ def _is_letter(answer: Answer) -> bool:
     return isinstance(body, Scalar) and len(body.form) == 1 and body.form.isupper()
 
 
-def _bodies(answer: Answer, truth: Answer) -> Verdict:
+def _bodies(answer: Answer, truth: Answer, tolerance: Rational) -> Verdict:
     a, t = answer.body, truth.body
     if isinstance(t, Group) and t.kind == "chain":
-        return _any(compare(answer, side) for side in t.parts)
+        return _any(compare(answer, side, tolerance) for side in t.parts)
     if isinstance(a, Group) and a.kind == "chain":
-        return compare(a.parts[-1], truth) if _consistent(a.parts) else False
+        if not _consistent(a.parts, tolerance):
+            return False
+        return compare(a.parts[-1], truth, tolerance)
     if isinstance(a, Scalar) and isinstance(t, Scalar):
-        return _scalars(a, t)
+        return _scalars(a, t, tolerance)
     if isinstance(a, Group) and isinstance(t, Group):
-        return _groups(a, t)
+        return _groups(a, t, tolerance)
     if isinstance(a, Words) and isinstance(t, Words):
         return True if a.text == t.text else None
     if isinstance(a, Words) or isinstance(t, Words):
         sides = {_as_equation(answer), _as_equation(truth)}
         return True if len(sides) == 1 and "" not in sides else None
-    return _scalar_and_group(answer, truth)
+    return _scalar_and_group(answer, truth, tolerance)
 
 
-def _consistent(sides: Sequence[Answer]) -> bool:
+def _consistent(sides: Sequence[Answer], tolerance: Rational) -> bool:
     """Whether a = b = c is true, percent signs being what they are."""
     bodies = [side.body for side in sides if isinstance(side.body, Scalar)]
     last = bodies[-1]
     return all(
         a.number is not None
         and last.number is not None
-        and _numbers(a, a.number, last, last.number)
+        and _numbers(a, a.number, last, last.number, tolerance)
         for a in bodies
     )
 
@@ -92,21 +94,31 @@ def _as_equation(answer: Answer) -> str:
     return f"{algebra.key(algebra.split(difference)[1])} = 0"
 
 
-def _scalar_and_group(answer: Answer, truth: Answer) -> Verdict:
+def _scalar_and_group(answer: Answer, truth: Answer, tolerance: Rational) -> Verdict:
     group, other = (answer, truth) if isinstance(answer.body, Group) else (truth, answer)
     assert isinstance(group.body, Group)
     kind, parts = group.body.kind, group.body.parts
     if kind == "ratio":
         value = _ratio(group.body)
         number = other.body.number if isinstance(other.body, Scalar) else None
-        return None if value is None or number is None else value == number
-    if kind == "list" and group is answer and _all(compare(part, truth) for part in parts):
+        if value is None or number is None:
+            return None
+        if group is answer:
+            return near(value, number, tolerance)
+        return near(number, value, tolerance)
+    if kind == "list" and group is answer and _each(parts, truth, tolerance):
         return True  # 3/4 or 0.75
     if kind in ("set", "list") and len(parts) == 1:
-        return compare(parts[0], truth) if group is answer else compare(answer, parts[0])
+        if group is answer:
+            return compare(parts[0], truth, tolerance)
+        return compare(answer, parts[0], tolerance)
     if kind == "sequence" and isinstance(other.body, Scalar) and other.body.form == "\\R":
         return [_form(part) for part in parts] == ["- \\infty", "\\infty"]
     return False if not _has_symbols(other) else None
+
+
+def _each(answers: Iterable[Answer], truth: Answer, tolerance: Rational) -> Verdict:
+    return _all(compare(answer, truth, tolerance) for answer in answers)
 
 
 def _ratio(group: Group) -> Fraction | None:
@@ -120,11 +132,11 @@ def _form(answer: Answer) -> str:
     return answer.body.form.removeprefix("+ ") if isinstance(answer.body, Scalar) else ""
 
 
-def _scalars(a: Scalar, t: Scalar) -> Verdict:
+def _scalars(a: Scalar, t: Scalar, tolerance: Rational) -> Verdict:
     if a.form == t.form and a.percent == t.percent and a.number == t.number:
         return True
     if a.number is not None and t.number is not None:
-        if not _numbers(a, a.number, t, t.number):
+        if not _numbers(a, a.number, t, t.number, tolerance):
             return False
         return True if a.literal or not t.literal else None
     if a.value is None or t.value is None:
@@ -134,11 +146,21 @@ def _scalars(a: Scalar, t: Scalar) -> Verdict:
     return _told_apart(a, t)
 
 
-def _numbers(a: Scalar, answer: Rational, t: Scalar, truth: Rational) -> bool:
-    if a.percent == t.percent:
+def near(answer: Rational, truth: Rational, tolerance: Rational) -> bool:
+    """Whether two numbers differ by no more than this share of the truth."""
+    if answer == truth or not tolerance:
         return answer == truth
-    percent, plain = (answer, truth) if a.percent else (truth, answer)
-    return plain == percent or 100 * plain == percent
+    return abs(Fraction(answer - truth)) <= tolerance * abs(Fraction(truth))
+
+
+def _numbers(a: Scalar, answer: Rational, t: Scalar, truth: Rational, tolerance: Rational) -> bool:
+    if near(answer, truth, tolerance):
+        return True
+    if a.percent == t.percent:
+        return False
+    if a.percent:
+        return near(answer, 100 * truth, tolerance)
+    return near(100 * answer, truth, tolerance)
 
 
 def _told_apart(a: Scalar, t: Scalar) -> Verdict:
@@ -165,21 +187,21 @@ def _is_plain(scalar: Scalar) -> bool:
     return all("(" not in base and not (base[0] == "#" and len(base) > 7) for base in bases)
 
 
-def _groups(a: Group, t: Group) -> Verdict:
+def _groups(a: Group, t: Group, tolerance: Rational) -> Verdict:
     if "ratio" in (a.kind, t.kind):
         first, second = _ratio(a), _ratio(t)
         if first is not None and second is not None:
-            return first == second
+            return near(first, second, tolerance)
     if (t.kind == "union" and a.kind == "union") or {a.kind, t.kind} <= {"set", "list"}:
-        return _unordered(a.parts, t.parts)
+        return _unordered(a.parts, t.parts, tolerance)
     # Three numbers in square brackets are no interval.
     points = {a.brackets, t.brackets} == {"()", "[]"} and min(len(a.parts), len(t.parts)) > 2
     if a.kind != t.kind or (a.brackets != t.brackets and not points):
-        return _across(a, t)
-    return _ordered(a.parts, t.parts)
+        return _across(a, t, tolerance)
+    return _ordered(a.parts, t.parts, tolerance)
 
 
-def _across(a: Group, t: Group) -> Verdict:
+def _across(a: Group, t: Group, tolerance: Rational) -> Verdict:
     """Groups of different kinds: a vector may be written as a row or in angle brackets."""
     if a.kind == t.kind == "sequence" and len(a.parts) == len(t.parts) == 2:
         return False
@@ -191,23 +213,23 @@ def _across(a: Group, t: Group) -> Verdict:
         if len({part.name for part in named.parts} - {""}) == len(named.parts):
             # x = 1, y = 2 is the point (1, 2).
             bare = [part._replace(name="") for part in named.parts]
-            return _ordered(bare, other.parts) if other.brackets == "()" else None
+            return _ordered(bare, other.parts, tolerance) if other.brackets == "()" else None
     return False if kinds <= {"sequence", "set", "list", "union", "matrix"} else None
 
 
-def _ordered(answers: Sequence[Answer], truths: Sequence[Answer]) -> Verdict:
+def _ordered(answers: Sequence[Answer], truths: Sequence[Answer], tolerance: Rational) -> Verdict:
     if len(answers) != len(truths):
         return False
-    return _all(compare(a, t) for a, t in zip(answers, truths, strict=True))
+    return _all(compare(a, t, tolerance) for a, t in zip(answers, truths, strict=True))
 
 
-def _unordered(answers: Sequence[Answer], truths: Sequence[Answer]) -> Verdict:
+def _unordered(answers: Sequence[Answer], truths: Sequence[Answer], tolerance: Rational) -> Verdict:
     """Each truth is met by an answer and each answer meets a truth."""
     if any("\\dots" in _form(x) for x in (*answers, *truths)):
-        return _ordered(answers, truths)
+        return _ordered(answers, truths, tolerance)
     if len(answers) * len(truths) > MAX_MATCHED**2:
-        return _ordered(answers, truths)
-    verdicts = [[compare(a, t) for t in truths] for a in answers]
+        return _ordered(answers, truths, tolerance)
+    verdicts = [[compare(a, t, tolerance) for t in truths] for a in answers]
     rows = _all(_any(row) for row in verdicts)
     columns = _all(_any(row[i] for row in verdicts) for i in range(len(truths)))
     return _all((rows, columns))

@@ -13,6 +13,7 @@ from typing import Any
 
 from gpg_megatron.answers import last_boxed
 from gpg_megatron.reward import mathematics
+from gpg_megatron.reward.algebra import Rational
 
 TAIL = 500
 """Characters at the end of a response without a box in which an expression is looked for."""
@@ -26,12 +27,13 @@ def prepare() -> None:
     equivalent("\\boxed{(x+1)^2}", "x^2+2x+1")
 
 
-def equivalent(response: str, ground_truth: str) -> bool:
-    """Whether the last box of the response (or, without one, its end) means the ground truth."""
+def equivalent(response: str, ground_truth: str, tolerance: Rational = 0) -> bool:
+    """Whether the last box of the response (or, without one, its end) means the ground truth;
+    the tolerance is for what is in a box."""
     boxed = last_boxed(response)
     if boxed is None:
         return _by_library(response[-TAIL:], ground_truth)
-    known = mathematics.compare(boxed, ground_truth)
+    known = mathematics.compare(boxed, ground_truth, tolerance)
     if known is not None:
         return known
     if mathematics.says_more(boxed) or mathematics.says_more(ground_truth):

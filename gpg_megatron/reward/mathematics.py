@@ -13,6 +13,7 @@ import re
 from fractions import Fraction
 
 from gpg_megatron.reward import equality
+from gpg_megatron.reward.algebra import Rational
 from gpg_megatron.reward.form import MAX_ANSWER, Item, Node, TooDeepError, nest
 from gpg_megatron.reward.reading import Answer, Words, read_answer
 from gpg_megatron.reward.tokens import tokenize
@@ -22,17 +23,18 @@ _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?", re.ASCII)
 _LIST_OF_THREES = re.compile(r"\d,\d{3}(?!\d)", re.ASCII)
 
 
-def equal(answer: str, truth: str) -> bool:
+def equal(answer: str, truth: str, tolerance: Rational = 0) -> bool:
     """Whether an answer is known to be equal to the truth; docs/rewards.md has the table."""
-    return compare(answer, truth) is True
+    return compare(answer, truth, tolerance) is True
 
 
-def compare(answer: str, truth: str) -> bool | None:
+def compare(answer: str, truth: str, tolerance: Rational = 0) -> bool | None:
     """True: equal. False: different. None: neither is known.
 
     Args:
         answer, truth: the content of a box; any string. One of more than MAX_ANSWER characters
             is equal to nothing.
+        tolerance: largest difference of two equal numbers, relative to the truth's.
     """
     answer, truth = answer.strip(), truth.strip()
     if max(len(answer), len(truth)) > MAX_ANSWER:
@@ -42,20 +44,20 @@ def compare(answer: str, truth: str) -> bool | None:
     if not answer or not truth:
         return False
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(truth):
-        return _value(answer) == _value(truth)
+        return equality.near(_value(answer), _value(truth), tolerance)
     if _flat(answer) == _flat(truth):
         return True
-    verdict = equality.compare(_read(answer), _read(truth))
+    verdict = equality.compare(_read(answer), _read(truth), tolerance)
     if verdict is not True and _LIST_OF_THREES.search(answer + " " + truth):
         # 100,200 may be two numbers.
         again = equality.compare(
-            _read(answer, commas_group=False), _read(truth, commas_group=False)
+            _read(answer, commas_group=False), _read(truth, commas_group=False), tolerance
         )
         verdict = again if again else verdict
     return verdict
 
 
-def _value(text: str) -> int | Fraction:
+def _value(text: str) -> Rational:
     return Fraction(text) if "." in text else int(text)
 
 

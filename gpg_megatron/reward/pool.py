@@ -129,6 +129,7 @@ class RewardPool:
             scorers_module=scorers_module,
             custom_function=config.custom_function,
             memory_bytes=None if limit is None else limit * MIB,
+            tolerance=config.tolerance,
         )
         self._prepared: list[str] = []
         self._crashes_in_a_row = 0

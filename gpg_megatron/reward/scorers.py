@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from gpg_megatron.answers import last_boxed
 from gpg_megatron.reward import equivalence, mathematics, verl
+from gpg_megatron.reward.algebra import Rational
 from gpg_megatron.reward.gsm8k import exact_number, last_answer
 
 
@@ -55,27 +56,27 @@ def gsm8k(response: str, ground_truth: str) -> Verdict:
     return Verdict(right, right, parts, _written(answer))
 
 
-def math(response: str, ground_truth: str) -> Verdict:
+def math(response: str, ground_truth: str, tolerance: Rational = 0) -> Verdict:
     """1 when the last \\boxed of the response is known to equal the ground truth.
 
-    What is equal is decided by mathematics.compare. The part "format" is 1 when there was a box
-    with something in it.
+    What is equal is decided by mathematics.compare, numbers up to a relative tolerance. The part
+    "format" is 1 when there was a box with something in it.
     """
     boxed = last_boxed(response)
-    right = float(bool(boxed) and mathematics.equal(boxed or "", ground_truth))
+    right = float(bool(boxed) and mathematics.equal(boxed or "", ground_truth, tolerance))
     # All right answers vote alike, and the truth's vote is known from the first of them.
     found = mathematics.vote(ground_truth if right else boxed) if boxed else None
     return Verdict(right, right, {"math": right, "format": float(bool(boxed))}, found)
 
 
-def math_verify(response: str, ground_truth: str) -> Verdict:
+def math_verify(response: str, ground_truth: str, tolerance: Rational = 0) -> Verdict:
     """1 when the last \\boxed of the response means the same as the ground truth.
 
     Decided by `math` where that says yes, otherwise by the library math-verify. Without a box
     the end of the response is searched for an expression.
     """
     boxed = last_boxed(response)
-    right = float(equivalence.equivalent(response, ground_truth))
+    right = float(equivalence.equivalent(response, ground_truth, tolerance))
     found = mathematics.vote(ground_truth if right else boxed) if boxed else None
     return Verdict(right, right, {"math_verify": right, "format": float(bool(boxed))}, found)
 
@@ -106,6 +107,9 @@ SCORERS: Mapping[str, Scorer] = {
     "verl_math": verl_math,
 }
 """Name (as in reward.scorer) -> scorer."""
+
+TOLERANT = frozenset(("math", "math_verify"))
+"""Scorers that have a tolerance."""
 
 PREPARE: Mapping[str, Callable[[], None]] = {"math_verify": equivalence.prepare}
 """What a scorer needs to be done before its first answer, outside of the time limit."""

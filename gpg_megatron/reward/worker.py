@@ -14,6 +14,7 @@ process with its traceback on stderr; the pool counts that as a crash of one ans
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib
 import os
 import resource
@@ -21,6 +22,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -41,6 +43,8 @@ class Setup(NamedTuple):
     custom_function: str | None
     """FILE.py:NAME."""
     memory_bytes: int | None
+    tolerance: float
+    """For the scorers of the module's TOLERANT."""
 
 
 class Question(NamedTuple):
@@ -77,21 +81,24 @@ def _serve(connection: Connection[Any, Any], module: Any, setup: Setup) -> None:
             return
         if kind == "prepare":
             for name in content:
-                judges[name] = _judge(name, module, setup.custom_function)
+                judges[name] = _judge(name, module, setup)
             connection.send("ready")
             continue
         for question in content:
             connection.send(_verdict(judges, Question(*question)))
 
 
-def _judge(name: str, module: Any, custom_function: str | None) -> Judge:
+def _judge(name: str, module: Any, setup: Setup) -> Judge:
     if name == "custom":
-        assert custom_function is not None, "checked when the configuration was loaded"
-        return custom.judge(load_object(custom_function, "reward.custom_function"))
+        assert setup.custom_function is not None, "checked when the configuration was loaded"
+        return custom.judge(load_object(setup.custom_function, "reward.custom_function"))
     prepare = getattr(module, "PREPARE", {}).get(name)
     if prepare is not None:
         prepare()
     scorer = module.SCORERS[name]
+    if setup.tolerance and name in getattr(module, "TOLERANT", ()):
+        # As it was written: 0.1 is a tenth.
+        scorer = functools.partial(scorer, tolerance=Fraction(repr(setup.tolerance)))
     return lambda question: scorer(question.response, question.ground_truth)
 
 

@@ -19,7 +19,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = write_problems(folder / "first.jsonl", ["1 + 1 =", "2 + 2 =", "3 + 3 ="])
     second = write_problems(folder / "second.jsonl", ["9 - 1 ="], data_source="gsm8k")
     options = (
-        "--greedy --compare exact_match,math validation.n=4 data.apply_chat_template=false trainer.device=cpu "
+        "--greedy --compare exact_match,math validation.n=4 "
+        "data.apply_chat_template=false trainer.device=cpu "
         "rollout.dtype=fp32 rollout.kv_cache_gb=0.1 rollout.enforce_eager=true "
         "data.max_prompt_length=32 rollout.max_response_length=8"
     )

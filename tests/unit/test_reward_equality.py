@@ -165,3 +165,41 @@ def test_any_answer_gets_a_verdict(text: str, truth: str) -> None:
     assert compare(text, truth) in (True, False, None)
     assert compare(text, text) is True
     assert vote(text) == vote(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "tolerance", "same"),
+    [
+        # Relative to the truth: 99 is 1/100 away from 100, 100 is 1/99 away from 99.
+        ("99", "100", "1/100", True),
+        ("100", "99", "1/100", False),
+        ("98.99", "100", "1/100", False),
+        ("-101", "-100", "1/100", True),
+        ("0.3333", "\\frac{1}{3}", "1/10000", True),  # 1/30000 away, of 1/3: exactly 1/10000
+        ("0.333", "\\frac{1}{3}", "1/10000", False),
+        ("4.51 \\cdot 10^{33}", "4.5e33", "1/100", True),
+        ("0", "0.001", "1/100", False),
+        ("0.001", "0", "1/100", False),  # nothing is near 0
+        ("50.2\\%", "50", "1/100", True),
+        ("0.502", "50\\%", "1/100", True),
+        ("50.2\\%", "0.5", "1/100", True),
+        ("0.51", "50\\%", "1/100", False),
+        ("(1.001, 2)", "(1, 2)", "1/100", True),
+        ("\\{2, 1.001\\}", "\\{1, 2\\}", "1/100", True),
+        ("(1, 2.03)", "(1, 2)", "1/100", False),
+        ("1:3", "0.333", "1/100", True),
+        ("0.33", "1:3", "1/100", True),
+        ("0.32", "1:3", "1/100", False),
+        ("1:3", "1000:3003", "1/100", True),
+        ("\\frac13 = 0.333", "\\frac13", "1/100", True),
+        ("\\frac13 = 0.4", "0.4", "1/100", False),
+        ("5.01 cm", "5 cm", "1/100", True),
+        ("5.01 cm", "5 m", "1/100", False),
+        # Only numbers have a distance.
+        ("1.414", "\\sqrt{2}", "1/100", False),
+        ("2.001x", "2x", "1/100", False),
+    ],
+)
+def test_numbers_within_a_tolerance(answer: str, truth: str, tolerance: str, same: bool) -> None:
+    assert equal(answer, truth, Fraction(tolerance)) is same
+    assert not equal(answer, truth)

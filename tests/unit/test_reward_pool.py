@@ -110,6 +110,17 @@ def test_groups_come_back_in_order() -> None:
         assert pool.score([]) == []
 
 
+def test_the_tolerance_reaches_the_scorers_of_mathematics() -> None:
+    responses = ["\\boxed{1.1} #### 1.1", "\\boxed{1.11} #### 1.11", "\\boxed{0.9} #### 0.9"]
+    names = ["math", "math_verify", "gsm8k", "verl_math"]
+    config = RewardConfig(tolerance=0.1, by_source={name: name for name in names})
+    with closing(RewardPool(config)) as pool:
+        groups = pool.score([item(responses, "1", name) for name in names])
+    # A tenth is a tenth, though no float is.
+    found = [[reward.accuracy for reward in group.rewards] for group in groups]
+    assert found == [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("hang", ["sleep", "regex"])
 def test_an_answer_that_hangs_costs_itself_only(bad_scorers: str, hang: str) -> None:
     config = RewardConfig(timeout_s=0.5)
