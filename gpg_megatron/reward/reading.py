@@ -6,6 +6,7 @@ Answer -- name, label, unit --> body: Scalar | Group | Words
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from gpg_megatron.reward import algebra, relations
@@ -13,11 +14,14 @@ from gpg_megatron.reward import vocabulary as v
 from gpg_megatron.reward.algebra import Rational, UnreadableError, Value
 from gpg_megatron.reward.expression import read_expression
 from gpg_megatron.reward.form import Item, Node, spell
+from gpg_megatron.reward.functions import read_number
 from gpg_megatron.reward.relations import Part
 from gpg_megatron.reward.units import Unit, is_word, measured, unit_name
 
 MAX_PARTS = 400
 MAX_NESTED = 8
+MAX_DIGITS = 100
+"""Of a fraction that is read at once."""
 
 
 _GOES_ON = frozenset((*"+-*/()!'", "\\pm", "\\cup", "\\cap", "\\to"))
@@ -68,6 +72,9 @@ class Answer(NamedTuple):
 
 def read_answer(items: Sequence[Item], nested: int = 0) -> Answer:
     """What these items say. Total: what is nothing else is Words."""
+    plain = _plain(items) if 0 < len(items) < 3 and nested <= MAX_NESTED else None
+    if plain is not None:
+        return plain
     items = trim(items)
     if nested > MAX_NESTED or len(items) > MAX_PARTS:
         return _words(items)
@@ -78,6 +85,30 @@ def read_answer(items: Sequence[Item], nested: int = 0) -> Answer:
     if relations.RELATED.isdisjoint(items):
         return _single(items, nested)._replace(label=label)
     return _related(items, nested)._replace(label=label)
+
+
+def _plain(items: Sequence[Item]) -> Answer | None:
+    """A whole number, a decimal or a fraction of whole numbers, with or without a minus: what
+    most answers are, without the rest of the grammar."""
+    last = items[-1]
+    if len(items) == 2 and items[0] != "-":
+        return None
+    if isinstance(last, Node):
+        if last.command != "\\frac":
+            return None
+        above, below = ("".join(map(str, side)) for side in last.arguments)
+        if not (above.isdecimal() and below.isdecimal()) or max(map(len, last.arguments)) > 1:
+            return None
+        if len(above + below) > MAX_DIGITS or not int(below):
+            return None
+        size: Rational = Fraction(int(above), int(below))
+    elif last.isascii() and last.replace(".", "", 1).isdecimal():
+        size = read_number(last)
+    else:
+        return None
+    value = algebra.number(-size if len(items) == 2 else size)
+    scalar = Scalar(spell(items), value, algebra.rational(value), True, False)
+    return Answer("", "", (), scalar)
 
 
 def _related(items: tuple[Item, ...], nested: int) -> Answer:
@@ -279,6 +310,8 @@ def _scalar(items: tuple[Item, ...], nested: int) -> Answer:
 
 def _in_digits(items: tuple[Item, ...]) -> tuple[Item, ...]:
     """With numbers in place of the words for them, at the front: twenty-five, fifth."""
+    if not is_word(items[0]):
+        return items
     sign = items[:1] if items[0] in ('"negative', '"minus') else ()
     rest = items[len(sign) :]
     words = [str(item)[1:] if is_word(item) else "" for item in rest[:3]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -47,6 +47,8 @@ class Bounds(NamedTuple):
 
 def split(items: Sequence[Item], signs: Sequence[str]) -> list[Items]:
     """The parts between these signs outside of brackets and environments."""
+    if not any(sign in items for sign in signs):
+        return [tuple(items)]
     return [part.items for part in _split(items, dict.fromkeys(signs, ""))]
 
 
@@ -88,7 +90,7 @@ def both_signs(items: Items) -> list[Items] | None:
 
     None where there is no such sign, or too many.
     """
-    found = list(_signs(items))
+    found = _signs(items)
     if not 0 < len(found) <= _MAX_SIGNS:
         return None
     together = "\\mp" in found
@@ -99,13 +101,15 @@ def both_signs(items: Items) -> list[Items] | None:
     return results
 
 
-def _signs(items: Items) -> Iterator[str]:
+def _signs(items: Items) -> list[str]:
+    found = []
     for item in items:
         if isinstance(item, Node):
             for argument in item.arguments:
-                yield from _signs(argument)
+                found += _signs(argument)
         elif item in ("\\pm", "\\mp"):
-            yield item
+            found.append(item)
+    return found
 
 
 def _with_signs(items: Items, chosen: list[str]) -> Items:

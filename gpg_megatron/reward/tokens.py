@@ -139,8 +139,7 @@ class Lexer:
             return  # A command without a name at the very end, or an aligned line.
         if found in v.DROPPED or (found in '"`“”„«»*#_' and (in_text or found not in "*#_")):
             return
-        after_word = bool(self.tokens) and self.tokens[-1].startswith('"')
-        if in_text and found in "-'’" and following.isalpha() and after_word:
+        if in_text and found in "-'’" and following.isalpha() and self._is_after_word():
             return  # right-angled
         sign = v.SIGNS.get(found, found)
         if len(sign) == 1 and not sign.isascii():
@@ -152,6 +151,9 @@ class Lexer:
                 self.tokens += ["\\frac", "{", above, "}", "{", below, "}"]
                 return
         self._add_sign(sign)
+
+    def _is_after_word(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1].startswith('"')
 
     def _add_sign(self, sign: str) -> None:
         if sign in _OPENING:
