@@ -47,9 +47,10 @@ class Bounds(NamedTuple):
 
 def split(items: Sequence[Item], signs: Sequence[str]) -> list[Items]:
     """The parts between these signs outside of brackets and environments."""
-    if not any(sign in items for sign in signs):
-        return [tuple(items)]
-    return [part.items for part in _split(items, dict.fromkeys(signs, ""))]
+    for sign in signs:
+        if sign in items:
+            return [part.items for part in _split(items, dict.fromkeys(signs, ""))]
+    return [tuple(items)]
 
 
 def split_list(items: Sequence[Item]) -> list[Part]:

@@ -36,6 +36,10 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
+_WHOLE = re.compile(r"\d+(?=[-+*^()\]}=_|]|\Z)", re.ASCII)
+"""A number that ends where no other number goes on."""
+_SIGNS = frozenset("()[]{}-,|/:;")
+"""Outside of text these are nothing but themselves."""
 _COMMAS = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?", re.ASCII)
 _MARKS = re.compile(rf"[{{}},]|{_THIN}|\s")
 _SPACES = frozenset(("\\,", "\\;", "\\:", "\\quad", "\\qquad"))
@@ -65,7 +69,17 @@ class Lexer:
     def read(self, at: int, end: int, in_text: bool) -> None:
         """Append the tokens of text[at:end]."""
         while at < end:
-            if self.commas_group and not self.brackets and self.text[at].isdecimal():
+            char = self.text[at]
+            if char in _SIGNS and not in_text:
+                self._add_sign(char)
+                at, self.spaced = at + 1, False
+                continue
+            whole = _WHOLE.match(self.text, at, end)
+            if whole:
+                self.tokens.append(whole[0])
+                at, self.spaced = whole.end(), False
+                continue
+            if self.commas_group and not self.brackets and char.isdecimal():
                 grouped = _COMMAS.match(self.text, at, end)
                 if grouped:
                     self.tokens.append(grouped[0].replace(",", ""))

@@ -13,6 +13,7 @@ Unit = tuple[tuple[str, str], ...]
 _ENDS_NO_UNIT = frozenset("0123456789)]xyz")
 _KNOWN = frozenset(v.UNITS.values()) | {"am", "pm"}
 _SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmh": ("km", "h")}
+_QUALIFYING = v.QUALIFIERS | v.CONNECTIVES | set(v.NUMBER_WORDS) | {"half", "to"}
 _SQUARE = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
 
 
@@ -103,8 +104,7 @@ def _is_unit(item: Item) -> bool:
 
 
 def _qualified(tail: Sequence[Item]) -> bool:
-    words = {item[1:] for item in tail if isinstance(item, str) and is_word(item)}
-    return bool(words & (v.QUALIFIERS | v.CONNECTIVES | set(v.NUMBER_WORDS) | {"half", "to"}))
+    return any(item[1:] in _QUALIFYING for item in tail if isinstance(item, str) and is_word(item))
 
 
 def _per_cent(words: Sequence[Item]) -> bool:
