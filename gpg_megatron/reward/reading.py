@@ -102,12 +102,15 @@ def _plain(items: Sequence[Item]) -> Answer | None:
         if len(above + below) > MAX_DIGITS or not int(below):
             return None
         size: Rational = Fraction(int(above), int(below))
+        form = f"\\frac{{{above}}}{{{below}}}"
     elif last.isascii() and last.replace(".", "", 1).isdecimal():
-        size = read_number(last)
+        size, form = read_number(last), last
     else:
         return None
-    value = algebra.number(-size if len(items) == 2 else size)
-    scalar = Scalar(spell(items), value, algebra.rational(value), True, False)
+    if len(items) == 2:
+        size, form = -size, f"- {form}"
+    value = algebra.number(size)
+    scalar = Scalar(form, value, algebra.rational(value), True, False)
     return Answer("", "", (), scalar)
 
 

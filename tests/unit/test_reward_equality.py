@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpg_megatron.reward import reading
+from gpg_megatron.reward.form import nest
 from gpg_megatron.reward.mathematics import compare, equal, vote
+from gpg_megatron.reward.tokens import tokenize
 
 EQUAL = r"""
     0.5 | \frac{1}{2}
@@ -203,3 +206,24 @@ def test_any_answer_gets_a_verdict(text: str, truth: str) -> None:
 def test_numbers_within_a_tolerance(answer: str, truth: str, tolerance: str, same: bool) -> None:
     assert equal(answer, truth, Fraction(tolerance)) is same
     assert not equal(answer, truth)
+
+
+def test_what_is_read_at_once_is_what_the_grammar_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = (
+        "0",
+        "7",
+        "12",
+        "007",
+        "0.50",
+        ".5",
+        "9" * 60,
+        "\\frac12",
+        "\\frac{0}{12}",
+        "\\frac{34}{8}",
+    )
+    items = [nest(tokenize(sign + size)) for sign in ("", "-") for size in sizes]
+    at_once = [reading.read_answer(x) for x in items]
+    assert all(map(reading._plain, items))
+    monkeypatch.setattr(reading, "_plain", lambda _: None)
+    # As text, for 2 and Fraction(2, 1) are equal.
+    assert list(map(repr, at_once)) == [repr(reading.read_answer(x)) for x in items]
