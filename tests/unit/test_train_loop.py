@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
