@@ -72,6 +72,11 @@ class Rank0:
         """One line for the person who watches."""
         self.progress.message(text)
 
+    def say_filtered(self) -> None:
+        """How many training prompts are too long, if any are."""
+        if n := self.inputs.n_filtered:
+            self.message(f"{n} training prompts exceed data.max_prompt_length and are left out")
+
     def report(
         self,
         step: int,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gpg_megatron.config.sections import RolloutConfig
+from gpg_megatron.config.sections import GIB, RolloutConfig
 from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
 from gpg_megatron.types import EnginePart
@@ -26,7 +26,6 @@ SleepLevel = Literal[1, 2]
 PauseMode = Literal["wait", "keep"]
 """What an update does with running requests: wait for their end, or hold them and go on with
 them on the new weights."""
-GIB = 1 << 30
 MIN_BATCHED_TOKENS = 8192
 """Prompt and decode tokens in one engine step on CPU."""
 # torchrun's variables would make vLLM's workers believe that they are policy ranks.

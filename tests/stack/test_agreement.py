@@ -107,5 +107,5 @@ def test_planted_faults_are_refused_and_right_engines_are_not(
     for name in ("none", "none, again"):
         assert seen[name]["error"] is None, seen[name]
         assert seen[name]["mean"] < seen[name]["limit"] / 2, "as far from a refusal as this"
-    for name in ("other rope base", FAULT_OF[family], "stale by 16"):
+    for name in ("other rope base", FAULT_OF[family], "stale by 1"):
         assert seen[name]["error"] is not None, (name, seen[name])

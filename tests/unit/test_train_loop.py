@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +20,11 @@ from gpg_megatron.algorithm.redraw import Selection
 from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.checkpoint.marker import Marker, read_marker
 from gpg_megatron.config.algorithm import AlgorithmConfig
-from gpg_megatron.config.sections import CheckpointConfig
+from gpg_megatron.config.sections import CheckpointConfig, Config
 from gpg_megatron.loop.checkpoints import RunCheckpoints, Saving
 from gpg_megatron.loop.guard import Guard
+from gpg_megatron.loop.inputs import Inputs
+from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Rollout
 from gpg_megatron.loop.trainer import Run, Schedule, train
 from gpg_megatron.model.flops import TokenCosts
@@ -316,3 +320,22 @@ def test_the_best_of_three_steps_is_kept_for_its_own_metric(tmp_path: Path) -> N
     kept = {path.name: read_marker(path).metric for path in saving.root.iterdir()}
     assert kept == {"step_2": 0.9, "step_3": 0.5}
     assert json.loads((saving.root / "step_2" / "trainer.json").read_text()) == {"stream": 7}
+
+
+@pytest.mark.parametrize(("n_filtered", "n_lines"), [(3, 1), (0, 0)])
+def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> None:
+    said: list[str] = []
+    none = cast(Any, None)
+    rank0 = Rank0(
+        config=Config(),
+        inputs=Inputs(train_prompts=(), val_prompts=(), per_file=(), n_filtered=n_filtered),
+        fleet=none,
+        pool=none,
+        logger=none,
+        progress=cast(Any, SimpleNamespace(message=said.append)),
+        watchdog=none,
+        pids=(),
+    )
+    rank0.say_filtered()
+    assert len(said) == n_lines
+    assert all(line.startswith("3 training prompts exceed data.max_prompt_length") for line in said)
