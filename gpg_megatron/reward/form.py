@@ -184,4 +184,5 @@ def _gap(before: str, after: str) -> str:
         return ""
     if after[0].isdecimal() or after[0] == ".":
         return "{}" if before[-1].isalnum() and before[0] != "\\" else " "
-    return "" if before[-1].isdecimal() and after.isalpha() else " "
+    # With a space, a letter behind a number, a bracket or a percent sign would be a unit.
+    return "" if (before[-1].isdecimal() or before[-1] in ")%") and after.isalpha() else " "

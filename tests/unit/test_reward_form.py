@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpg_megatron.reward.form import MAX_ANSWER, normal_form
@@ -85,6 +85,8 @@ PIECES = st.sampled_from(
 )
 
 
+@example("%A")
+@example("(2)m")
 @given(st.lists(PIECES, max_size=25).map("".join))
 def test_the_normal_form_of_a_normal_form_is_itself(text: str) -> None:
     form = normal_form(text)
