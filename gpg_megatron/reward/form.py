@@ -19,6 +19,8 @@ MAX_ANSWER = 2000
 """Characters; no reference answer comes near, and a longer one is wrong."""
 MAX_DEPTH = 40
 """Arguments inside of arguments; deeper ones stay as they are written."""
+MAX_ROUNDS = 8
+"""Of spelling; two are enough for nearly all."""
 
 
 class Node(NamedTuple):
@@ -41,8 +43,21 @@ class TooDeepError(ValueError):
 
 
 def normal_form(answer: str) -> str:
-    """The spelling that stands for all those that LaTeX shows alike; any string has one."""
+    """The spelling that stands for all those that LaTeX shows alike; any string has one.
+
+    A spelling may read as something simpler than what it came from, as 0^{o} reads as 0 degrees:
+    it is spelled again until nothing changes.
+    """
     text = answer.strip()
+    for _ in range(MAX_ROUNDS):
+        again = _spelled_once(text).strip()
+        if again == text:
+            break
+        text = again
+    return text
+
+
+def _spelled_once(text: str) -> str:
     if len(text) > MAX_ANSWER:
         return text
     try:

@@ -86,6 +86,9 @@ PIECES = st.sampled_from(
 
 
 @example("%A")
+@example("5 A")
+@example("\\pi A")
+@example("0^»o")
 @example("(2)m")
 @given(st.lists(PIECES, max_size=25).map("".join))
 def test_the_normal_form_of_a_normal_form_is_itself(text: str) -> None:
@@ -93,6 +96,7 @@ def test_the_normal_form_of_a_normal_form_is_itself(text: str) -> None:
     assert normal_form(form) == form
 
 
+@example("0\x1f«")
 @given(st.text(max_size=80))
 def test_any_text_has_a_normal_form(text: str) -> None:
     form = normal_form(text)
