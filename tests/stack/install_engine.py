@@ -30,6 +30,13 @@ class Extension:
         self.installer = Installer(self.model_runner.get_model())
         return {part.name: part.policy for part in self.installer._parts}
 
+    def packed_away(self) -> list[str]:
+        """Modules whose weight has no elements: vLLM put it into a kernel of its own. Which do,
+        depends on the type and on what the processor can do."""
+        modules = self.model_runner.get_model().named_modules()
+        weights = ((name, getattr(module, "weight", None)) for name, module in modules)
+        return [name for name, weight in weights if weight is not None and not weight.numel()]
+
     def finish_early(self) -> str:
         """The error of an update of which nothing has arrived."""
         self.installer.begin()
@@ -94,6 +101,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         worker_extension_cls="tests.stack.install_engine.Extension",
     )
     result: dict[str, Any] = {"loaded": logprobs(llm, job["prompts"])}
+    result["packed_away"] = llm.collective_rpc("packed_away")[0]
     result["policies"] = llm.collective_rpc("probe")[0]
     result["probed"] = logprobs(llm, job["prompts"])
     result["updates"] = []

@@ -134,10 +134,13 @@ def test_one_worker(checkpoints: dict[str, list[Path]], tmp_path: Path) -> None:
     for (family, dtype, _), result in zip(engines, results, strict=True):
         policies = result["policies"]
         layer = "model.layers.0"
-        assert policies[f"{layer}.self_attn.qkv_proj"] == "stage", "its weight is packed away"
+        linear = f"{layer}.self_attn.qkv_proj"
+        is_packed = linear in result["packed_away"]
+        assert is_packed or dtype != "float32"
+        assert policies[linear] == ("stage" if is_packed else "refresh")
         assert policies[f"{layer}.input_layernorm"] == policies["model.norm"] == "live"
         assert policies["lm_head"] == "refresh", "its weight stays, and a packed copy is read"
-        largest = 2 * 256 * 128
+        largest = 2 * 256 * 128 if is_packed else 0
         if family.startswith("qwen3moe"):
             assert policies[f"{layer}.mlp.experts.routed_experts"] == "stage"
             largest = 4 * 3 * 64 * 128
