@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def check_metrics(rows: list[dict[str, Any]], *, tolerance: float = 1e-4) -> Non
     """Two steps with everything in them, agreement after the syncs, both data sets evaluated."""
     before, *steps = rows
     assert [row["step"] for row in (before, *steps)] == [0, 1, 2]
-    assert [row["version"] for row in steps] == [2, 4], "two updates a step"
+    # Two updates a step, less those in which no group has a right answer.
+    made = [2 - row["policy/updates_skipped"] for row in steps]
+    assert [row["version"] for row in steps] == list(accumulate(made)) and min(made) >= 1
     for row in steps:
         assert row.keys() >= STEP_KEYS
         for key, value in row.items():
