@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.off_policy import Sampled, settled
 from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
 
@@ -310,3 +311,19 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def sampled(self) -> Sampled:
+        """How far the policy may be from what sampled its answers."""
+        return Sampled(
+            n_updates=self.trainer.updates_per_batch,
+            stale=self.trainer.max_staleness > 0,
+            carried=self.algorithm.wanted_fraction > 0,
+            truncated=self.rollout.truncates,
+            other_type=self.rollout.dtype != self.model.dtype,
+        )
+
+    @property
+    def objective(self) -> AlgorithmConfig:
+        """The section algorithm as the loss takes it: nothing is left to auto."""
+        return settled(self.algorithm, self.sampled)

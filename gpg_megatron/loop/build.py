@@ -88,7 +88,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         rank0 = kept_on_rank0(lambda: open_rank0(config, fleet, watchdog, pids, ends), ask_rank0)
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
-            rank0.say_filtered()
+            rank0.say_what_was_decided()
         rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, point)
         placement.enter(State.SYNC)
         side = PolicySide(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpg_megatron.algorithm.advantages import AdvantageStats
+from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import Config
 from gpg_megatron.evaluation.evaluate import evaluate
 from gpg_megatron.loop.inputs import Inputs
@@ -72,8 +73,9 @@ class Rank0:
         """One line for the person who watches."""
         self.progress.message(text)
 
-    def say_filtered(self) -> None:
-        """How many training prompts are too long, if any are."""
+    def say_what_was_decided(self) -> None:
+        """How off-policy answers are weighed, and how many training prompts are too long."""
+        self.message(summary(self.config.objective, self.config.sampled))
         if n := self.inputs.n_filtered:
             self.message(f"{n} training prompts exceed data.max_prompt_length and are left out")
 

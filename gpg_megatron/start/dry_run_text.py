@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
 from gpg_megatron.start.dry_run import RunPlan, gib, problems
@@ -61,6 +62,7 @@ rollout    {batch:,} prompts x {n} = {batch * n:,} responses of at most \
 {c.rollout.max_response_length:,} tokens
 updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = {update * n:,} responses \
 each; {t.total_updates:,} in {t.total_training_steps:,} steps
+           {summary(c.objective, c.sampled)}
            at most {micro_batches_per_update(c)} micro-batches of \
 {c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update
 epoch      {epoch}

@@ -175,13 +175,14 @@ def _sample_loss(
     model: torch.nn.Module, config: Config, sample: TrainSample, start: torch.Tensor
 ) -> torch.Tensor:
     """The sum over the tokens of one sample, without its aggregation weight."""
-    a, advantage = config.algorithm, sample.advantage
+    a, advantage = config.objective, sample.advantage
     logprobs, entropy = _distribution(model, sample, config.rollout.temperature)
     if not len(logprobs):
         return logprobs.sum()
     engine = torch.tensor(sample.rollout_logprobs, dtype=torch.float64)
     if a.loss == "gpg":
-        factor = _correction(a, logprobs.detach() - engine)
+        old = start if a.old_logprobs == "policy" else engine
+        factor = _correction(a, logprobs.detach() - old)
         gradient = logprobs * advantage
     else:
         factor = _correction(a, start - engine)

@@ -182,8 +182,8 @@ def test_a_preset_is_its_formula(preset: str, name: str) -> None:
 @pytest.mark.parametrize("name", BATCHES)
 def test_on_policy_gpg_has_the_gradient_of_the_clipped_surrogate(name: str, clip: float) -> None:
     """Through a softmax, in float64; with the paper's advantages."""
-    gpg = AlgorithmConfig()
-    clipped = AlgorithmConfig(loss="clip", clip_low=clip, clip_high=clip)
+    gpg = from_preset("paper")
+    clipped = from_preset("paper", loss="clip", clip_low=clip, clip_high=clip)
     tokens = parts_of(BATCHES[name], gpg)
     torch.manual_seed(1)
     logits = torch.randn(len(tokens.rollout), 5, dtype=torch.float64, requires_grad=True)
@@ -256,7 +256,7 @@ def run(
 
 
 def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
-    config = AlgorithmConfig(correction="truncate-token", correction_max=2.0)
+    config = from_preset("paper", correction="truncate-token", correction_max=2.0)
     _, gradient, named = run(config, four())
     assert gradient == pytest.approx([-0.5, -0.25, 0.25, 0.5])
     assert named["correction/cut_fraction"] == 0.25
@@ -272,7 +272,7 @@ def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
 
 
 def test_without_a_correction_there_are_no_metrics_of_one() -> None:
-    _, gradient, named = run(AlgorithmConfig(), four())
+    _, gradient, named = run(from_preset("paper"), four())
     assert gradient == [-0.25, -0.25, 0.5, 0.5]
     assert set(named) == {
         "mismatch/logprob_mean",
@@ -321,7 +321,7 @@ def test_the_correction_of_a_ratio_is_that_of_its_denominator() -> None:
 
 def test_the_kl_term_by_hand() -> None:
     """d/dlogp k3 = 1 - exp(reference - logp); alpha has no part in it."""
-    config = AlgorithmConfig(kl_coef=0.5)
+    config = from_preset("paper", kl_coef=0.5)
     tokens = four(advantages=[0.0] * 4, reference=[-1.0] * 4)
     loss, gradient, named = run(config, tokens)
     ratios = [1 / 4, 1.0, 2.0, 1.0]
@@ -332,7 +332,7 @@ def test_the_kl_term_by_hand() -> None:
 
 
 def test_the_entropy_bonus_by_hand() -> None:
-    config = AlgorithmConfig(entropy_coef=0.1)
+    config = from_preset("paper", entropy_coef=0.1)
     entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
     loss, _, named = run(config, four(advantages=[0.0] * 4), entropy)
     assert loss == pytest.approx(-0.1 * 0.25 * 10)
@@ -368,7 +368,7 @@ def test_no_tokens_give_zero_and_metrics() -> None:
 
 def test_the_pieces_are_the_published_functions() -> None:
     """objective adds nothing of its own to gpg_loss and the correction."""
-    config = AlgorithmConfig(correction="mask-token", correction_max=3.0)
+    config = from_preset("paper", correction="mask-token", correction_max=3.0)
     tokens = four()
     logprobs = torch.tensor(LOGPROBS, dtype=torch.float64)
     loss, _ = objective(logprobs, None, tokens, config)
@@ -380,7 +380,7 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
     torch.manual_seed(3)
     columns = {name: torch.randn(40).double() for name in ("advantages", "weights", "rollout")}
     logprobs = torch.randn(40).double()
-    config = AlgorithmConfig(correction="truncate-token")
+    config = from_preset("paper", correction="truncate-token")
 
     def statistics(part: slice) -> dict[str, float]:
         mine = {name: values[part] for name, values in columns.items()}
@@ -400,7 +400,7 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_log_prob_is_not_hidden_in_the_statistics(bad: float) -> None:
     logprobs = torch.tensor([*LOGPROBS[:3], bad], dtype=torch.float64)
-    config = AlgorithmConfig()
+    config = from_preset("paper")
     named = metrics(numbers(objective(logprobs, None, four(), config)[1]), config)
     assert not math.isfinite(named["mismatch/logprob_mean"])
     assert not math.isfinite(named["mismatch/logprob_max"])

@@ -336,6 +336,7 @@ def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> No
         watchdog=none,
         pids=(),
     )
-    rank0.say_filtered()
+    rank0.say_what_was_decided()
+    assert said.pop(0) == "off-policy correction: none, every answer is of the present weights"
     assert len(said) == n_lines
     assert all(line.startswith("3 training prompts exceed data.max_prompt_length") for line in said)
