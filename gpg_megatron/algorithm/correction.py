@@ -61,7 +61,7 @@ def correction_weights(
     if mode in ("truncate-token", "mask-token"):
         rho_N = ratio(policy_N, old_N)
     else:
-        log_rho_N = _per_response(policy_N - old_N, responses_N, average=mode == "reject-sequence")
+        log_rho_N = per_response(policy_N - old_N, responses_N, average=mode == "reject-sequence")
         rho_N = log_rho_N.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     if mode in ("truncate-token", "truncate-sequence"):
         return rho_N.clamp(max=high), rho_N > high
@@ -70,7 +70,7 @@ def correction_weights(
     return torch.where(outside_N, 0.0, kept_N), outside_N
 
 
-def _per_response(values_N: Tensor, responses_N: Tensor, *, average: bool) -> Tensor:
+def per_response(values_N: Tensor, responses_N: Tensor, *, average: bool) -> Tensor:
     """The sum or the mean over each token's response, at each of its tokens; [N] -> [N]."""
     n_responses = int(responses_N.max()) + 1 if responses_N.numel() else 0
     sums_R = values_N.new_zeros(n_responses).index_add(0, responses_N, values_N)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from gpg_megatron.algorithm.correction import correction_weights, ratio
-from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
+from gpg_megatron.algorithm.loss import (
+    clip_loss,
+    gpg_loss,
+    kl_k3,
+    sequence_ratio,
+    token_ratio,
+)
 from gpg_megatron.config.algorithm import AlgorithmConfig
 
 SUMS = (
@@ -78,20 +84,23 @@ def objective(
     current_N = logprobs_N.detach()
     policy_N = current_N if tokens.old is None else tokens.old
     old_N = tokens.rollout if config.old_logprobs == "rollout" else policy_N
-    if config.loss == "clip":  # the ratio covers what happened since old_N, the correction the rest
+    if config.clips:  # the ratio covers what happened since old_N, the correction the rest
         above_N, below_N = policy_N, tokens.rollout
     else:
         above_N, below_N = current_N, old_N
     factors_N, cut_N = correction_weights(above_N, below_N, tokens.responses, config)
     weights_N = tokens.weights * factors_N
     clipped_N = torch.zeros_like(cut_N)
-    if config.loss == "gpg":
+    if not config.clips:
         loss = gpg_loss(logprobs_N, tokens.advantages, weights_N)
     else:
-        low, high = config.clip_low, config.clip_high
-        loss, clipped_N = clip_loss(
-            logprobs_N, old_N, tokens.advantages, weights_N, low=low, high=high
+        ratio_N = (
+            sequence_ratio(logprobs_N, old_N, tokens.responses)
+            if config.loss == "clip-sequence"
+            else token_ratio(logprobs_N, old_N)
         )
+        low, high = config.clip_low, config.clip_high
+        loss, clipped_N = clip_loss(ratio_N, tokens.advantages, weights_N, low=low, high=high)
     kl_N = torch.zeros_like(current_N)
     if tokens.reference is not None:
         kl_N = kl_k3(logprobs_N, tokens.reference)
@@ -100,7 +109,7 @@ def objective(
         entropy_N = torch.zeros_like(current_N)
     else:
         loss = loss - config.entropy_coef * (entropy_N * tokens.weights).sum()
-    if config.loss == "clip" and config.old_logprobs == "rollout":
+    if config.clips and config.old_logprobs == "rollout":
         above_N = current_N  # no correction: the loss's own ratio is what is measured
     terms = {"cut": cut_N, "clipped": clipped_N, "kl": kl_N, "entropy": entropy_N}
     statistics = {"loss": loss, **{name: term_N.sum() for name, term_N in terms.items()}}
@@ -143,7 +152,7 @@ def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[st
         named["correction/ess"] = statistics["ratio"] ** 2 / (n * squared) if squared else 0.0
     if config.correction != "none":
         named["correction/cut_fraction"] = statistics["cut"] / n
-    if config.loss == "clip":
+    if config.clips:
         named["policy/clip_fraction"] = statistics["clipped"] / n
     if config.kl_coef:
         named["policy/kl"] = statistics["kl"] / n

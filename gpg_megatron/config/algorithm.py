@@ -17,31 +17,45 @@ from gpg_megatron.config.ranges import ranged
 class AlgorithmConfig:
     """How rewards become a loss. docs/gpg.md has the formulas. The defaults are `paper`."""
 
-    preset: Literal["paper", "amap", "verl", "grpo", "dr-grpo", "rloo", "reinforce++", "dapo"] = (
-        "paper"
-    )
+    preset: Literal[
+        "paper",
+        "amap",
+        "verl",
+        "grpo",
+        "dr-grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "rgra",
+        "maxrl",
+        "reinforce++",
+        "reinforce++-baseline",
+    ] = "paper"
     """Sets the defaults of the other keys, see docs/gpg.md; a key that is set wins."""
 
-    loss: Literal["gpg", "clip"] = "gpg"
-    """gpg: -log pi * A; clip: PPO's clipped surrogate."""
+    loss: Literal["gpg", "clip", "clip-sequence"] = "gpg"
+    """gpg: -log pi * A; clip: PPO's clipped surrogate; clip-sequence: the same with one ratio for
+    each response, the geometric mean of its tokens'."""
     clip_low: float = ranged(0.2, above=0, at_most=1)
-    """The ratio is clipped from below at 1 - clip_low; read by loss: clip."""
+    """The ratio is clipped from below at 1 - clip_low; read by the clipped losses."""
     clip_high: float = ranged(0.2, above=0)
-    """The ratio is clipped from above at 1 + clip_high; read by loss: clip."""
+    """The ratio is clipped from above at 1 + clip_high; read by the clipped losses."""
     old_logprobs: Literal["auto", "current", "policy", "rollout"] = "auto"
-    """The denominator of the ratio, which loss: clip and a correction have. current: the log-probs
-    of the update itself, so the ratio is 1; policy: of the policy before the first update of the
-    rollout batch, by one more forward pass when there are several; rollout: of the engine; auto:
-    by the table of off_policy.py."""
+    """The denominator of the ratio, which the clipped losses and a correction have. current: the
+    log-probs of the update itself, so the ratio is 1; policy: of the policy before the first update
+    of the rollout batch, by one more forward pass when there are several; rollout: of the engine;
+    auto: by the table of off_policy.py."""
 
     baseline: Literal["group-mean", "leave-one-out", "batch-mean"] = "group-mean"
     """What is subtracted from a score: the mean of its group, the mean of the others in its
     group, the mean of the rollout batch."""
-    f_norm: Literal["one", "std", "batch-std"] = "one"
-    """Divisor of score - baseline: 1, or its standard deviation in the group or in the rollout
-    batch."""
+    f_norm: Literal["one", "std", "mean", "batch-std", "token-whiten"] = "one"
+    """Divisor of score - baseline: 1; its standard deviation in the group or in the rollout batch;
+    the group's mean score. token-whiten: less its mean over the response tokens of the batch,
+    over the standard deviation there."""
     f_norm_eps: float = ranged(1e-6, at_least=0)
-    """Added to a standard deviation."""
+    """Added to a standard deviation; to the variance with token-whiten."""
     dead_by: str = "accuracy"
     """What decides that a group is dead: accuracy, score, or a part that the scorer names. none:
     no group is dead."""
@@ -103,17 +117,28 @@ class AlgorithmConfig:
         return self.kl_coef > 0.0 or self.entropy_coef > 0.0
 
     @property
+    def clips(self) -> bool:
+        """Whether the loss has a ratio, which it clips."""
+        return self.loss != "gpg"
+
+    @property
     def is_weighted(self) -> bool:
         """Whether the ratio weighs off-policy answers, beside or instead of clipping them."""
-        return self.correction != "none" or (self.loss == "clip" and self.old_logprobs == "rollout")
+        return self.correction != "none" or (self.clips and self.old_logprobs == "rollout")
 
     @property
     def needs_old_policy(self) -> bool:
         """Whether the policy's log-probs before the first update of a rollout batch are read."""
-        return self.old_logprobs == "policy" and (self.loss == "clip" or self.correction != "none")
+        return self.old_logprobs == "policy" and (self.clips or self.correction != "none")
 
 
 _NO_DEAD_GROUPS: dict[str, Any] = {"dead_by": "none", "alpha": "none"}
+_TOKEN_WHITENED: dict[str, Any] = {
+    "loss": "clip",
+    "f_norm": "token-whiten",
+    "f_norm_eps": 1e-8,
+    "loss_aggregation": "token-mean",
+}
 
 # What differs from the defaults of AlgorithmConfig. Sources are in docs/gpg.md.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -136,18 +161,29 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "grpo": _NO_DEAD_GROUPS
     | {"loss": "clip", "f_norm": "std", "loss_aggregation": "seq-mean-token-mean"},
     "dr-grpo": _NO_DEAD_GROUPS | {"loss": "clip", "loss_aggregation": "seq-mean-token-sum-norm"},
-    "rloo": _NO_DEAD_GROUPS
-    | {"baseline": "leave-one-out", "loss_aggregation": "seq-mean-token-sum"},
-    "reinforce++": _NO_DEAD_GROUPS
-    | {
-        "loss": "clip",
-        "baseline": "batch-mean",
-        "f_norm": "batch-std",
-        "f_norm_eps": 1e-8,
-        "loss_aggregation": "token-mean",
-    },
     "dapo": _NO_DEAD_GROUPS
     | {"loss": "clip", "clip_high": 0.28, "f_norm": "std", "loss_aggregation": "token-mean"},
+    "gspo": _NO_DEAD_GROUPS
+    | {
+        "loss": "clip-sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "f_norm": "std",
+        "loss_aggregation": "seq-mean-token-mean",
+    },
+    "cispo": _NO_DEAD_GROUPS
+    | {
+        "correction": "truncate-token",
+        "correction_max": 5.0,
+        "f_norm": "std",
+        "loss_aggregation": "token-mean",
+    },
+    "rloo": _NO_DEAD_GROUPS
+    | {"baseline": "leave-one-out", "loss_aggregation": "seq-mean-token-sum"},
+    "rgra": _NO_DEAD_GROUPS | {"f_norm": "std", "loss_aggregation": "seq-mean-token-mean"},
+    "maxrl": _NO_DEAD_GROUPS | {"f_norm": "mean", "loss_aggregation": "token-mean"},
+    "reinforce++": _NO_DEAD_GROUPS | _TOKEN_WHITENED | {"baseline": "batch-mean"},
+    "reinforce++-baseline": _NO_DEAD_GROUPS | _TOKEN_WHITENED,
 }
 
 

@@ -8,7 +8,7 @@ they are left to auto, and what does not fit together in them.
 | gpg | learned from twice, none older; engines compute in another type | truncate-token | policy |
 | gpg | learned from twice; top_p or top_k | truncate-token | policy |
 | gpg | older only; top_p or top_k | none | current |
-| clip | of the present weights only | none | current |
+| clip, clip-sequence | of the present weights only | none | current |
 | clip | learned from twice | none | policy |
 | clip | older, no top_p or top_k | none | rollout |
 
@@ -68,14 +68,14 @@ def settled(a: AlgorithmConfig, s: Sampled) -> AlgorithmConfig:
 
 def _correction(a: AlgorithmConfig, s: Sampled) -> Correction:
     nothing_to_divide_by = s.truncated and s.n_updates == 1
-    if a.loss == "clip" or not s.why or nothing_to_divide_by or a.old_logprobs == "current":
+    if a.clips or not s.why or nothing_to_divide_by or a.old_logprobs == "current":
         return "none"
     return "truncate-token"
 
 
 def _old(a: AlgorithmConfig, s: Sampled) -> Old:
     """Of a section whose correction is settled."""
-    if a.loss == "clip":
+    if a.clips:
         if s.older and not s.truncated and a.correction == "none":
             return "rollout"
         return "policy" if s.n_updates > 1 else "current"
@@ -87,21 +87,21 @@ def _old(a: AlgorithmConfig, s: Sampled) -> Old:
 
 def summary(a: AlgorithmConfig, s: Sampled) -> str:
     """One line: how off-policy answers are weighed, and why. a: settled."""
-    if not s.why:
+    if not s.why and a.correction == "none":
         return "off-policy correction: none, every answer is of the present weights"
     over = {
         "current": "",
         "policy": " against the policy's log-probs before the batch",
         "rollout": " against the engines' log-probs",
     }[a.old_logprobs]
-    what = "clipped ratio" if a.loss == "clip" and a.correction == "none" else a.correction
-    return f"off-policy correction: {what}{over} ({s.why})"
+    what = "clipped ratio" if a.clips and a.correction == "none" else a.correction
+    return f"off-policy correction: {what}{over} ({s.why or 'asked for'})"
 
 
 def rules(a: AlgorithmConfig, s: Sampled) -> Iterator[tuple[bool, str]]:
     """Rules about keys that do not fit together, of a settled section: whether one is broken, and
     the message without "algorithm."."""
-    by_rollout = a.old_logprobs == "rollout" and (a.loss == "clip" or a.correction != "none")
+    by_rollout = a.old_logprobs == "rollout" and (a.clips or a.correction != "none")
     yield (
         by_rollout and s.truncated,
         f"{_ratio_key(a)} divides by the engine's log-probs, but rollout.top_p or rollout.top_k "
@@ -109,17 +109,17 @@ def rules(a: AlgorithmConfig, s: Sampled) -> Iterator[tuple[bool, str]]:
         "algorithm.old_logprobs=policy",
     )
     yield (
-        a.loss == "clip" and a.old_logprobs == "rollout" and a.correction != "none",
+        a.clips and a.old_logprobs == "rollout" and a.correction != "none",
         f"correction={a.correction} repeats what algorithm.old_logprobs=rollout does: the ratio "
         "of the loss is already the engine's; expected correction=none or old_logprobs=policy",
     )
-    has_ratio = a.loss == "clip" or a.correction != "none"
+    has_ratio = a.clips or a.correction != "none"
     yield (
-        has_ratio and a.old_logprobs == "current" and (s.n_updates > 1 or a.loss == "gpg"),
+        has_ratio and a.old_logprobs == "current" and (s.n_updates > 1 or not a.clips),
         f"old_logprobs=current makes every ratio 1, but there are {s.n_updates} optimizer steps "
         "for each rollout batch (trainer.mini_batch_size); expected policy (one more forward "
         "pass) or rollout (the engine's)"
-        if a.loss == "clip"
+        if a.clips
         else f"correction={a.correction} has nothing to divide by with algorithm.old_logprobs="
         "current; expected rollout (the engine's) or policy (one more forward pass)",
     )
@@ -147,7 +147,7 @@ def warnings_about(a: AlgorithmConfig, s: Sampled) -> list[str]:
             "trainer.max_staleness=1 makes every rollout batch one step old, and no ratio weighs "
             f"its samples; {remedy}"
         ]
-    if a.loss == "gpg" and a.correction == "none" and s.n_updates > 1:
+    if not a.clips and a.correction == "none" and s.n_updates > 1:
         return [
             f"algorithm.loss=gpg has no ratio, and there are {s.n_updates} optimizer steps for "
             "each rollout batch (trainer.mini_batch_size): those after the first are off-policy "

@@ -158,7 +158,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset("grpo", old_logprobs="policy"),
+        algorithm=from_preset("gspo", old_logprobs="policy"),
         temperature=1.3,
         clip_grad=1000.0,
         sequence_parallel=True,

@@ -186,7 +186,10 @@ def _sample_loss(
         gradient = logprobs * advantage
     else:
         factor = _correction(a, start - engine)
-        ratio = torch.exp(logprobs - (engine if a.old_logprobs == "rollout" else start))
+        log_ratio = logprobs - (engine if a.old_logprobs == "rollout" else start)
+        if a.loss == "clip-sequence":  # its value for every token, the gradient of its own
+            log_ratio = log_ratio.detach().mean() + logprobs - logprobs.detach()
+        ratio = torch.exp(log_ratio)
         clipped = ratio.clamp(1 - a.clip_low, 1 + a.clip_high)
         gradient = torch.minimum(ratio * advantage, clipped * advantage)
     behind = start - logprobs
