@@ -184,7 +184,8 @@ def test_a_preset_is_its_formula(preset: str, name: str) -> None:
     ]
     flat = torch.tensor([x for g in logprobs for row in g for x in row], dtype=torch.float64)
     config = from_preset(preset)
-    loss, _ = objective(flat, None, parts_of(groups, config), config)
+    on_policy = replace(parts_of(groups, config), rollout=flat)
+    loss, _ = objective(flat, None, on_policy, config)
     assert loss.item() == pytest.approx(reference(groups, preset, logprobs), rel=1e-9, abs=1e-12)
 
 
