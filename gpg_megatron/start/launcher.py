@@ -1,7 +1,8 @@
 """Starts the policy ranks of this host, and with other hosts the Ray that all of them share.
 
     one host:       checks -> ranks -> clean up
-    several hosts:  meet -> checks -> Ray on host 0 -> Ray elsewhere -> ranks -> leave -> clean up
+    several hosts:  meet -> checks -> shares -> Ray on host 0 -> Ray elsewhere -> ranks -> leave
+                    -> clean up
 
 Each host has a run id and a reaper of its own, so that nothing is left on it whatever died.
 """
@@ -9,8 +10,8 @@ Each host has a run id and a reaper of its own, so that nothing is left on it wh
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import math
 import os
 import secrets
 import signal
@@ -18,7 +19,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpg_megatron.checkpoint.resume import find_resume_point
@@ -33,6 +34,8 @@ from gpg_megatron.host.reaper import (
     start_reaper,
 )
 from gpg_megatron.loop.inputs import check_model, check_output, load_inputs
+from gpg_megatron.placement.devices import visible_devices
+from gpg_megatron.placement.hosts import HostOffer, HostShare, share_hosts
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
 
 if TYPE_CHECKING:
@@ -50,7 +53,9 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nnodes", type=int, default=1, help="how many hosts")
     group.add_argument("--node-rank", type=int, help="of this host: 0, 1, ...")
     group.add_argument(
-        "--nproc-per-node", type=int, help="policy ranks of this host; all, shared evenly, unless"
+        "--nproc-per-node",
+        type=int,
+        help="policy ranks of this host, 0: engines only; without it they are shared",
     )
     group.add_argument("--master-addr", help="name or address of host 0")
     group.add_argument("--master-port", type=int, default=29500, help="free on host 0")
@@ -66,6 +71,8 @@ def hosts_of(arguments: argparse.Namespace) -> Hosts:
         raise UserError(f"--nnodes is {count}; expected at least 1")
     if rank is None or not 0 <= rank < count:
         raise UserError(f"--node-rank is {rank}; expected 0 to {count - 1} with --nnodes {count}")
+    if arguments.nproc_per_node is not None and arguments.nproc_per_node < 0:
+        raise UserError(f"--nproc-per-node is {arguments.nproc_per_node}; expected at least 0")
     if not arguments.master_addr:
         raise UserError(f"--master-addr is not set; with --nnodes {count} it names the first host")
     return Hosts(
@@ -86,15 +93,17 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     """
     from gpg_megatron.host.device import resolve_device
 
-    if resolve_device(config.trainer.device) == "cuda":
-        _check_devices(hosts.local_ranks(config.policy.world_size))
-    else:  # idle threads that spin would take the cores from other ranks, engines and programs
+    n_ranks = config.policy.world_size
+    on_gpus = resolve_device(config.trainer.device) == "cuda"
+    if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
+        if on_gpus:
+            _check_devices(n_ranks)
         if not _has_work(config):
             return 0
         with _own_run() as run_id:
-            failure = _run_ranks(_world(config, run_id, hosts), arguments)
+            failure = _run_ranks(_one_host_world(run_id, n_ranks), arguments)
     else:
         failure = _run_among_hosts(config, arguments, hosts)
     if failure is None:
@@ -139,25 +148,21 @@ def _own_run() -> Iterator[str]:
         cleanup_run(run_id)
 
 
-def _world(config: Config, run_id: str, hosts: Hosts) -> LaunchConfig:
+def _one_host_world(run_id: str, n_ranks: int) -> LaunchConfig:
+    return _world(1, n_ranks, run_id=run_id, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+
+
+def _world(n_hosts: int, n_ranks: int, **rendezvous: Any) -> LaunchConfig:
+    """Of n_hosts with ranks, this one with n_ranks of them."""
     from torch.distributed.launcher.api import LaunchConfig
 
-    if hosts.count == 1:
-        backend, endpoint, options = "c10d", "localhost:0", {}
-    else:
-        # Host k has the k-th ranks; c10d would order hosts by name.
-        backend, endpoint = "static", f"{hosts.address}:{hosts.port}"
-        options = {"rank": hosts.rank, "timeout": RENDEZVOUS_TIMEOUT_S}
     return LaunchConfig(
-        min_nodes=hosts.count,
-        max_nodes=hosts.count,
-        nproc_per_node=hosts.local_ranks(config.policy.world_size),
-        run_id=run_id if hosts.count == 1 else "gpg",
-        rdzv_backend=backend,
-        rdzv_endpoint=endpoint,
-        rdzv_configs=options,
+        min_nodes=n_hosts,
+        max_nodes=n_hosts,
+        nproc_per_node=n_ranks,
         max_restarts=0,
         monitor_interval=0.5,
+        **rendezvous,
     )
 
 
@@ -262,31 +267,70 @@ def _run_host(
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface_of(own_address))
     arguments = list(arguments)
+    shares = _shares(meeting, config, hosts)
     if config.rollout.ray_address is None:
         arguments.append(f"rollout.ray_address={hosts.address}:{hosts.ray_port}")
-        _start_ray(meeting, config, hosts, run_id, own_address)
-    return _run_ranks(_world(config, run_id, hosts), arguments)
+        _start_ray(meeting, hosts, run_id, own_address, shares[hosts.rank])
+    if not shares[hosts.rank].n_ranks:
+        meeting.wait_for_the_end()
+        return None
+    return _run_ranks(_world_of_hosts(hosts, shares), arguments)
+
+
+def _world_of_hosts(hosts: Hosts, shares: Sequence[HostShare]) -> LaunchConfig:
+    """The hosts that have ranks, in order; torchrun knows no others, and would sort by name."""
+    with_ranks = [k for k, share in enumerate(shares) if share.n_ranks]
+    return _world(
+        len(with_ranks),
+        shares[hosts.rank].n_ranks,
+        run_id="gpg",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{hosts.address}:{hosts.port}",
+        rdzv_configs={"rank": with_ranks.index(hosts.rank), "timeout": RENDEZVOUS_TIMEOUT_S},
+    )
+
+
+def _shares(meeting: Meeting, config: Config, hosts: Hosts) -> tuple[HostShare, ...]:
+    """What each host has of the run; all compute the same from what each says. Raises UserError."""
+    import torch
+
+    from gpg_megatron.host.device import resolve_device
+
+    on_gpus = resolve_device(config.trainer.device) == "cuda"
+    offer = HostOffer(
+        n_gpus=torch.cuda.device_count() if on_gpus else None, n_ranks=hosts.ranks_here
+    )
+    meeting.tell(f"what host {hosts.rank} has", json.dumps(asdict(offer)))
+    said = [json.loads(meeting.hear(f"what host {k} has")) for k in range(hosts.count)]
+    return share_hosts(
+        [HostOffer(**one) for one in said],
+        mode=config.trainer.placement,
+        world_size=config.policy.world_size,
+        group_size=config.policy.tensor_model_parallel_size,
+        n_engines=config.rollout.num_engines,
+        workers_per_engine=config.rollout.tensor_model_parallel_size,
+    )
 
 
 def _start_ray(
-    meeting: Meeting, config: Config, hosts: Hosts, run_id: str, own_address: str
+    meeting: Meeting, hosts: Hosts, run_id: str, own_address: str, share: HostShare
 ) -> None:
     """The head on host 0, then a node on each other host; returns when all of them stand."""
-    from gpg_megatron.host.device import resolve_device
+    import torch
+
     from gpg_megatron.rollout.ray_host import start_ray_host
 
     # Whatever token this user's other clusters have, each host must have the same one here.
     token = secrets.token_hex(32) if hosts.rank == 0 else meeting.hear("Ray's token")
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    count, with_gpus = config.rollout.num_engines, resolve_device(config.trainer.device) == "cuda"
+    devices = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
     start_ray_host(
         cluster=f"{hosts.address}:{hosts.ray_port}",
         is_head=hosts.rank == 0,
         own_address=own_address,
         scratch_dir=scratch_directory(run_id),
-        # Without GPUs, which decide where there are some, the hosts share the engines evenly.
-        engine_places=count if with_gpus else math.ceil(count / hosts.count),
-        with_gpus=with_gpus,
+        engine_places=share.n_engines,
+        devices=devices[share.first_device :][: share.n_devices],
     )
     if hosts.rank == 0:  # the head stands, others may join it
         meeting.tell("Ray's token", token)
