@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import time
@@ -74,8 +73,3 @@ def _measured_flops_per_s(device: Device, dtype: torch.dtype) -> float:
         (a @ b)[0, 0].item()  # waits for the GPU
         best = min(best, time.perf_counter() - begin)
     return 2.0 * size**3 / best
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used here (it needs CUDA)."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None

@@ -27,7 +27,7 @@ from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import open_stream
 from gpg_megatron.host.collectives import OnRank0, kept_on_rank0, on_rank0
-from gpg_megatron.host.device import Device, has_transformer_engine, peak_flops_per_s
+from gpg_megatron.host.device import Device, peak_flops_per_s
 from gpg_megatron.host.reaper import scratch_directory
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.layout.topology import policy_grid
@@ -51,6 +51,7 @@ from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.devices import engine_devices, visible_devices
 from gpg_megatron.placement.states import Placement, State
 from gpg_megatron.policy.policy import Policy
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.fleet import Fleet

@@ -1,6 +1,7 @@
 """gpg-doctor: what is installed, what it turns on, what is missing, and how to get it.
 
-It reads package metadata only, except for torch, which is imported to look for devices.
+It reads package metadata only, except for torch, which is imported to look for devices, and for
+Transformer Engine where there are some: that it is installed says little.
 """
 
 from __future__ import annotations
@@ -246,12 +247,24 @@ def turned_on(version_of: Callable[[str], str | None], devices: Devices) -> list
     ]
 
 
+def _broken_engine(version_of: Callable[[str], str | None], devices: Devices) -> str:
+    """What Megatron would find wrong with Transformer Engine, which it imports for that."""
+    if not devices.names or version_of("transformer-engine") is None:
+        return ""
+    from gpg_megatron.policy.on_cpu import quiet_megatron
+    from gpg_megatron.policy.transformer_engine import transformer_engine_problem
+
+    quiet_megatron()
+    return transformer_engine_problem()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Always 0: an absent component is a finding, not a failure."""
     argparse.ArgumentParser(
         prog="gpg-doctor", description="Prints what is installed and what is missing."
     ).parse_args(argv)
     devices = find_devices()
+    broken = _broken_engine(installed_version, devices)
     Console(highlight=False).print(component_table(installed_version))
     machine = look_at_machine()
     report = [
@@ -263,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for target in ("cpu", "gpu"):
         missing = missing_for(target, installed_version, devices)
+        missing += [broken] if target == "gpu" and broken else []
         verdict = "ready" if not missing else "not ready: " + "; ".join(missing)
         report.append(f"training on {target.upper()}: {verdict}")
     print(*report, sep="\n")

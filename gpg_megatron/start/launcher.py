@@ -36,6 +36,7 @@ from gpg_megatron.host.reaper import (
 from gpg_megatron.loop.inputs import check_model, check_output, load_inputs
 from gpg_megatron.placement.devices import visible_devices
 from gpg_megatron.placement.hosts import HostOffer, HostShare, share_hosts
+from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     if hosts.count == 1:
         if on_gpus:
             _check_devices(n_ranks)
+            check_transformer_engine()
         if not _has_work(config):
             return 0
         with _own_run() as run_id:
@@ -249,6 +251,8 @@ def _run_host(
     meeting: Meeting, config: Config, arguments: Sequence[str], hosts: Hosts, run_id: str
 ) -> Failure | None:
     """Host 0 checks what all need, once; then Ray everywhere, then the ranks."""
+    from gpg_megatron.host.device import resolve_device
+
     meeting.wait_for_all("to start")
     meeting.watch()
     if hosts.rank == 0:
@@ -266,6 +270,8 @@ def _run_host(
     own_address = address_towards(hosts.address)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface_of(own_address))
+    if resolve_device(config.trainer.device) == "cuda":
+        check_transformer_engine()
     arguments = list(arguments)
     shares = _shares(meeting, config, hosts)
     if config.rollout.ray_address is None:
