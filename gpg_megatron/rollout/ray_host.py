@@ -70,12 +70,15 @@ def start_ray_host(
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"waited {START_TIMEOUT_S:g} s for Ray to start") from None
     if done.returncode != 0:
-        said = (line.strip() for line in log.read_text().splitlines())
-        errors = [line for line in said if line and " INFO " not in line]
         raise UserError(
             f"Ray did not start {'its head' if is_head else 'a node'} at {own_address} for the "
-            f"cluster {cluster}: {errors[-1] if errors else f'exit code {done.returncode}'}"
+            f"cluster {cluster}: {_last_error(log) or f'exit code {done.returncode}'}"
         )
+
+
+def _last_error(log: Path) -> str:
+    said = [line.strip() for line in log.read_text().splitlines()]
+    return next((line for line in reversed(said) if line and " INFO " not in line), "")
 
 
 def _free_port() -> int:

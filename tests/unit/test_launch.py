@@ -17,7 +17,11 @@ from gpg_megatron.start.launcher import launch
 from gpg_megatron.start.meeting import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("run_qwen2-7b_math_megatron.sh", "run_qwen2-7b_math.sh")
+SCRIPTS = (
+    "run_qwen2-7b_math_megatron.sh",
+    "run_qwen2-7b_math.sh",
+    "run_qwen3-8b_math_megatron.sh",
+)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from types import ModuleType
 
 import pytest
 
-from gpg_megatron.policy.transformer_engine import _NAMES, transformer_engine_problem
+from gpg_megatron.policy.transformer_engine import (
+    _NAMES,
+    has_transformer_engine,
+    transformer_engine_problem,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE_WITH_GPUS = """
@@ -23,7 +28,13 @@ sys.exit(main(["--config", "configs/qwen2-7b_math_megatron.yaml", *sys.argv[1:]]
 
 
 def test_a_build_for_another_torch_is_one_line_of_preflight(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128,
+        "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 320, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
     package = tmp_path / "transformer_engine"
     package.mkdir()
     error = "transformer_engine_torch.so: undefined symbol: _ZN3c104cuda9SetDeviceEi"
@@ -48,7 +59,8 @@ def test_a_build_for_another_torch_is_one_line_of_preflight(tmp_path: Path) -> N
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """Modules that have every name."""
+    """Modules that have every name, after Megatron was imported without them."""
+    assert not has_transformer_engine()
     modules = {}
     for module, names in _NAMES.items():
         modules[module] = ModuleType(module)
@@ -65,9 +77,7 @@ def test_a_name_that_is_gone_is_said(stand_in: dict[str, ModuleType]) -> None:
 
 
 def test_the_last_word_is_megatrons(stand_in: dict[str, ModuleType]) -> None:
-    """Every name is there, but Megatron was imported without them in this process."""
-    pytest.importorskip("megatron.core.extensions.transformer_engine")
-    del stand_in
+    assert stand_in
     problem = transformer_engine_problem()
     assert "cannot use it: megatron.core.extensions.transformer_engine.HAVE_TE is false" in problem
 
