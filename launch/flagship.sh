@@ -30,7 +30,8 @@ find_python() {
   python="$(command -v "${GPG_PYTHON:-python}")" ||
     fail "${GPG_PYTHON:-python}: no such program; docs/install-gpu.md tells how to install"
   python="$(realpath -s "$python")"
-  export PATH="$(dirname "$python"):$PATH"
+  PATH="$(dirname "$python"):$PATH"
+  export PATH
 }
 
 find_hosts() {
@@ -71,7 +72,7 @@ flagship() {
   [[ "${DEVICE:-auto}" != cpu ]] || config="${config%.yaml}_cpu.yaml"
   find_python
   find_hosts
-  cd "$root"
+  cd "$root" || exit
   # Megatron overlaps communication with computation by the order of kernel launches.
   export CUDA_DEVICE_MAX_CONNECTIONS=1
   if [[ "${NODE_RANK:-0}" == 0 ]]; then
