@@ -100,11 +100,26 @@ def _about_the_policy(p: PolicyConfig) -> Iterator[tuple[bool, str]]:
 
 def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
     t, v, transport = config.trainer, config.validation, config.bridge.transport
+    n_seqs, n_tokens = config.rollout.max_num_seqs, config.rollout.max_num_batched_tokens
+    yield (
+        n_seqs is not None and n_tokens is not None and n_tokens < n_seqs,
+        f"rollout.max_num_batched_tokens ({n_tokens}) is less than rollout.max_num_seqs "
+        f"({n_seqs}); expected at least as many: each sequence has a token in every step",
+    )
     yield (
         t.train_batch_size % t.prompts_per_update != 0,
         f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
         f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
     )
+    for key, values, last in (
+        ("steps", t.profile_steps, t.total_training_steps),
+        ("ranks", t.profile_ranks, config.policy.world_size - 1),
+    ):
+        first = int(key == "steps")
+        yield (
+            not all(first <= x <= last for x in values),
+            f"trainer.profile_{key} is {list(values)}; expected numbers from {first} to {last}",
+        )
     colocated = t.placement == "colocated"
     yield (
         colocated and t.max_staleness > 0,

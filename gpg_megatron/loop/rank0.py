@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,6 +44,8 @@ class Rank0:
     watchdog: Watchdog
     pids: Sequence[int]
     """Of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+    gpu_metrics: Callable[[], dict[str, float]]
+    """Since the last call; nothing on CPU."""
     _has_warned: bool = field(default=False, init=False)
 
     def canary(self) -> list[tuple[Prompt, Completion]]:
@@ -87,7 +89,7 @@ class Rank0:
         samples: Sequence[TrainSample] = (),
     ) -> None:
         """Write one step everywhere; step 0 is the state before training."""
-        metrics = {**metrics, **memory_metrics(self.pids)}
+        metrics = {**metrics, **memory_metrics(self.pids), **self.gpu_metrics()}
         self.logger.log(step, metrics)
         if step:
             self.progress.step(step, metrics)

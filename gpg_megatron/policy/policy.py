@@ -61,7 +61,8 @@ class Policy:
         The default process group must exist (platform.init_process_group).
         """
         define_missing_names()
-        redirect_megatron_to_cpu()
+        if device == "cpu":
+            redirect_megatron_to_cpu()
         p = config.policy
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=p.tensor_model_parallel_size,

@@ -80,6 +80,8 @@ def _memory(plan: RunPlan) -> str:
            engine worker: {gib(e.reserved)} = parameters {gib(e.parameters)} + \
 KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {e.kv_tokens // plan.longest:,} sequences of full length
+           engine step: at most {plan.limits.max_num_seqs:,} sequences and \
+{plan.limits.max_num_batched_tokens:,} tokens
 """
     if plan.device_bytes is None or plan.config.trainer.placement != "colocated":
         return text

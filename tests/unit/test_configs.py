@@ -62,7 +62,9 @@ def test_every_shipped_config_loads() -> None:
         assert isinstance(load_config(file), Config)
 
 
-@pytest.mark.parametrize("name", ["qwen2-7b_math", "qwen2-7b_math_megatron"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-7b_math", "qwen2-7b_math_megatron", "qwen3-8b_math_megatron"]
+)
 def test_without_a_gpu_the_method_stays(name: str) -> None:
     recipe, small = (
         dataclasses.asdict(load_config(CONFIGS / f"{name}{suffix}.yaml")) for suffix in ("", "_cpu")
