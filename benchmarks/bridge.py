@@ -219,7 +219,7 @@ def measure(
             elapsed = _timed(action)
             if number:  # the first round warms up
                 seconds[name].append(elapsed)
-    buckets = [4 * bucket_elements(message.bucket) for message in bridge._messages]
+    buckets = [4 * bucket_elements(message.bucket) for message in bridge.messages]
     total = torch.tensor([sum(buckets)], dtype=torch.int64)
     dist.all_reduce(total)
     slots = torch.tensor([SLOTS * max(buckets, default=0)], dtype=torch.int64)
