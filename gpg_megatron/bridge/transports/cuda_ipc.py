@@ -94,7 +94,7 @@ def plain_segments() -> Iterator[None]:
     if plain == settings:
         yield
         return
-    change: Callable[[str], None] = torch._C._accelerator_setAllocatorSettings  # type: ignore[attr-defined]
+    change: Callable[[str], None] = torch._C._accelerator_setAllocatorSettings
     change(plain)
     try:
         yield
