@@ -126,8 +126,10 @@ class Publish:
         together([*receive, *send])
 
     def close(self) -> None:
-        for end in (*self.senders, *self.receivers):
-            end.close()
+        for sender in self.senders:
+            sender.close()
+        for receiver in self.receivers:
+            receiver.close()
 
 
 def together(actions: Sequence[Callable[[], None]]) -> None:
