@@ -164,14 +164,16 @@ def run_rank(args: argparse.Namespace) -> int:
 
 def start_fleet(config: Config, run_id: str, scratch: Path) -> Any:
     from gpg_megatron.bridge.protocol import BACKEND
-    from gpg_megatron.rollout.engine import EngineSpec
     from gpg_megatron.rollout.fleet import Fleet
+    from gpg_megatron.rollout.spec import EngineSpec
 
     spec = EngineSpec(
         rollout=config.rollout,
         model_path=str(Path(config.model.path).absolute()),
         device="cpu",
         max_model_len=128,
+        max_num_seqs=16,
+        max_num_batched_tokens=8192,
         worker_extension=EXTENSION,
         weight_transfer=BACKEND,
         scratch=scratch,

@@ -11,6 +11,7 @@ from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_sh
 from gpg_megatron.bridge.links import Distance, Links, Nearest, Way, everyone
 from gpg_megatron.bridge.plan import Route, make_routes, turn
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
+from gpg_megatron.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,12 @@ def forecast(grid: PolicyGrid, engine: Engine, links: Links) -> Forecast:
         n_senders=sum(n > 0 for n in sent.values()),
         by_way=dict(sorted(by_way.items())),
     )
+
+
+def worker_parameters(model: ModelShape, tp_size: int) -> int:
+    """Parameters of the worker that holds most of them."""
+    engine = Engine(model=model, tp_size=tp_size)
+    return max(worker_elements(engine, worker) for worker in range(tp_size))
 
 
 def worker_elements(engine: Engine, worker: int) -> int:
