@@ -10,9 +10,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpg_megatron.bridge.copies import copy_all
 from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_shapes
@@ -166,6 +168,18 @@ def test_every_pair_takes_its_own_way_and_all_elements_arrive(dtype: torch.dtype
         publish.close()
 
 
+class Recorded(TorchDispatchMode):
+    """The names of the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_copies_are_the_same_in_one_call() -> None:
     """Contiguous and strided pairs, of several shapes and types."""
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +191,9 @@ def test_copies_are_the_same_in_one_call() -> None:
         torch.zeros(6).bfloat16(),
         torch.zeros(8, 6),
     ]
-    copy_all(targets, sources)
+    with Recorded() as calls:
+        copy_all(targets, sources)
+    assert calls.names == ["aten._foreach_copy_.default"] * 2  # contiguous pairs, strided ones
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target, source.to(target.dtype))
     copy_all([], [])
