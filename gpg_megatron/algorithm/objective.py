@@ -110,7 +110,7 @@ def _distances(current_N: Tensor, measured_N: Tensor, engine_N: Tensor) -> dict[
     """How far the policy's log-probs are from the engine's, and the ratios of measured_N."""
     gap_N, rho_N = (current_N - engine_N).abs(), ratio(measured_N, engine_N)
     return {
-        "tokens": gap_N.new_tensor(len(gap_N)),
+        "tokens": gap_N.new_full((), len(gap_N)),
         "gap": gap_N.sum(),
         "gap_max": gap_N.amax() if len(gap_N) else gap_N.new_zeros(()),
         "k1": (engine_N - current_N).sum(),

@@ -130,7 +130,7 @@ def kept(tp: int, dtype: torch.dtype) -> float:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            ddp(**forward_arguments(batch, "cpu", multiple=1)).sum()
+            ddp(**forward_arguments(batch, "cpu", multiple=1, flash=False)).sum()
         totals.append(sum(n for key, n in storages.items() if key not in weights))
     return (totals[1] - totals[0]) / 4 / n_tokens
 
