@@ -34,10 +34,11 @@ def init_process_group(device: Device, timeout_s: int) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
-def send(tensor: torch.Tensor, device: Device) -> torch.Tensor:
-    """A host tensor on the device. The copy is queued behind the device's work and the host goes
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor on a device. The copy is queued behind the device's work and the host goes
     on; from memory that is not pinned it would wait until all of that work is done."""
-    return (tensor.pin_memory() if device == "cuda" else tensor).to(device, non_blocking=True)
+    on_gpu = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=True)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -7,7 +7,7 @@ than a call for each segment, and less than half of the whole row under one mask
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class PackedAttention(torch.nn.Module):
         if params.varlen is not None:
             out = attend_at_once(query, key, value, params.varlen)
         else:
-            out = torch.cat([_attend(span, query, key, value) for span in params.spans])
+            out = attend_by_span(query, key, value, params.spans)
         return out.flatten(1).unsqueeze(1)
 
 
@@ -196,6 +196,13 @@ class _Gather(torch.autograd.Function):
 # ---- a call for each span ------------------------------------------------------------------
 
 
+def attend_by_span(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]
+) -> torch.Tensor:
+    """The outputs [Tq, heads, d], from the rank's queries and the row's keys [T, kv heads, d]."""
+    return torch.cat([_attend(span, query, key, value) for span in spans])
+
+
 def _attend(
     span: Span, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
@@ -208,7 +215,7 @@ def _attend(
     if k.shape[2] != q.shape[2]:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         mask = mask.tril_(k.shape[2] - q.shape[2])
-        if q.is_cuda:
+        if q.device.type != "cpu":
             # With a mask and fewer key-value heads CUDA has only the kernel that keeps all scores.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, objective
 from gpg_megatron.config.algorithm import AlgorithmConfig
-from gpg_megatron.host.device import Device, send
+from gpg_megatron.host.device import send
 from gpg_megatron.types import MicroBatch
 
 Output = tuple[torch.Tensor, torch.Tensor, Any]
@@ -30,7 +30,7 @@ def objective_output(
 ) -> Output:
     """The loss of one micro-batch and its statistics, from the last stage's output: log-probs
     [N], or log-probs and entropies [2, N]."""
-    device: Device = "cuda" if output.is_cuda else "cpu"
+    device = output.device
     logprobs, entropy = output if output.dim() == 2 else (output, None)
 
     def chosen(values_T: torch.Tensor) -> torch.Tensor:
