@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +32,9 @@ from gpg_megatron.policy.attention import (
 )
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 from gpg_megatron.policy.modules import layer_spec
+from gpg_megatron.policy.rope import inverse_frequencies
 from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
-from gpg_megatron.types import MicroBatch, ModelShape
+from gpg_megatron.types import MicroBatch, ModelShape, YarnScaling
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
@@ -117,6 +119,8 @@ def build_model(
 ) -> DistributedDataParallel:
     """This rank's part of the model inside Megatron's DDP. Weights are not loaded yet."""
     megatron_config = _transformer_config(shape, config, dtype, device)
+    if isinstance(shape.rope_scaling, YarnScaling):
+        _scale_cosine_and_sine(megatron_config, shape.rope_scaling.attention_factor)
     model = PolicyModel(
         config=megatron_config,
         transformer_layer_spec=layer_spec(megatron_config, qk_norm=shape.qk_norm),
@@ -126,11 +130,13 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
     )
     _mark_tensor_parallel(model)
     # It would choose this rank's positions; _preprocess takes each token's own.
     model.rotary_pos_emb.cp_group = None
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(
+        shape.rope_theta, shape.head_dim, shape.rope_scaling
+    ).to(device)
     model.real_vocab_size = shape.vocab_size
     model.temperature = temperature
     model.logits_chunk_bytes = config.logits_chunk_mb * MIB
@@ -146,6 +152,13 @@ def build_model(
     if config.overlap_grad_reduce:
         megatron_config.no_sync_func = ddp.no_sync
     return ddp
+
+
+def _scale_cosine_and_sine(config: TransformerConfig, factor: float) -> None:
+    """Megatron multiplies both by (0.1 m ln s + 1) / (0.1 n ln s + 1) of attributes s, m and n that
+    dense models' configuration does not declare."""
+    config.yarn_rotary_scaling_factor = math.exp(10.0)
+    config.yarn_mscale, config.yarn_mscale_all_dim = factor - 1.0, 0.0
 
 
 def _mark_tensor_parallel(model: PolicyModel) -> None:

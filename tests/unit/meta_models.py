@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
     """Names of the operations, and whether the host waits for those that cross devices."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.calls: dict[str, int] = {}
         self.waits: list[str] = []
 
