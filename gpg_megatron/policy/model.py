@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpg_megatron.config.sections import MIB, PolicyConfig
-from gpg_megatron.host.device import Device, has_transformer_engine, send
+from gpg_megatron.host.device import Device, send
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.policy.attention import (
     LossPositions,
@@ -34,6 +34,7 @@ from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 from gpg_megatron.policy.modules import layer_spec
 from gpg_megatron.policy.rope import inverse_frequencies
 from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.types import MicroBatch, ModelShape, YarnScaling
 
 
