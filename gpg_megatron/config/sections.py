@@ -88,8 +88,7 @@ class PolicyConfig:
     max_tokens_per_micro_batch: int = ranged(16384, at_least=1)
     """Token budget of one packed micro-batch; a single longer sequence goes alone."""
     share_prompts: bool = True
-    """The prompt of samples of one group is computed once per micro-batch. Transformer Engine's
-    attention cannot do it: there the key changes nothing."""
+    """The prompt of samples of one group is computed once per micro-batch."""
     logits_chunk_mb: int = ranged(256, at_least=1)
     """Limit of the logits that each rank holds at once, MiB; log-probs are computed by chunks
     of as many tokens as fit, and computed again in the backward pass."""

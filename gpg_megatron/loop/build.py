@@ -267,8 +267,7 @@ def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
         dp_rank=at.dp_rank,
         dp_size=at.dp_size,
         costs=token_costs(shape),
-        # Transformer Engine's attention knows no segments with a shared prompt.
-        share_prompts=p.share_prompts and not has_transformer_engine(),
+        share_prompts=p.share_prompts,
     )
 
 

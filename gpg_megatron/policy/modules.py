@@ -2,7 +2,7 @@
 
 Megatron's local spec has a norm that refuses sequence parallelism and an attention that knows
 no packed sequences. The norm is replaced here, the attention in attention.py. Transformer
-Engine, where present, brings its own spec.
+Engine, where present, brings its own norms and matrix products.
 """
 
 from __future__ import annotations
@@ -58,13 +58,16 @@ class RMSNorm(torch.nn.Module):
 def layer_spec(
     config: TransformerConfig, *, qk_norm: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's modules where it is present, else ours."""
+    """This stage's layers: Transformer Engine's norms and products where it is present, else
+    ours. Attention is always the project's: Transformer Engine's knows no shared prompts."""
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=qk_norm,
         )
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        return layer
     layer = _own_layer(
         head_norm=RMSNorm if qk_norm else IdentityOp,
         mlp=_EXPERTS if config.num_moe_experts else _MLP,
