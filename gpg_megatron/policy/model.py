@@ -225,7 +225,10 @@ def _transformer_config(
         batch_p2p_comm=device == "cuda",
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        # One kernel for the gated linear unit, which keeps its input alone, and, of Transformer
+        # Engine, one for rotary embeddings. Both round in other places than the CPU's.
+        bias_activation_fusion=device == "cuda",
+        apply_rope_fusion=device == "cuda" and has_transformer_engine(),
         bias_dropout_fusion=False,
     )
 

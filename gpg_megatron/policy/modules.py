@@ -38,7 +38,8 @@ from gpg_megatron.policy.transformer_engine import has_transformer_engine
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467).
+    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467): on
+    CUDA one kernel, which keeps its input in the model's type.
 
     The product with the weight is taken after the cast back, as Hugging Face and vLLM do.
     """
@@ -52,7 +53,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def layer_spec(

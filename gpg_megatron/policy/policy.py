@@ -141,7 +141,7 @@ class Policy:
             same_ranks: the checkpoint was written under this very layout, so that each rank can
                 also continue its random states.
         """
-        load_all(self._ddp.module, self._optimizer, directory)
+        load_all(self._ddp.module, self._optimizer, directory, n_steps=version)
         if same_ranks:
             load_rng(directory)
         # The schedule is a function of the step; its settings are those of this configuration.

@@ -37,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpu-memory-gb", type=float, default=80.0, help="of each GPU, GiB, for --dry-run"
     )
+    parser.add_argument(
+        "--host-memory-gb", type=float, default=2048.0, help="of each host, GiB, for --dry-run"
+    )
+    parser.add_argument(
+        "--gpus-per-host", type=int, default=8, help="GPUs of each host, for --dry-run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a key")
     add_host_options(parser)
     arguments = parser.parse_intermixed_args(argv)
@@ -48,23 +54,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in shape_warnings(model_files(config)):
             print(f"warning: {line}", file=sys.stderr)
     if arguments.dry_run:
-        return dry_run(config, arguments.gpu_memory_gb)
+        return dry_run(config, arguments)
     if rank is not None:
         return run_rank(config)
     given = [f"--config={arguments.config}", *arguments.overrides]
     return launch(config, given, hosts)
 
 
-def dry_run(config: Config, gpu_gib: float) -> int:
+def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     """Print the plan of a run. Without a GPU here, trainer.device=auto is planned for CPU."""
     from gpg_megatron.host.device import resolve_device
-    from gpg_megatron.start.dry_run import plan_run
+    from gpg_megatron.start.dry_run import Machine, plan_run
     from gpg_megatron.start.dry_run_text import lines
 
     device = config.trainer.device
     if device == "auto":
         device = resolve_device("auto")
-    print("\n".join(lines(plan_run(config, device=device, gpu_gib=gpu_gib))))
+    if arguments.gpus_per_host < 1:
+        raise UserError(f"--gpus-per-host is {arguments.gpus_per_host}; expected at least 1")
+    machine = Machine(
+        gpu_gib=arguments.gpu_memory_gb,
+        gpus=arguments.gpus_per_host,
+        host_gib=arguments.host_memory_gb,
+    )
+    print("\n".join(lines(plan_run(config, device=device, machine=machine))))
     return 0
 
 
