@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
+from gpg_megatron import __version__
 from gpg_megatron.checkpoint import conversion
 from gpg_megatron.checkpoint.compare import compare
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpg-convert", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("hf-to-megatron", "write a Megatron checkpoint, which any layout can load"),

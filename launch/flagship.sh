@@ -3,7 +3,7 @@
 #   flagship CONFIG [a.b=value ...] [--dry-run]
 #
 # From the environment, all optional:
-#   MODEL_PATH     Hugging Face directory of the model        (models/Qwen2-7B-Instruct)
+#   MODEL_PATH     Hugging Face directory of the model        (Qwen/Qwen2-7B-Instruct of the Hub)
 #   DATA_DIR       folder of the parquet files, made when they are missing         (data)
 #   DATA_SOURCE    local folder with the raw data sets; without it, Hugging Face
 #   OUTPUT_DIR     run directory                       (as the configuration says)

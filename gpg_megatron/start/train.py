@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
+from gpg_megatron import __version__
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.rules import config_warnings
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import RunError, UserError, exit_codes, torchrun_rank
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
 from gpg_megatron.loop.inputs import check_model, model_files
+from gpg_megatron.model.hub import fetched, shape_directory
 from gpg_megatron.model.shape import shape_warnings
 from gpg_megatron.start.launcher import add_host_options, hosts_of, launch
 
@@ -30,7 +33,13 @@ RANK0_GRACE_S = 30.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad input or configuration, 1 anything else."""
     parser = argparse.ArgumentParser(prog="gpg-train", description="Train a model with GPG.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML, or the name of one that comes with the package",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the run will do; needs config.json only"
     )
@@ -42,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
     rank = torchrun_rank()
+    if arguments.dry_run:
+        directory = shape_directory(config.model)
+        config = replace(config, model=replace(config.model, path=str(directory), revision=None))
+    elif rank is None:
+        config = replace(config, model=fetched(config.model))
     if not rank and hosts.rank == 0 and RUN_ID_VARIABLE not in os.environ:
         for line in config_warnings(config):
             print(f"warning: {line}", file=sys.stderr)
@@ -52,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank is not None:
         return run_rank(config)
     given = [f"--config={arguments.config}", *arguments.overrides]
+    if config.model.revision:
+        given.append(f"model.revision={config.model.revision}")
     return launch(config, given, hosts)
 
 
