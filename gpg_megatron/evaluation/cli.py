@@ -20,7 +20,7 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.data.catalog import DATA_SETS, load_split
 from gpg_megatron.data.prompts import LoadedPrompts, file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
-from gpg_megatron.errors import RunError, UserError, exit_codes
+from gpg_megatron.errors import RunError, UserError, exit_codes, writing
 from gpg_megatron.evaluation import compare
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = _sets(answered)
     path = out / RESULT_FILE
     result = {"arguments": vars(args), "sets": sets}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_table(sets)))
     print(f"{path}, {out / GENERATIONS_FILE}", flush=True)
     if scorers:

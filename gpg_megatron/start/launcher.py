@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.host.network import address_towards, interface_of
 from gpg_megatron.host.reaper import (
     RUN_ID_VARIABLE,
@@ -86,11 +87,13 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     """
     from gpg_megatron.host.device import resolve_device
 
+    allow_open_files()
     if resolve_device(config.trainer.device) == "cuda":
         _check_devices(hosts.local_ranks(config.policy.world_size))
     else:  # idle threads that spin would take the cores from other ranks, engines and programs
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if not _has_work(config):
             return 0
         with _own_run() as run_id:
@@ -143,7 +146,7 @@ def _world(config: Config, run_id: str, hosts: Hosts) -> LaunchConfig:
     from torch.distributed.launcher.api import LaunchConfig
 
     if hosts.count == 1:
-        backend, endpoint, options = "c10d", "localhost:0", {}
+        backend, endpoint, options = "c10d", "127.0.0.1:0", {}
     else:
         # Host k has the k-th ranks; c10d would order hosts by name.
         backend, endpoint = "static", f"{hosts.address}:{hosts.port}"
@@ -156,6 +159,8 @@ def _world(config: Config, run_id: str, hosts: Hosts) -> LaunchConfig:
         rdzv_backend=backend,
         rdzv_endpoint=endpoint,
         rdzv_configs=options,
+        # One host needs no network: nothing has to resolve its name.
+        local_addr="127.0.0.1" if hosts.count == 1 else None,
         max_restarts=0,
         monitor_interval=0.5,
     )
