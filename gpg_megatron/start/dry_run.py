@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpg_megatron.bridge.engine_layout import Engine
-from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
+from gpg_megatron.bridge.forecast import Forecast, forecast, worker_parameters
+from gpg_megatron.bridge.links import Links, Seat
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes, local_shapes, policy_grid
 from gpg_megatron.loop.inputs import model_files
@@ -24,15 +25,20 @@ from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
+    EngineLimits,
     EngineMemory,
     PolicyMemory,
+    engine_limits,
     engine_memory,
     gpu_states,
     policy_memory,
 )
+from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.types import ModelShape
 
 DEFAULT_GPU_GIB = 80.0
+GPUS_PER_HOST = 8
+"""As long as nobody has asked the hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,7 @@ class RunPlan:
     """Of the model."""
     stages: tuple[Stage, ...]
     engine: EngineMemory
+    limits: EngineLimits
     publish: Forecast
     n_rows: int | None
     """Training rows, before over-long prompts are left out; None: the files cannot be counted."""
@@ -112,18 +119,21 @@ def plan_run(config: Config, *, device: str, gpu_gib: float = DEFAULT_GPU_GIB) -
     """
     shape = load_model_shape(model_files(config), need_weights=False)
     check_layout(config, shape)
+    check_engine_args(config.rollout)
     r = config.rollout
     grid = policy_grid(config.policy, shape)
     engine = Engine(model=shape, tp_size=r.tensor_model_parallel_size)
     device_bytes = int(gpu_gib * GIB) if device == "cuda" else None
-    workers = [worker_elements(engine, worker) for worker in range(engine.tp_size)]
+    n_parameters = worker_parameters(shape, engine.tp_size)
+    memory = engine_memory(config, shape, n_parameters=n_parameters, device_bytes=device_bytes)
     return RunPlan(
         config=config,
         shape=shape,
         n_parameters=_count(hf_shapes(shape)),
         stages=tuple(_stage(config, shape, grid, number) for number in range(grid.pp_size)),
-        engine=engine_memory(config, shape, n_parameters=max(workers), device_bytes=device_bytes),
-        publish=forecast(grid, engine, r.num_engines),
+        engine=memory,
+        limits=engine_limits(config, memory, on_gpu=device == "cuda"),
+        publish=forecast(grid, engine, planned_links(config, device)),
         n_rows=count_rows(config.data.train_files),
         device_bytes=device_bytes,
         host_bytes=psutil.virtual_memory().total,
@@ -139,6 +149,29 @@ def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> 
         layers=tuple(i for i, stage in enumerate(grid.stage_of_layer) if stage == number),
         n_parameters=n_parameters,
         memory=policy_memory(config, shape, n_parameters=n_parameters, stage=number),
+    )
+
+
+def planned_links(config: Config, device: str) -> Links:
+    """Rank r on GPU r, the engines' workers one after the other on theirs; an engine's workers see
+    each other's GPUs. On CPU everything is on this host."""
+    r = config.rollout
+    n_ranks, tp = config.policy.world_size, r.tensor_model_parallel_size
+    first = first_engine_device(config.trainer.placement, n_ranks)
+
+    def seat(gpu: int, seen: range = range(0)) -> Seat:
+        if device == "cpu":
+            return Seat(host="0")
+        here = [g for g in seen if g // GPUS_PER_HOST == gpu // GPUS_PER_HOST and g != gpu]
+        host, peers = str(gpu // GPUS_PER_HOST), frozenset(map(str, here))
+        return Seat(host=host, gpu=str(gpu), peers=peers)
+
+    gpus = range(first, first + r.num_engines * tp)
+    return Links(
+        transport=config.bridge.transport,
+        ranks=tuple(seat(rank) for rank in range(n_ranks)),
+        workers=tuple(seat(g, gpus[i - i % tp : i - i % tp + tp]) for i, g in enumerate(gpus)),
+        n_workers=tp,
     )
 
 

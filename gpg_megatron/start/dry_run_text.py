@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpg_megatron.bridge.links import Distance
+from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
 from gpg_megatron.start.dry_run import RunPlan, gib, problems
 from gpg_megatron.types import DTYPES
+
+_FROM = {
+    Distance.GPU: "the worker's own GPU",
+    Distance.PEER: "a GPU of its engine",
+    Distance.HOST: "its host",
+    Distance.NETWORK: "other hosts",
+}
 
 
 def lines(plan: RunPlan) -> list[str]:
@@ -61,6 +70,7 @@ rollout    {batch:,} prompts x {n} = {batch * n:,} responses of at most \
 {c.rollout.max_response_length:,} tokens
 updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = {update * n:,} responses \
 each; {t.total_updates:,} in {t.total_training_steps:,} steps
+           {summary(c.objective, c.sampled)}
            at most {micro_batches_per_update(c)} micro-batches of \
 {c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update
 epoch      {epoch}
@@ -78,6 +88,8 @@ def _memory(plan: RunPlan) -> str:
            engine worker: {gib(e.reserved)} = parameters {gib(e.parameters)} + \
 KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {e.kv_tokens // plan.longest:,} sequences of full length
+           engine step: at most {plan.limits.max_num_seqs:,} sequences and \
+{plan.limits.max_num_batched_tokens:,} tokens
 """
     if plan.device_bytes is None or plan.config.trainer.placement != "colocated":
         return text
@@ -95,12 +107,16 @@ KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 def _bridge(plan: RunPlan) -> str:
     f, r = plan.publish, plan.config.rollout
     item = DTYPES[r.dtype].itemsize
+    ways = ", ".join(
+        f"{gib(n * item)} {way} from {_FROM[distance]}" for (distance, way), n in f.by_way.items()
+    )
     return f"""\
 bridge     {plan.config.bridge.transport}: {gib(f.sent * item)} per publish \
 (bound {gib(f.bound * item)}), {gib(f.sent * item / r.num_engines)} to each engine in \
 {f.n_routes:,} rectangles
            {f.n_senders} ranks send, the most {gib(f.most_sent * item)} \
 ({f.most_sent / f.share:.2f} of an equal share); a worker receives at most {gib(f.received * item)}
+           {ways}
 """
 
 
