@@ -56,7 +56,11 @@ class ModelConfig:
     """The model that is trained."""
 
     path: str = file_path("")
-    """A Hugging Face directory: config.json, safetensors, tokenizer files."""
+    """A Hugging Face directory (config.json, safetensors, tokenizer files), or the ORG/NAME of a
+    model of the Hugging Face Hub, which is fetched into the local cache when it is not there."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a model of the Hub; None: its main branch. The config.yaml of a run
+    has the commit."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter type of the policy; master weights are always fp32."""
 

@@ -20,6 +20,7 @@ from gpg_megatron.bridge.forecast import Forecast, forecast, worker_parameters
 from gpg_megatron.bridge.links import Links, Seat
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes, local_shapes, policy_grid
+from gpg_megatron.loop.inputs import model_files
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
@@ -149,7 +150,7 @@ def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> 
         UserError: the model's config.json is missing or unsupported, or the parallel sizes do
             not fit it.
     """
-    shape = load_model_shape(config.model.path, need_weights=False)
+    shape = load_model_shape(model_files(config), need_weights=False)
     check_layout(config, shape)
     check_engine_args(config.rollout)
     r = config.rollout
