@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.config.sections import Config, ModelConfig
-from gpg_megatron.host.device import init_process_group
+from gpg_megatron.host.device import Device, init_process_group
 from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import PolicyPart, StepResult
@@ -62,15 +62,16 @@ def main() -> None:
     init_process_group("cpu", 120)
     for case in (case for case in CASES if case.layout.world_size == dist.get_world_size()):
         path = folder / f"{case.name}-rank{dist.get_rank()}.json"
-        path.write_text(json.dumps(_compare(folder, case)))
+        path.write_text(json.dumps(compare(folder, case, "cpu")))
     dist.destroy_process_group()
 
 
-def _compare(folder: Path, case: Case) -> dict[str, Any]:
-    staying, results, right = _run(folder, case, "staying", _save)
+def compare(folder: Path, case: Case, device: Device) -> dict[str, Any]:
+    """What a policy that moves does otherwise than one that stays."""
+    staying, results, right = _run(folder, case, device, "staying", _save)
     parallel_state.destroy_model_parallel()
     seen: dict[str, Any] = {}
-    moving, found, state = _run(folder, case, "moving", lambda run: _hand_over(run, seen))
+    moving, found, state = _run(folder, case, device, "moving", lambda run: _hand_over(run, seen))
     try:
         moving.policy.offload(PARTS)
         moving.policy.train(moving.batch_of(1))
@@ -78,7 +79,8 @@ def _compare(folder: Path, case: Case) -> dict[str, Any]:
     except AssertionError as error:
         seen["refusal"] = str(error)
     parallel_state.destroy_model_parallel()
-    resumed = PolicyRun(_config(folder, case, "moving"), make_samples(problem_of(case.layout)))
+    samples = make_samples(problem_of(case.layout))
+    resumed = PolicyRun(_config(folder, case, "moving"), samples, device)
     saved = _state(resumed)
     parallel_state.destroy_model_parallel()
     return seen | {
@@ -98,10 +100,10 @@ def _config(folder: Path, case: Case, name: str) -> Config:
 
 
 def _run(
-    folder: Path, case: Case, name: str, between: Callable[[PolicyRun], None]
+    folder: Path, case: Case, device: Device, name: str, between: Callable[[PolicyRun], None]
 ) -> tuple[PolicyRun, list[StepResult], dict[str, torch.Tensor]]:
     """Train with `between` after every step, which also saves; the run, its results, its end."""
-    run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)))
+    run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)), device)
     results = []
     while run.step < N_STEPS:
         run.step += 1
