@@ -3,7 +3,8 @@
     torchrun ... -m tests.dist.layout_worker FOLDER cpu|cuda [LAYOUT]
 
 FOLDER/<problem>/ holds the model and reference.pt; the rank's verdicts go to
-FOLDER/<layout>/<problem>/rank<r>.json. LAYOUT: this one only.
+FOLDER/<layout>/<problem>/rank<r>.json. LAYOUT: this one only, and of its problems those of which
+there is a model.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def main() -> None:
     folder, device = Path(sys.argv[1]), cast(Device, sys.argv[2])
     init_process_group(device, COLLECTIVE_LIMIT_S)
     for layout in (x for x in LAYOUTS if x.world_size == dist.get_world_size()):
-        if sys.argv[3:] and layout.name not in sys.argv[3:]:
-            continue
-        for problem in problems_of(layout):
+        problems = problems_of(layout)
+        if only := sys.argv[3:]:
+            problems = [p for p in problems if layout.name in only and (folder / p.name).exists()]
+        for problem in problems:
             verdict = solve(layout, problem, folder / problem.name, device)
             parallel_state.destroy_model_parallel()
             path = folder / layout.name / problem.name / f"rank{dist.get_rank()}.json"

@@ -34,7 +34,7 @@ class Row:
     function: str
     """MODULE:FUNCTION(device, folder) -> what was seen, in one line."""
     needs: tuple[Need, ...] = ()
-    limit_s: float = 240.0
+    limit_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

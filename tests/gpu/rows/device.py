@@ -25,11 +25,12 @@ def device_and_groups(device: Device, folder: Path) -> str:
         dist.broadcast_object_list(box, src=0)
         assert box == ["an object"]
         groups = dist.get_backend_config()
-        measured = _measured_flops_per_s(device, torch.bfloat16) / 1e12
-        peak = peak_flops_per_s(device, torch.bfloat16) / 1e12
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        product = f"{_measured_flops_per_s(device, dtype) / 1e12:.3g} TFLOP/s in {dtype}"
+        if device == "cuda":
+            product += f", taken as its peak {peak_flops_per_s(device, dtype) / 1e12:.0f}"
         rates = ", ".join(f"{what} {rate:.1f} GB/s" for what, rate in copy_rates(device).items())
-    product = f"a bf16 matrix product {measured:.3g} TFLOP/s; taken as its peak {peak:.3g}"
-    return f"{_named(device)}groups {groups}; {product}; {rates}"
+    return f"{_named(device)}groups {groups}; a matrix product {product}; {rates}"
 
 
 def _named(device: Device) -> str:

@@ -33,7 +33,8 @@ def peak(device: Device, folder: Path) -> str:
             policy, batch, config = sized_policy(device, folder, recompute=mode)
             assert policy.train(batch).updated  # Adam makes its moments
             n = sum(shard.numel() for shard in policy.named_shards().values())
-            expected = policy_memory(config, load_model_shape(folder), n_parameters=n, stage=0)
+            shape = load_model_shape(folder, need_weights=False)
+            expected = policy_memory(config, shape, n_parameters=n, stage=0)
             torch.cuda.reset_peak_memory_stats()
             backward = _peak_before(policy._optimizer, partial(policy.train, batch))
             whole = torch.cuda.max_memory_allocated()
@@ -104,9 +105,11 @@ def _there_and_back(device: Device, folder: Path) -> str:
 
 
 def _taken(device: Device) -> int:
-    """Bytes of the GPU that others cannot have; on the CPU nothing is known of that."""
+    """Bytes of the GPU that others cannot have and that this process uses; on the CPU nothing is
+    known of that."""
     if device == "cpu":
         return 0
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
 

@@ -49,7 +49,7 @@ SHAPES: dict[Device, dict[str, Any]] = {
     },
 }
 N_PROMPTS, N_SAMPLES = 4, 8
-LENGTHS: dict[Device, tuple[int, int]] = {"cuda": (512, 480), "cpu": (32, 24)}
+LENGTHS: dict[Device, tuple[int, int]] = {"cuda": (512, 240), "cpu": (32, 24)}
 """Of a prompt and of each response: one micro-batch holds all of them, and is full."""
 FEW_TOKENS = 400
 """The samples' token ids are below."""
@@ -79,7 +79,7 @@ def sized_policy(device: Device, folder: Path, **policy: Any) -> tuple[Policy, T
         policy: keys of the section policy.
     """
     config = sized_config(device, folder, **policy)
-    shape = load_model_shape(folder)
+    shape = load_model_shape(folder, need_weights=False)
     built = Policy(config, shape, device)
     generator = torch.Generator(device).manual_seed(5)
     for name, shard in built.named_shards().items():
