@@ -28,7 +28,8 @@ def chunks(device: Device, folder: Path) -> str:
     hidden = (random(n, h) / h**0.25).requires_grad_()
     weight = (random(v, h) / h**0.25).requires_grad_()
     labels = torch.randint(v, (n,), device=device, generator=generator)
-    told, found = [], []
+    told: list[str] = []
+    found: list[torch.Tensor] = []
     for name, n_bytes in (("one chunk", 4 * n * v), ("chunks", CHUNK_BYTES[device])):
         shard = VocabShard(first=0, n_tokens=v, temperature=1.0, chunk_bytes=n_bytes, group=None)
 
