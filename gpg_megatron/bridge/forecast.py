@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_shapes
 from gpg_megatron.bridge.plan import Route, make_routes
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
+from gpg_megatron.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,12 @@ def forecast(grid: PolicyGrid, engine: Engine, n_engines: int) -> Forecast:
         n_routes=len(routes),
         n_senders=sum(n > 0 for n in sent.values()),
     )
+
+
+def worker_parameters(model: ModelShape, tp_size: int) -> int:
+    """Parameters of the worker that holds most of them."""
+    engine = Engine(model=model, tp_size=tp_size)
+    return max(worker_elements(engine, worker) for worker in range(tp_size))
 
 
 def worker_elements(engine: Engine, worker: int) -> int:

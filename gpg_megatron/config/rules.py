@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import get_args
 
-from gpg_megatron.config.algorithm import algorithm_rules, warnings_about
+from gpg_megatron.config import off_policy
+from gpg_megatron.config.algorithm import group_rules
 from gpg_megatron.config.ranges import ranges
 from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, RewardConfig, Scorer
 from gpg_megatron.errors import UserError
@@ -34,12 +35,7 @@ def validate(config: Config, *, trains: bool = True) -> None:
         _about_the_loop(config),
         _about_checkpoints(config),
         _about_rewards(config.reward, config.rollout.max_response_length),
-        algorithm_rules(
-            config.algorithm,
-            n_updates=config.trainer.updates_per_batch,
-            truncates=config.rollout.truncates,
-            group_size=config.rollout.n,
-        ),
+        _about_the_algorithm(config),
     ):
         if broken:
             raise UserError(message)
@@ -47,11 +43,7 @@ def validate(config: Config, *, trains: bool = True) -> None:
 
 def config_warnings(config: Config) -> list[str]:
     """What is legal and yet likely not meant, one line each."""
-    found = warnings_about(
-        config.algorithm,
-        n_updates=config.trainer.updates_per_batch,
-        stale=config.trainer.max_staleness > 0,
-    )
+    found = off_policy.warnings_about(config.objective, config.sampled)
     reward = config.reward
     shaped = [
         f"reward.weights.{part}" for part, w in reward.weights.items() if w and part != "answer"
@@ -64,6 +56,14 @@ def config_warnings(config: Config) -> list[str]:
             f"{shaped[0]} gives others; algorithm.alpha=group counts dead groups instead"
         )
     return found
+
+
+def _about_the_algorithm(config: Config) -> Iterator[tuple[bool, str]]:
+    for broken, message in chain(
+        group_rules(config.algorithm, group_size=config.rollout.n),
+        off_policy.rules(config.objective, config.sampled),
+    ):
+        yield broken, f"algorithm.{message}"
 
 
 def _about_model_and_data(path: str, d: DataConfig, trains: bool) -> Iterator[tuple[bool, str]]:
@@ -100,11 +100,26 @@ def _about_the_policy(p: PolicyConfig) -> Iterator[tuple[bool, str]]:
 
 def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
     t, v, transport = config.trainer, config.validation, config.bridge.transport
+    n_seqs, n_tokens = config.rollout.max_num_seqs, config.rollout.max_num_batched_tokens
+    yield (
+        n_seqs is not None and n_tokens is not None and n_tokens < n_seqs,
+        f"rollout.max_num_batched_tokens ({n_tokens}) is less than rollout.max_num_seqs "
+        f"({n_seqs}); expected at least as many: each sequence has a token in every step",
+    )
     yield (
         t.train_batch_size % t.prompts_per_update != 0,
         f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
         f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
     )
+    for key, values, last in (
+        ("steps", t.profile_steps, t.total_training_steps),
+        ("ranks", t.profile_ranks, config.policy.world_size - 1),
+    ):
+        first = int(key == "steps")
+        yield (
+            not all(first <= x <= last for x in values),
+            f"trainer.profile_{key} is {list(values)}; expected numbers from {first} to {last}",
+        )
     colocated = t.placement == "colocated"
     yield (
         colocated and t.max_staleness > 0,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.off_policy import Sampled, settled
 from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
 
@@ -137,8 +138,13 @@ class RolloutConfig:
     """Share of each GPU that an engine may reserve. Not used on CPU."""
     kv_cache_gb: float = ranged(1.0, above=0)
     """Key-value cache of each worker of an engine on CPU, GiB."""
-    max_num_seqs: int = ranged(256, at_least=1)
-    """Sequences that an engine decodes at once."""
+    max_num_seqs: Optional[int] = ranged(None, at_least=1)
+    """Sequences that an engine decodes at once; None: 256, and on a GPU as many more as its cache
+    holds at full length, at most 1,024."""
+    max_num_batched_tokens: Optional[int] = ranged(None, at_least=1)
+    """Prompt and decode tokens of one engine step; None: a share of the cache."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """More of vLLM's engine arguments, handed to it as they are."""
     enforce_eager: bool = False
     """True: no compilation and no graph capture; starts faster."""
     startup_timeout_s: int = ranged(600, at_least=1)
@@ -224,6 +230,10 @@ class TrainerConfig:
     disaggregated: each has GPUs of its own, and on CPU nothing is moved."""
     test_freq: int = ranged(0, at_least=0)
     """Evaluate every N steps; 0: only before the first and after the last step."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps of which torch's profiler writes a trace."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Policy ranks that write one, each for itself."""
 
     @property
     def prompts_per_update(self) -> int:
@@ -310,3 +320,19 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def sampled(self) -> Sampled:
+        """How far the policy may be from what sampled its answers."""
+        return Sampled(
+            n_updates=self.trainer.updates_per_batch,
+            stale=self.trainer.max_staleness > 0,
+            carried=self.algorithm.wanted_fraction > 0,
+            truncated=self.rollout.truncates,
+            other_type=self.rollout.dtype != self.model.dtype,
+        )
+
+    @property
+    def objective(self) -> AlgorithmConfig:
+        """The section algorithm as the loss takes it: nothing is left to auto."""
+        return settled(self.algorithm, self.sampled)

@@ -95,19 +95,36 @@ def _run(
     config: Config, modes: Mapping[str, SamplingParams], prompts: Sequence[Prompt], out: Path
 ) -> dict[str, list[ScoredGroup]]:
     """Start the engines, answer, score; leave nothing of it behind but files in out."""
+    from gpg_megatron.bridge.forecast import worker_parameters
     from gpg_megatron.bridge.protocol import RECEIVER
-    from gpg_megatron.host.device import resolve_device
+    from gpg_megatron.host.device import device_bytes, resolve_device
     from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
-    from gpg_megatron.rollout.engine import EngineSpec
+    from gpg_megatron.model.shape import load_model_shape
+    from gpg_megatron.placement.memory import engine_limits, engine_memory
     from gpg_megatron.rollout.fleet import Fleet
+    from gpg_megatron.rollout.spec import EngineSpec
 
     run_id = new_run_id()
     longest = config.rollout.max_response_length
+    device = resolve_device(config.trainer.device)
+    shape, n_workers = (
+        load_model_shape(config.model.path),
+        config.rollout.tensor_model_parallel_size,
+    )
+    memory = engine_memory(
+        config,
+        shape,
+        n_parameters=worker_parameters(shape, n_workers),
+        device_bytes=device_bytes(device),
+    )
+    limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,
         model_path=str(Path(config.model.path).resolve()),
-        device=resolve_device(config.trainer.device),
+        device=device,
         max_model_len=config.data.max_prompt_length + longest,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         worker_extension=RECEIVER,
         scratch=scratch_directory(run_id),
     )
@@ -188,8 +205,10 @@ def _prompts(args: argparse.Namespace, config: Config) -> LoadedPrompts:
 
     from gpg_megatron.model.layout_rules import check_engines
     from gpg_megatron.model.shape import load_model_shape, shape_warnings
+    from gpg_megatron.rollout.engine_args import check_engine_args
 
     check_engines(config, load_model_shape(config.model.path))
+    check_engine_args(config.rollout)
     for line in shape_warnings(config.model.path):
         print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)

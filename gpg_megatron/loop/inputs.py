@@ -16,6 +16,7 @@ from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.observe.loggers import check_logging
 from gpg_megatron.reward.sources import check_prompts
+from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.types import ModelShape, Prompt
 
 
@@ -58,7 +59,8 @@ def model_files(config: Config) -> Path:
 
 
 def check_model(config: Config) -> ModelShape:
-    """The model's shape, checked against the parallel layout and the checkpoint's tensors.
+    """The model's shape, checked against the parallel layout and the checkpoint's tensors; and
+    what vLLM is to be told.
 
     Raises:
         UserError
@@ -66,6 +68,7 @@ def check_model(config: Config) -> ModelShape:
     path, converted = Path(config.model.path), is_converted(config)
     shape = load_model_shape(model_files(config), need_weights=not converted)
     check_layout(config, shape)
+    check_engine_args(config.rollout)
     if converted:
         check_marker(path, shape)
     else:

@@ -11,12 +11,15 @@ import math
 from dataclasses import dataclass
 
 from gpg_megatron.config.sections import GIB, MIB, Config
+from gpg_megatron.errors import UserError
 from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.states import RESIDENT, Mode, State
 from gpg_megatron.types import DTYPES, ModelShape
 
 FP32 = DTYPES["fp32"].itemsize
+MIN_SEQS, MAX_SEQS = 256, 1024
+MIN_GPU_TOKENS, MAX_GPU_TOKENS, CPU_TOKENS = 2048, 16384, 8192
 POLICY_PARTS = frozenset({"parameters", "gradients", "optimizer"})
 
 
@@ -54,6 +57,14 @@ class EngineMemory:
     def kv_tokens(self) -> int:
         """Tokens whose keys and values fit."""
         return max(0, self.kv_cache) // self.kv_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Of one engine, in one step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
 
 def policy_memory(
@@ -185,6 +196,8 @@ def engine_memory(
     """
     t, item = config.rollout.tensor_model_parallel_size, DTYPES[config.rollout.dtype].itemsize
     kv_heads = max(1, shape.num_kv_heads // t)
+    cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
+    cache_item = 1 if cache.startswith("fp8") else item
     parameters = n_parameters * item
     if device_bytes is None:
         kv_cache = int(config.rollout.kv_cache_gb * GIB)
@@ -196,5 +209,37 @@ def engine_memory(
         reserved=reserved,
         parameters=parameters,
         kv_cache=kv_cache,
-        kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * item,
+        kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * cache_item,
     )
+
+
+def engine_limits(config: Config, engine: EngineMemory, *, on_gpu: bool) -> EngineLimits:
+    """What an engine may do at once: the section's keys or, where they are not set,
+
+        sequences   256, and on a GPU as many more as the cache holds at full length: none of
+                    them is ever put off for others
+        tokens      on a GPU a 32nd of the cache's tokens, rounded down to a power of two, from
+                    2,048 to 16,384 (vLLM's own values for servers); on CPU, where prompts are
+                    not cut, 8,192 or one sequence of full length
+
+    Raises:
+        UserError: on CPU one sequence does not fit in rollout.max_num_batched_tokens.
+    """
+    r = config.rollout
+    longest = config.data.max_prompt_length + r.max_response_length
+    n_seqs, n_tokens = r.max_num_seqs, r.max_num_batched_tokens
+    if n_seqs is None:
+        held = engine.kv_tokens // longest // 8 * 8
+        n_seqs = min(max(held, MIN_SEQS), MAX_SEQS) if on_gpu else MIN_SEQS
+        n_seqs = min(n_seqs, n_tokens or n_seqs)
+    if n_tokens is None:
+        share = 2 ** max(0, (engine.kv_tokens // 32).bit_length() - 1)
+        n_tokens = min(max(share, MIN_GPU_TOKENS), MAX_GPU_TOKENS)
+        n_tokens = max(n_tokens, n_seqs) if on_gpu else max(longest, CPU_TOKENS)
+    if not on_gpu and n_tokens < longest:
+        raise UserError(
+            f"rollout.max_num_batched_tokens is {n_tokens}; on CPU vLLM does not cut prompts, and "
+            f"data.max_prompt_length + rollout.max_response_length is {longest}; expected at least "
+            "as many"
+        )
+    return EngineLimits(max_num_seqs=n_seqs, max_num_batched_tokens=n_tokens)

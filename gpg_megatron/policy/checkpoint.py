@@ -240,7 +240,7 @@ def _sharding() -> dict[str, Any]:
 
 def _save_rng(directory: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # this rank is on a GPU
         states["cuda"] = torch.cuda.get_rng_state()
     states |= {f"tracker.{k}": v.cpu() for k, v in get_cuda_rng_tracker().get_states().items()}
     save_file({k: v.clone() for k, v in states.items()}, _rng_file(directory))
@@ -250,7 +250,7 @@ def load_rng(directory: Path) -> None:
     """Continue the random states of the rank that had this number."""
     states = load_file(_rng_file(directory))
     torch.set_rng_state(states.pop("cpu"))
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
     prefix = "tracker."
     get_cuda_rng_tracker().set_states(

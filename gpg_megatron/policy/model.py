@@ -21,11 +21,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpg_megatron.config.sections import MIB, PolicyConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.host.device import Device, has_transformer_engine
+from gpg_megatron.host.device import Device
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.policy.attention import SegmentParams, ranges_of, row_share, spans_of
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 from gpg_megatron.policy.modules import layer_spec
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.types import MicroBatch, ModelShape
 
 

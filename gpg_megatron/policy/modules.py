@@ -33,8 +33,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from gpg_megatron.host.device import has_transformer_engine
 from gpg_megatron.policy.attention import PackedAttention
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
 
 
 class RMSNorm(torch.nn.Module):

@@ -61,7 +61,8 @@ class Policy:
         The default process group must exist (platform.init_process_group).
         """
         define_missing_names()
-        redirect_megatron_to_cpu()
+        if device == "cpu":
+            redirect_megatron_to_cpu()
         p = config.policy
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=p.tensor_model_parallel_size,
@@ -82,7 +83,7 @@ class Policy:
             device=device,
             temperature=config.rollout.temperature,
         )
-        self._algorithm = config.algorithm
+        self._algorithm = config.objective
         self._ddp.module.with_entropy = config.algorithm.entropy_coef > 0.0
         self._reference: FrozenShards | None = None
         megatron_config = get_model_config(self._ddp)
@@ -162,7 +163,7 @@ class Policy:
         first update's own log-probs are those of the policy before it."""
         old: list[tuple[torch.Tensor, ...]] = [()] * len(batches)
         reference = list(old)
-        if self._algorithm.loss == "clip" and self._algorithm.old_logprobs == "policy":
+        if self._algorithm.needs_old_policy:
             old[1:] = [self._fixed(batch) for batch in batches[1:]]
         if self._algorithm.kl_coef:
             assert self._reference is not None, "keep_reference was not called"

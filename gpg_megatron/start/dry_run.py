@@ -16,19 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpg_megatron.bridge.engine_layout import Engine
-from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
+from gpg_megatron.bridge.forecast import Forecast, forecast, worker_parameters
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes, local_shapes, policy_grid
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
+    EngineLimits,
     EngineMemory,
     PolicyMemory,
+    engine_limits,
     engine_memory,
     gpu_states,
     policy_memory,
 )
+from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.types import ModelShape
 
 DEFAULT_GPU_GIB = 80.0
@@ -56,6 +59,7 @@ class RunPlan:
     """Of the model."""
     stages: tuple[Stage, ...]
     engine: EngineMemory
+    limits: EngineLimits
     publish: Forecast
     n_rows: int | None
     """Training rows, before over-long prompts are left out; None: the files cannot be counted."""
@@ -111,17 +115,20 @@ def plan_run(config: Config, *, device: str, gpu_gib: float = DEFAULT_GPU_GIB) -
     """
     shape = load_model_shape(config.model.path, need_weights=False)
     check_layout(config, shape)
+    check_engine_args(config.rollout)
     r = config.rollout
     grid = policy_grid(config.policy, shape)
     engine = Engine(model=shape, tp_size=r.tensor_model_parallel_size)
     device_bytes = int(gpu_gib * GIB) if device == "cuda" else None
-    workers = [worker_elements(engine, worker) for worker in range(engine.tp_size)]
+    n_parameters = worker_parameters(shape, engine.tp_size)
+    memory = engine_memory(config, shape, n_parameters=n_parameters, device_bytes=device_bytes)
     return RunPlan(
         config=config,
         shape=shape,
         n_parameters=_count(hf_shapes(shape)),
         stages=tuple(_stage(config, shape, grid, number) for number in range(grid.pp_size)),
-        engine=engine_memory(config, shape, n_parameters=max(workers), device_bytes=device_bytes),
+        engine=memory,
+        limits=engine_limits(config, memory, on_gpu=device == "cuda"),
         publish=forecast(grid, engine, r.num_engines),
         n_rows=count_rows(config.data.train_files),
         device_bytes=device_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
 from gpg_megatron.start.dry_run import RunPlan, gib, problems
@@ -61,6 +62,7 @@ rollout    {batch:,} prompts x {n} = {batch * n:,} responses of at most \
 {c.rollout.max_response_length:,} tokens
 updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = {update * n:,} responses \
 each; {t.total_updates:,} in {t.total_training_steps:,} steps
+           {summary(c.objective, c.sampled)}
            at most {micro_batches_per_update(c)} micro-batches of \
 {c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update
 epoch      {epoch}
@@ -78,6 +80,8 @@ def _memory(plan: RunPlan) -> str:
            engine worker: {gib(e.reserved)} = parameters {gib(e.parameters)} + \
 KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {e.kv_tokens // plan.longest:,} sequences of full length
+           engine step: at most {plan.limits.max_num_seqs:,} sequences and \
+{plan.limits.max_num_batched_tokens:,} tokens
 """
     if plan.device_bytes is None or plan.config.trainer.placement != "colocated":
         return text

@@ -80,9 +80,12 @@ def run_rank(config: Config) -> int:
         set_threads,
     )
     from gpg_megatron.host.lock import locked
-    from gpg_megatron.policy.on_cpu import quiet_megatron
+    from gpg_megatron.policy.on_cpu import hide_gpu_libraries, quiet_megatron
 
+    device = resolve_device(config.trainer.device)
     quiet_megatron()
+    if device == "cpu":
+        hide_gpu_libraries()
     from gpg_megatron.loop.build import build_run
     from gpg_megatron.loop.trainer import train
 
@@ -95,7 +98,6 @@ def run_rank(config: Config) -> int:
             f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
             f"{config.policy.world_size}; expected equal numbers"
         )
-    device = resolve_device(config.trainer.device)
     shape = check_model(config)
     init_process_group(device, config.policy.timeout_s)
     try:

@@ -133,7 +133,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=301,
         head_dim=8,
-        algorithm=AlgorithmConfig(),
+        algorithm=from_preset("paper"),
         temperature=1.0,
         clip_grad=0.5,
     ),
@@ -158,7 +158,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset("grpo", old_logprobs="policy"),
+        algorithm=from_preset("gspo", old_logprobs="policy"),
         temperature=1.3,
         clip_grad=1000.0,
         sequence_parallel=True,
@@ -196,7 +196,9 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset("rloo", correction="mask-token", correction_max=9.0),
+        algorithm=from_preset(
+            "rloo", correction="mask-token", correction_max=9.0, old_logprobs="policy"
+        ),
         temperature=1.3,
         clip_grad=1000.0,
         recompute="layers",

@@ -39,9 +39,9 @@ from gpg_megatron.layout.topology import policy_grid  # noqa: E402
 from gpg_megatron.loop.agreement import canary_sample  # noqa: E402
 from gpg_megatron.model.shape import load_model_shape  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
-from gpg_megatron.rollout.engine import EngineSpec  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
+from gpg_megatron.rollout.spec import EngineSpec  # noqa: E402
 from gpg_megatron.types import (  # noqa: E402
     DTYPES,
     Completion,
@@ -102,6 +102,8 @@ class Fleets:
                 model_path=job["checkpoints"][0],
                 device=device_of(job),
                 max_model_len=128,
+                max_num_seqs=16,
+                max_num_batched_tokens=8192,
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,
                 scratch=scratch,

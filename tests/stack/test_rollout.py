@@ -28,10 +28,10 @@ from gpg_megatron.host.reaper import (
     scratch_directory,
     start_reaper,
 )
-from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.failures import EngineDied, EngineError
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import SamplingRequest
+from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
 from tests.engine_processes import engine_processes
 from tests.shared_memory import abandoned_segments, all_segments
@@ -62,7 +62,6 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
     settings: dict[str, Any] = {
         "dtype": "fp32",
         "kv_cache_gb": 0.125,
-        "max_num_seqs": 64,
         "enforce_eager": True,
         "startup_timeout_s": 240,
         "generate_timeout_s": 120,
@@ -73,6 +72,8 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
         model_path=str(model),
         device="cpu",
         max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=changes.get("max_num_seqs", 64),
+        max_num_batched_tokens=8192,
         worker_extension="worker_ext.Extension",
         weight_transfer="none",
         scratch=scratch,

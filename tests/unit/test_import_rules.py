@@ -53,8 +53,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "bridge": OBJECTS | {"layout", "model", "host"},
     "checkpoint": OBJECTS | {"layout", "model"},
     "policy": OBJECTS | {"model", "algorithm", "layout", "checkpoint", "host"},
-    # bridge: the name of the worker extension, which prepares an engine's process on any run.
-    "evaluation": OBJECTS | {"data", "reward", "rollout", "model", "host", "layout", "bridge"},
+    # bridge: the name of the worker extension, which prepares an engine's process on any run;
+    # placement: how much an engine may do at once follows from its cache.
+    "evaluation": OBJECTS
+    | {"data", "reward", "rollout", "model", "host", "layout", "bridge", "placement"},
     "demo": frozenset({"errors", "data", "model"}),
     "loop": EVERYTHING,
     "start": EVERYTHING,

@@ -17,7 +17,11 @@ from gpg_megatron.start.launcher import launch
 from gpg_megatron.start.meeting import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("run_qwen2-7b_math_megatron.sh", "run_qwen2-7b_math.sh")
+SCRIPTS = (
+    "run_qwen2-7b_math_megatron.sh",
+    "run_qwen2-7b_math.sh",
+    "run_qwen3-8b_math_megatron.sh",
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +132,12 @@ def test_several_hosts_refuse_a_transport_of_one_host(place: Path) -> None:
     )
 
 
-def test_each_policy_rank_of_a_host_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_policy_rank_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    config = Config(policy=PolicyConfig(tensor_model_parallel_size=4))
+    config = Config(policy=PolicyConfig(tensor_model_parallel_size=2))
     with pytest.raises(UserError, match="to run 2 policy ranks, and torch sees 1 CUDA"):
-        launch(config, [], Hosts(count=2, rank=0, address="h"))
+        launch(config, [], Hosts())
 
 
 SLURM = ROOT / "launch" / "slurm"
