@@ -43,7 +43,6 @@ find_hosts() {
     ${MASTER_PORT:+--master-port "$MASTER_PORT"} ${RAY_PORT:+--ray-port "$RAY_PORT"}
     ${NPROC_PER_NODE:+--nproc-per-node "$NPROC_PER_NODE"}
   )
-  keys+=(bridge.transport=gloo)
 }
 
 prepare_data() {

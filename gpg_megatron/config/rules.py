@@ -128,13 +128,13 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (
         colocated and transport == "nccl",
-        "bridge.transport is nccl with trainer.placement=colocated; expected shm, gloo or "
+        "bridge.transport is nccl with trainer.placement=colocated; expected auto, shm, gloo or "
         "cuda_ipc: NCCL refuses two processes on one GPU",
     )
     yield (
         not colocated and transport == "cuda_ipc",
-        "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected shm, gloo "
-        "or nccl: rank and engine have different GPUs",
+        "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected auto, shm, "
+        "gloo or nccl: rank and engine have different GPUs",
     )
     yield (
         v.temperature == 0 and v.n > 1,

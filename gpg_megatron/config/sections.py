@@ -163,9 +163,10 @@ class RolloutConfig:
 class BridgeConfig:
     """Moving the policy's weights into the engines."""
 
-    transport: Literal["shm", "gloo", "nccl", "cuda_ipc"] = "shm"
-    """shm: policy ranks and engines share a host; gloo: any hosts, through host memory; nccl:
-    any hosts, between GPUs; cuda_ipc: rank and engine share a GPU."""
+    transport: Literal["auto", "shm", "gloo", "nccl", "cuda_ipc"] = "auto"
+    """auto: the best of each pair of rank and engine worker. Or one for all of them: shm needs a
+    common host, cuda_ipc a common GPU; gloo goes to any host through host memory, nccl between
+    GPUs."""
     bucket_mb: int = ranged(16, at_least=1)
     """Bytes moved per message, MiB; each sender holds two."""
     verify: Literal["never", "first", "always"] = "first"

@@ -32,9 +32,23 @@ def init_process_group(device: Device, timeout_s: int) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
+_LOST = (
+    ("gloo", "onnection"),
+    ("NCCL", "remote process exited"),
+    ("ncclRemoteError",),
+    ("NCCL", "communicator was aborted"),
+    ("Watchdog caught collective operation timeout",),
+)
+"""Words of an error, all of one row, that mean a lost rank: neither backend has a type for it."""
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone; gloo has no type for it."""
-    return "gloo" in str(error) and "onnection" in str(error)
+    """Whether a collective failed because another rank is gone. NCCL's watchdog says it of one that
+    is late; the rendezvous' store (DistNetworkError) of the rank that keeps it."""
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError) or any(
+        all(word in text for word in row) for row in _LOST
+    )
 
 
 def set_threads(num_threads: int | None) -> None:

@@ -29,16 +29,21 @@ them on the new weights."""
 # torchrun's variables would make vLLM's workers believe that they are policy ranks.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
+# For Megatron's overlap; vLLM's copies and kernels would queue behind each other.
+_POLICY_ONLY = ("CUDA_DEVICE_MAX_CONNECTIONS",)
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_NO_DEVICES = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
 def sanitize_environment(spec: EngineSpec) -> None:
     """Make os.environ fit for vLLM; it reads these at import and hands them to its processes."""
     for name in list(os.environ):
-        if name in _TORCHRUN or name.startswith(_TORCHRUN_PREFIXES):
+        if name in (*_TORCHRUN, *_POLICY_ONLY) or name.startswith(_TORCHRUN_PREFIXES):
             del os.environ[name]
     # An allocator setting for the policy that breaks vLLM's memory pools.
-    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+    for name in _ALLOCATOR:
+        if "expandable_segments" in os.environ.get(name, ""):
+            del os.environ[name]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     tp, count = spec.rollout.tensor_model_parallel_size, spec.rollout.num_engines
@@ -58,6 +63,18 @@ def sanitize_environment(spec: EngineSpec) -> None:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
+def take_devices() -> None:
+    """Inside an actor: the GPUs that Ray has booked for it are those that it sees.
+
+    A user's shell may tell Ray not to say so; then every engine would use the first GPU.
+    """
+    if _NO_DEVICES in os.environ:
+        import ray
+
+        del os.environ[_NO_DEVICES]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ray.get_gpu_ids()))
+
+
 class Engine:
     """The actor's class; Fleet wraps it with ray.remote."""
 
@@ -70,6 +87,7 @@ class Engine:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         os.close(fd)
+        take_devices()
         sanitize_environment(spec)
 
     async def placed(self) -> str:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from gpg_megatron.bridge.engine_layout import Engine
 from gpg_megatron.bridge.forecast import Forecast, forecast, worker_parameters
+from gpg_megatron.bridge.links import Links, Seat
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes, local_shapes, policy_grid
 from gpg_megatron.model.layout_rules import check_layout
@@ -35,6 +36,8 @@ from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.types import ModelShape
 
 DEFAULT_GPU_GIB = 80.0
+GPUS_PER_HOST = 8
+"""As long as nobody has asked the hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +132,7 @@ def plan_run(config: Config, *, device: str, gpu_gib: float = DEFAULT_GPU_GIB) -
         stages=tuple(_stage(config, shape, grid, number) for number in range(grid.pp_size)),
         engine=memory,
         limits=engine_limits(config, memory, on_gpu=device == "cuda"),
-        publish=forecast(grid, engine, r.num_engines),
+        publish=forecast(grid, engine, planned_links(config, device)),
         n_rows=count_rows(config.data.train_files),
         device_bytes=device_bytes,
         host_bytes=psutil.virtual_memory().total,
@@ -145,6 +148,29 @@ def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> 
         layers=tuple(i for i, stage in enumerate(grid.stage_of_layer) if stage == number),
         n_parameters=n_parameters,
         memory=policy_memory(config, shape, n_parameters=n_parameters, stage=number),
+    )
+
+
+def planned_links(config: Config, device: str) -> Links:
+    """Rank r on GPU r, the engines' workers one after the other on theirs; an engine's workers see
+    each other's GPUs. On CPU everything is on this host."""
+    r = config.rollout
+    n_ranks, tp = config.policy.world_size, r.tensor_model_parallel_size
+    first = first_engine_device(config.trainer.placement, n_ranks)
+
+    def seat(gpu: int, seen: range = range(0)) -> Seat:
+        if device == "cpu":
+            return Seat(host="0")
+        here = [g for g in seen if g // GPUS_PER_HOST == gpu // GPUS_PER_HOST and g != gpu]
+        host, peers = str(gpu // GPUS_PER_HOST), frozenset(map(str, here))
+        return Seat(host=host, gpu=str(gpu), peers=peers)
+
+    gpus = range(first, first + r.num_engines * tp)
+    return Links(
+        transport=config.bridge.transport,
+        ranks=tuple(seat(rank) for rank in range(n_ranks)),
+        workers=tuple(seat(g, gpus[i - i % tp : i - i % tp + tp]) for i, g in enumerate(gpus)),
+        n_workers=tp,
     )
 
 

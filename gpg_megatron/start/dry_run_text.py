@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpg_megatron.bridge.links import Distance
 from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
 from gpg_megatron.start.dry_run import RunPlan, gib, problems
 from gpg_megatron.types import DTYPES
+
+_FROM = {
+    Distance.GPU: "the worker's own GPU",
+    Distance.PEER: "a GPU of its engine",
+    Distance.HOST: "its host",
+    Distance.NETWORK: "other hosts",
+}
 
 
 def lines(plan: RunPlan) -> list[str]:
@@ -99,12 +107,16 @@ KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 def _bridge(plan: RunPlan) -> str:
     f, r = plan.publish, plan.config.rollout
     item = DTYPES[r.dtype].itemsize
+    ways = ", ".join(
+        f"{gib(n * item)} {way} from {_FROM[distance]}" for (distance, way), n in f.by_way.items()
+    )
     return f"""\
 bridge     {plan.config.bridge.transport}: {gib(f.sent * item)} per publish \
 (bound {gib(f.bound * item)}), {gib(f.sent * item / r.num_engines)} to each engine in \
 {f.n_routes:,} rectangles
            {f.n_senders} ranks send, the most {gib(f.most_sent * item)} \
 ({f.most_sent / f.share:.2f} of an equal share); a worker receives at most {gib(f.received * item)}
+           {ways}
 """
 
 

@@ -44,7 +44,7 @@ def run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> F
     if config.bridge.transport in ONE_HOST_TRANSPORTS:
         raise UserError(
             f"bridge.transport={config.bridge.transport} needs policy ranks and engines on one "
-            f"host, and --nnodes is {hosts.count}; expected gloo or nccl"
+            f"host, and --nnodes is {hosts.count}; expected auto, gloo or nccl"
         )
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException

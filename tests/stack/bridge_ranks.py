@@ -191,7 +191,7 @@ def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) ->
         group=world,
     )
     engine = Engine(model=shape, tp_size=config.rollout.tensor_model_parallel_size)
-    needed = forecast(side.grid, engine, config.rollout.num_engines).bound
+    needed = forecast(side.grid, engine, bridge.links).bound
     item = DTYPES[config.rollout.dtype].itemsize
     results = []
     # The engine starts with the first checkpoint: only the others show that something arrived.
@@ -199,7 +199,7 @@ def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) ->
     for number, checkpoint in enumerate((*others, first), start=1):
         load_hf(checkpoint, policy.named_shards(), shape, policy.position)
         bridge.publish(number)
-        sent = item * sum(bucket_elements(message.bucket) for message in bridge._messages)
+        sent = item * sum(bucket_elements(message.bucket) for message in bridge.messages)
         results.append(compare(name, number, policy, shape, fleet, sent, item * needed))
     bridge.close()
     return results

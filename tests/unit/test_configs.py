@@ -290,13 +290,13 @@ def test_every_number_has_a_range() -> None:
         ),
         (
             {"trainer": {"placement": "colocated"}, "bridge": {"transport": "nccl"}},
-            "bridge.transport is nccl with trainer.placement=colocated; expected shm, gloo or "
-            "cuda_ipc: NCCL refuses two processes on one GPU",
+            "bridge.transport is nccl with trainer.placement=colocated; expected auto, shm, gloo "
+            "or cuda_ipc: NCCL refuses two processes on one GPU",
         ),
         (
             {"bridge": {"transport": "cuda_ipc"}},
-            "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected shm, gloo "
-            "or nccl: rank and engine have different GPUs",
+            "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected auto, "
+            "shm, gloo or nccl: rank and engine have different GPUs",
         ),
         (
             {"policy": {"sequence_parallel": True}},

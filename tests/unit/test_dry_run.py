@@ -14,6 +14,7 @@ import pytest
 from benchmarks.large_layouts import CASES as LARGE
 from benchmarks.large_layouts import LargeCase
 from gpg_megatron.bridge.forecast import forecast, worker_elements
+from gpg_megatron.bridge.links import Distance, Links, Seat
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.data.schema import make_row, write_parquets
@@ -159,7 +160,14 @@ def test_what_does_not_fit_is_named(models: Path) -> None:
 
 @pytest.mark.parametrize("case", LARGE[:2], ids=lambda case: case.name)
 def test_the_forecast_of_a_publish(case: LargeCase) -> None:
-    found = forecast(case.grid, case.engine, case.n_engines)
+    links = Links(
+        transport="auto",
+        ranks=(Seat(host=""),) * case.grid.world_size,
+        workers=(Seat(host=""),) * (case.n_engines * case.engine.tp_size),
+        n_workers=case.engine.tp_size,
+    )
+    found = forecast(case.grid, case.engine, links)
+    assert found.by_way == {(Distance.HOST, "shm"): found.sent}
     # These vocabularies are multiples of 64 * TP, so that the engines have no padding.
     workers = [worker_elements(case.engine, worker) for worker in range(case.engine.tp_size)]
     assert found.sent == found.bound == case.n_engines * sum(workers)

@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 KNOWN_BY: dict[str, frozenset[str]] = {
     "omegaconf": frozenset({"config.loading"}),
     "megatron": frozenset({"policy"}),
-    "vllm": frozenset({"rollout", "bridge.receiver", "bridge.install"}),
+    "vllm": frozenset({"rollout", "bridge.vllm_worker", "bridge.install"}),
     "ray": frozenset({"rollout"}),
     "datasets": frozenset({"data"}),
     "wandb": frozenset({"observe"}),
@@ -213,7 +213,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
         ("gpg_megatron/config/rules.py", "import omegaconf", "omegaconf"),
         ("gpg_megatron/layout/boxes.py", "import torch", "torch"),
         ("gpg_megatron/bridge/plan.py", "import vllm", "vllm"),
-        ("gpg_megatron/bridge/receivers.py", "import vllm", "vllm"),
+        ("gpg_megatron/bridge/receiver.py", "import vllm", "vllm"),
         ("gpg_megatron/algorithm/loss.py", "import numpy", "numpy"),
         ("gpg_megatron/observe/x.py", "import importlib as i\ni.import_module('vllm.x')", "vllm.x"),
         ("checkpoint_convert/verify.py", "import gpg_megatron.rollout", "gpg_megatron.rollout"),
@@ -232,8 +232,8 @@ def test_a_forbidden_import_is_caught(path: str, source: str, imported: str) -> 
     [
         ("gpg_megatron/policy/step.py", "from gpg_megatron.host import device\nimport megatron"),
         ("gpg_megatron/policy/step.py", "from . import model\nfrom .model import build"),
-        ("gpg_megatron/bridge/receiver.py", "import vllm"),
-        ("gpg_megatron/bridge/receiver/engine.py", "import vllm"),
+        ("gpg_megatron/bridge/vllm_worker.py", "import vllm"),
+        ("gpg_megatron/bridge/vllm_worker/engine.py", "import vllm"),
         ("gpg_megatron/loop/x.py", "import gpg_megatron.rollout\nimport gpg_megatron.policy"),
         ("gpg_megatron/observe/loggers.py", "import wandb\nfrom gpg_megatron import __version__"),
         ("gpg_megatron/algorithm/loss.py", "import math, torch\nfrom ..types import TrainSample"),

@@ -200,6 +200,8 @@ def test_the_policy_ranks_environment_does_not_reach_the_engine(
         "ROLE_RANK": "0",
         "TORCHELASTIC_RUN_ID": "x",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",
     }
     environment = {**leaking, "HOME": "/home/me"}
