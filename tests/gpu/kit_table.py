@@ -54,6 +54,22 @@ ROWS = (
         function=f"{AT}memory:offload",
     ),
     Row(
+        name="publish-shm",
+        what="from a policy into another process's parameters over shared memory",
+        function=f"{AT}publish:shm",
+    ),
+    Row(
+        name="publish-ipc",
+        what="the same over CUDA memory, the GPU under another number; with expandable segments",
+        function=f"{AT}publish:cuda_ipc",
+        needs=("a GPU",),
+    ),
+    Row(
+        name="publish-killed",
+        what="a sender dies between two buckets: the worker gives up, the next sender succeeds",
+        function=f"{AT}publish:killed",
+    ),
+    Row(
         name="engine",
         what="publishing into vLLM engines, which then compute with the weights",
         function=f"{AT}engines:engine",
@@ -90,6 +106,18 @@ ROWS = (
         name="dp2",
         what="step-fp32 under data parallelism of two ranks",
         function=f"{AT}step:dp2",
+        needs=("two GPUs",),
+    ),
+    Row(
+        name="publish-peers",
+        what="publishing to another GPU of the host",
+        function=f"{AT}publish:peers",
+        needs=("a GPU", "two GPUs"),
+    ),
+    Row(
+        name="publish-network",
+        what="publishing as between hosts: over NCCL, on a CPU over gloo",
+        function=f"{AT}publish:network",
         needs=("two GPUs",),
     ),
 )

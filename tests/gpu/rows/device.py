@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.host.device import Device, _measured_flops_per_s, peak_flops_per_s
+from gpg_megatron.host.device import Device
+from gpg_megatron.host.peak import peak_flops_per_s
 from tests.gpu.rows.world import one_rank
 
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 
@@ -26,9 +28,10 @@ def device_and_groups(device: Device, folder: Path) -> str:
         assert box == ["an object"]
         groups = dist.get_backend_config()
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        product = f"{_measured_flops_per_s(device, dtype) / 1e12:.3g} TFLOP/s in {dtype}"
-        if device == "cuda":
-            product += f", taken as its peak {peak_flops_per_s(device, dtype) / 1e12:.0f}"
+        peak = peak_flops_per_s(device, dtype) / 1e12
+        product = (
+            f"{product_rate(device, dtype):.3g} TFLOP/s in {dtype}, taken as its peak {peak:.3g}"
+        )
         rates = ", ".join(f"{what} {rate:.1f} GB/s" for what, rate in copy_rates(device).items())
     return f"{_named(device)}groups {groups}; a matrix product {product}; {rates}"
 
@@ -39,6 +42,13 @@ def _named(device: Device) -> str:
     p: Any = torch.cuda.get_device_properties()
     size, sm = p.total_memory / 2**30, f"sm_{p.major}{p.minor}"
     return f"{p.name}, {sm}, {p.multi_processor_count} multiprocessors, {size:.1f} GiB; "
+
+
+def product_rate(device: Device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a product of two large random matrices; the best of a few."""
+    size = PRODUCT_SIZE[device]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2e-12 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
 def copy_rates(device: Device) -> dict[str, float]:

@@ -44,7 +44,7 @@ SHAPES: dict[Device, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 512,
+        "vocab_size": 8192,
         "max_position_embeddings": 2048,
     },
 }
