@@ -9,7 +9,6 @@ from pathlib import Path
 from gpg_megatron.checkpoint.marker import HF_FILES
 from gpg_megatron.checkpoint.resume import check_marker
 from gpg_megatron.config.sections import Config
-from gpg_megatron.data.prompts import load_prompts
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.lock import check_free
 from gpg_megatron.layout.hf_io import check_checkpoint
@@ -86,6 +85,8 @@ def load_inputs(config: Config) -> Inputs:
     """
     # Importing transformers takes seconds, and only rank 0 and the launcher need it.
     from transformers import AutoTokenizer
+
+    from gpg_megatron.data.prompts import load_prompts
 
     check_logging(config.logging)
     path = model_files(config)

@@ -67,15 +67,16 @@ def main() -> None:
     pinned.PIECE_BYTES = PIECE_BYTES
     for case in (case for case in CASES if case.layout.world_size == dist.get_world_size()):
         path = folder / f"{case.name}-rank{dist.get_rank()}.json"
-        path.write_text(json.dumps(_compare(folder, case)))
+        path.write_text(json.dumps(compare(folder, case, "cpu")))
     dist.destroy_process_group()
 
 
-def _compare(folder: Path, case: Case) -> dict[str, Any]:
-    staying, results, right = _run(folder, case, "staying", _save)
+def compare(folder: Path, case: Case, device: Device) -> dict[str, Any]:
+    """What a policy that moves does otherwise than one that stays."""
+    staying, results, right = _run(folder, case, device, "staying", _save)
     parallel_state.destroy_model_parallel()
     seen: dict[str, Any] = {}
-    moving, found, state = _run(folder, case, "moving", lambda run: _hand_over(run, seen))
+    moving, found, state = _run(folder, case, device, "moving", lambda run: _hand_over(run, seen))
     try:
         moving.policy.offload(PARTS)
         moving.policy.train(moving.batch_of(1))
@@ -83,7 +84,8 @@ def _compare(folder: Path, case: Case) -> dict[str, Any]:
     except AssertionError as error:
         seen["refusal"] = str(error)
     parallel_state.destroy_model_parallel()
-    resumed = PolicyRun(_config(folder, case, "moving"), make_samples(problem_of(case.layout)))
+    samples = make_samples(problem_of(case.layout))
+    resumed = PolicyRun(_config(folder, case, "moving"), samples, device)
     saved = _state(resumed)
     parallel_state.destroy_model_parallel()
     return seen | {
@@ -103,10 +105,10 @@ def _config(folder: Path, case: Case, name: str) -> Config:
 
 
 def _run(
-    folder: Path, case: Case, name: str, between: Callable[[PolicyRun], None]
+    folder: Path, case: Case, device: Device, name: str, between: Callable[[PolicyRun], None]
 ) -> tuple[PolicyRun, list[StepResult], dict[str, torch.Tensor]]:
     """Train with `between` after every step, which also saves; the run, its results, its end."""
-    run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)))
+    run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)), device)
     results = []
     while run.step < N_STEPS:
         run.step += 1
