@@ -1,12 +1,17 @@
-"""What a person is told: the error that the user can mend, and the exit codes of commands."""
+"""What a person is told: the error that the user can mend, where a library's exception becomes one,
+and the exit codes of commands."""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
+
+MAX_REASON = 300
+"""Characters of a library's message that are quoted."""
 
 
 class UserError(ValueError):
@@ -15,6 +20,31 @@ class UserError(ValueError):
     The message is a single line that says what is wrong, where, and what would be right.
     Commands print it without a traceback and exit with code 2.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's exception on one line: its type, and the beginning of its message. Any text
+    comes out as one that can be printed."""
+    text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+    text = text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def users_mistake(where: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """A library's exception about what a user brought becomes a UserError: where, and its reason.
+
+    Args:
+        where: the file, and the row or key, that the body reads.
+        kinds: the exceptions that the library raises about its input. Code and templates of
+            users may raise any Exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{where}: {reason_of(error)}") from error
 
 
 class RunError(RuntimeError):

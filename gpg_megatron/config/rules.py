@@ -32,6 +32,7 @@ def validate(config: Config, *, trains: bool = True) -> None:
         _about_model_and_data(config.model.path, config.data, trains),
         _about_the_policy(config.policy),
         _about_the_loop(config),
+        _about_stop_strings(config.rollout.stop),
         _about_checkpoints(config),
         _about_rewards(config.reward, config.rollout.max_response_length),
         algorithm_rules(
@@ -69,6 +70,11 @@ def config_warnings(config: Config) -> list[str]:
 def _about_model_and_data(path: str, d: DataConfig, trains: bool) -> Iterator[tuple[bool, str]]:
     yield not path, "model.path is not set; expected a Hugging Face directory"
     yield trains and not d.train_files, "data.train_files is empty; expected at least one file"
+    yield (
+        bool(d.chat_template_kwargs) and not d.apply_chat_template,
+        "data.chat_template_kwargs is set with data.apply_chat_template=false; expected a template "
+        "to be applied, or no arguments of it",
+    )
     n_weights, n_files = len(d.train_weights), len(d.train_files)
     yield (
         n_weights not in (0, n_files),
@@ -126,6 +132,14 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         f"validation.n is {v.n} with validation.temperature=0, where all answers are the same; "
         "expected 1",
     )
+
+
+def _about_stop_strings(stop: tuple[str, ...]) -> Iterator[tuple[bool, str]]:
+    """Those that can be judged without a tokenizer."""
+    yield "" in stop, "rollout.stop holds an empty text; expected texts that end a response"
+    for text in stop:
+        lone = any("\ud800" <= letter <= "\udfff" for letter in text)
+        yield lone, f"rollout.stop: {text!r} holds a lone surrogate, which no response does"
 
 
 def _about_checkpoints(config: Config) -> Iterator[tuple[bool, str]]:

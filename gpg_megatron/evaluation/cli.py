@@ -24,6 +24,7 @@ from gpg_megatron.evaluation import compare
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
 from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.reward.trial import try_custom_function
 from gpg_megatron.rollout.sampling import Sampler, greedy, validation_params
 from gpg_megatron.types import Prompt, SamplingParams, ScoredGroup
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = _modes(config, with_greedy=args.greedy)
     loaded = _prompts(args, config)
     check_prompts(loaded.prompts, config.reward)
+    try_custom_function(loaded.prompts, config.reward)
     scorers = compare.scorers_to_compare(args.compare, config.reward, loaded.prompts)
     print(
         f"{len(loaded.prompts)} problems, {loaded.n_filtered} left out because they are too long",
@@ -184,17 +186,21 @@ def _table(sets: dict[str, Any]) -> list[str]:
 
 def _prompts(args: argparse.Namespace, config: Config) -> LoadedPrompts:
     """Of all data sets. Raises UserError: the model, the data or the lengths do not fit."""
-    from transformers import AutoTokenizer
-
+    from gpg_megatron.data.tokenizer import check_stop, load_tokenizer
     from gpg_megatron.model.layout_rules import check_engines
     from gpg_megatron.model.shape import load_model_shape, shape_warnings
 
-    check_engines(config, load_model_shape(config.model.path))
+    shape = load_model_shape(config.model.path)
+    check_engines(config, shape)
     for line in shape_warnings(config.model.path):
         print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
-    return render_all(problems, config.data, tokenizer)
+    tokenizer = load_tokenizer(config.model.path)
+    check_stop(tokenizer, config.rollout.stop)
+    loaded = render_all(problems, config.data, tokenizer, shape.vocab_size)
+    for line in loaded.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    return loaded
 
 
 def _problems(

@@ -85,7 +85,9 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         point = ask_rank0(lambda: _resume_point(config, shape))
         load_policy(policy, config, shape, point)
         pids = _pids()
-        rank0 = kept_on_rank0(lambda: open_rank0(config, fleet, watchdog, pids, ends), ask_rank0)
+        rank0 = kept_on_rank0(
+            lambda: open_rank0(config, shape, fleet, watchdog, pids, ends), ask_rank0
+        )
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
             rank0.say_filtered()
@@ -208,6 +210,7 @@ def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
 
 def open_rank0(
     config: Config,
+    shape: ModelShape,
     fleet: Fleet | None,
     watchdog: Watchdog,
     pids: Sequence[int],
@@ -219,7 +222,7 @@ def open_rank0(
     def opened(part: Part) -> Part:
         return ends.enter_context(closing(part))
 
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, shape)
     fleet.wait_ready()
     longest, t = config.rollout.max_response_length, config.trainer
     return Rank0(

@@ -119,7 +119,8 @@ def _has_work(config: Config) -> bool:
     """All checks; False and a line when the run has come to its end already. Raises UserError."""
     check_output(config)
     shape = check_model(config)
-    load_inputs(config)
+    for line in load_inputs(config, shape).warnings:
+        print(f"warning: {line}", file=sys.stderr)
     point, _ = find_resume_point(config, shape)
     total = config.trainer.total_training_steps
     if point is None or point.marker.step < total:
