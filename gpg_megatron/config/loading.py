@@ -32,13 +32,18 @@ _MOVED = {
 
 
 def load_config(
-    path: str | Path | None, overrides: Sequence[str] = (), *, trains: bool = True
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    trains: bool = True,
+    has_model: bool = True,
 ) -> Config:
     """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
 
     Args:
         path: None: there are the overrides only.
         trains: False for a command that only evaluates and needs no training files.
+        has_model: False for one that scores saved answers.
 
     Raises:
         UserError: missing or malformed file, unknown key (the nearest known one is named),
@@ -56,7 +61,7 @@ def load_config(
         raise UserError(f"{path or 'command line'}: {_one_line(error)}") from None
     assert isinstance(config, Config)
     whole: Config = expanded(config)
-    validate(whole, trains=trains)
+    validate(whole, trains=trains, has_model=has_model)
     return whole
 
 

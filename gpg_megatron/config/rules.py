@@ -14,22 +14,25 @@ from typing import get_args
 
 from gpg_megatron.config.algorithm import algorithm_rules, warnings_about
 from gpg_megatron.config.ranges import ranges
-from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, RewardConfig, Scorer
+from gpg_megatron.config.sections import Config, PolicyConfig, RewardConfig, Scorer
 from gpg_megatron.errors import UserError
 
 REWARD_PARTS = ("answer", "format", "overlong", "length")
 """What reward.weights may name."""
 
 
-def validate(config: Config, *, trains: bool = True) -> None:
+def validate(config: Config, *, trains: bool = True, has_model: bool = True) -> None:
     """Rules that need no file besides the configuration. Raises UserError.
 
-    trains: False for a command that only evaluates and needs no training files."""
+    Args:
+        trains: False for a command that only evaluates and needs no training files.
+        has_model: False for one that needs no model either.
+    """
     for key, allowed, value in ranges(config):
         if value is not None and value not in allowed:
             raise UserError(f"{key} is {value}; expected {allowed}")
     for broken, message in chain(
-        _about_model_and_data(config.model.path, config.data, trains),
+        _about_model_and_data(config, trains, has_model),
         _about_the_policy(config.policy),
         _about_the_loop(config),
         _about_stop_strings(config.rollout.stop),
@@ -67,8 +70,14 @@ def config_warnings(config: Config) -> list[str]:
     return found
 
 
-def _about_model_and_data(path: str, d: DataConfig, trains: bool) -> Iterator[tuple[bool, str]]:
-    yield not path, "model.path is not set; expected a Hugging Face directory"
+def _about_model_and_data(
+    config: Config, trains: bool, has_model: bool
+) -> Iterator[tuple[bool, str]]:
+    d = config.data
+    yield (
+        has_model and not config.model.path,
+        "model.path is not set; expected a Hugging Face directory",
+    )
     yield trains and not d.train_files, "data.train_files is empty; expected at least one file"
     yield (
         bool(d.chat_template_kwargs) and not d.apply_chat_template,

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.network import address_towards, interface_of
@@ -32,8 +31,9 @@ from gpg_megatron.host.reaper import (
     scratch_directory,
     start_reaper,
 )
-from gpg_megatron.loop.inputs import check_model, check_output, load_inputs
+from gpg_megatron.loop.inputs import check_model
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
+from gpg_megatron.start.preflight import check_devices, has_work, preflight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,12 +86,13 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     """
     from gpg_megatron.host.device import resolve_device
 
-    if resolve_device(config.trainer.device) == "cuda":
-        _check_devices(hosts.local_ranks(config.policy.world_size))
-    else:  # idle threads that spin would take the cores from other ranks, engines and programs
+    n_ranks = hosts.local_ranks(config.policy.world_size)
+    check_devices(config, n_ranks)
+    if resolve_device(config.trainer.device) == "cpu":
+        # Idle threads that spin would take the cores from other ranks, engines and programs.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
-        if not _has_work(config):
+        if not has_work(config, preflight(config, n_ranks)):
             return 0
         with _own_run() as run_id:
             failure = _run_ranks(_world(config, run_id, hosts), arguments)
@@ -102,31 +103,6 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     if line := failure.line(hosts.rank):
         print(line, file=sys.stderr)
     return failure.exit_code
-
-
-def _check_devices(n_ranks: int) -> None:
-    """A rank takes the device of its local number. Raises UserError."""
-    import torch
-
-    if (count := torch.cuda.device_count()) < n_ranks:
-        raise UserError(
-            f"this host is to run {n_ranks} policy ranks, and torch sees {count} CUDA devices; "
-            "expected one for each (in a SLURM job: one task on each node, with all of its GPUs)"
-        )
-
-
-def _has_work(config: Config) -> bool:
-    """All checks; False and a line when the run has come to its end already. Raises UserError."""
-    check_output(config)
-    shape = check_model(config)
-    for line in load_inputs(config, shape).warnings:
-        print(f"warning: {line}", file=sys.stderr)
-    point, _ = find_resume_point(config, shape)
-    total = config.trainer.total_training_steps
-    if point is None or point.marker.step < total:
-        return True
-    print(f"nothing to do: {point.directory} has trainer.total_training_steps={total} behind it")
-    return False
 
 
 @contextmanager
@@ -248,12 +224,13 @@ def _run_host(
     meeting.wait_for_all("to start")
     meeting.watch()
     if hosts.rank == 0:
-        has_work = _has_work(config)
-        meeting.tell("the checks", "work" if has_work else "none")
+        found = preflight(config, hosts.local_ranks(config.policy.world_size))
+        goes_on = has_work(config, found)
+        meeting.tell("the checks", "work" if goes_on else "none")
     else:
         check_model(config)
-        has_work = meeting.hear("the checks") == "work"
-    if not has_work:
+        goes_on = meeting.hear("the checks") == "work"
+    if not goes_on:
         return None
     # On host 0 its own name may resolve to a loopback address: another host says what it sees.
     if hosts.rank == 1:

@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpg-train", description="Train a model with GPG.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
     parser.add_argument(
+        "--check", action="store_true", help="say what would keep the run from starting"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="say what the run will do; needs config.json only"
     )
     parser.add_argument(
@@ -51,8 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dry_run(config, arguments.gpu_memory_gb)
     if rank is not None:
         return run_rank(config)
+    if arguments.check:
+        return check(config, hosts.local_ranks(config.policy.world_size))
     given = [f"--config={arguments.config}", *arguments.overrides]
     return launch(config, given, hosts)
+
+
+def check(config: Config, n_ranks: int) -> int:
+    """Everything that a start would check on this host, without one. Raises UserError."""
+    from gpg_megatron.start.preflight import check_devices, preflight, summary
+
+    check_devices(config, n_ranks)
+    print("\n".join(summary(config, preflight(config, n_ranks))))
+    return 0
 
 
 def dry_run(config: Config, gpu_gib: float) -> int:
