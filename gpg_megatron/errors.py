@@ -23,9 +23,8 @@ class UserError(ValueError):
 
 
 def reason_of(error: BaseException) -> str:
-    """A library's exception on one line: its type, and the beginning of its message. Any text
-    comes out as one that can be printed."""
-    text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+    """A library's exception on one line: its type, and the beginning of its message."""
+    text = " ".join(str(error).split())
     text = text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -45,6 +44,11 @@ def users_mistake(where: str, *kinds: type[BaseException]) -> Iterator[None]:
         raise
     except kinds as error:
         raise UserError(f"{where}: {reason_of(error)}") from error
+
+
+def one_line(text: str) -> str:
+    """A text that quotes what a user brought, with escapes for what does not print."""
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 class RunError(RuntimeError):
@@ -77,7 +81,7 @@ def exit_codes(main: Main) -> Main:
             return main(argv)
         except UserError as error:
             if not torchrun_rank():
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
             return 2
 
     return run

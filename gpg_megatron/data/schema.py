@@ -135,9 +135,12 @@ def _ground_truth(reward_model: Mapping[str, Any], location: str) -> str:
         raise UserError(f"{location}: {key} is {_kind(truth)}; expected a string")
     if isinstance(truth, str):
         return _text(truth, key, location)
-    if not math.isfinite(truth):
-        raise UserError(f"{location}: {key} is {truth}; expected a string or a finite number")
-    return str(int(truth) if truth == int(truth) and abs(truth) < EXACT else truth)
+    if isinstance(truth, float):
+        if not math.isfinite(truth):
+            raise UserError(f"{location}: {key} is {truth}; expected a string or a finite number")
+        return str(int(truth) if truth.is_integer() and abs(truth) < EXACT else truth)
+    with users_mistake(f"{location}: {key}", ValueError):  # of too many digits
+        return str(truth)
 
 
 def _messages(row: Row, location: str) -> tuple[Mapping[str, str], ...]:
