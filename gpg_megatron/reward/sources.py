@@ -108,7 +108,7 @@ def unmet(scorer: str, ground_truth: str) -> str | None:
     text = ground_truth.strip()
     if scorer == "custom":
         return None
-    if not text and scorer != "exact_match":
+    if not text:
         return "is empty"
     if text.casefold() in _NO_ANSWERS and scorer != "exact_match":
         return f"{ground_truth!r} is what a missing value is written as"
