@@ -21,7 +21,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["gpg_megatron*", "checkpoint_convert*", "benchmarks*"]),
+    packages=find_packages(include=["gpg_megatron*", "checkpoint_convert*"]),
+    package_data={
+        "gpg_megatron.config": ["shipped/*.yaml"],  # a link to configs/
+        "gpg_megatron.model": ["shapes/**/config.json"],
+    },
     # An explicit root makes an editable install a plain path entry: packages that are added
     # later are importable without installing again.
     package_dir={"": "."},

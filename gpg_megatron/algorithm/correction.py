@@ -45,7 +45,7 @@ def correction_weights(
         policy_N: fp32 [N] log-probs of the policy; no gradient flows through the factor.
         old_N: fp32 [N] log-probs of what sampled the tokens: the engine, or the policy before the
             first update of the rollout batch.
-        responses_N: int64 [N], number of the token's response, from 0.
+        responses_N: int64 [N], number of the token's response, from 0 and below N.
         config: correction, correction_min, correction_max.
 
     Returns:
@@ -72,8 +72,9 @@ def correction_weights(
 
 def per_response(values_N: Tensor, responses_N: Tensor, *, average: bool) -> Tensor:
     """The sum or the mean over each token's response, at each of its tokens; [N] -> [N]."""
-    n_responses = int(responses_N.max()) + 1 if responses_N.numel() else 0
-    sums_R = values_N.new_zeros(n_responses).index_add(0, responses_N, values_N)
+    # Each has a token, so there are N at most; how many, the host would have to wait for.
+    sums_N = torch.zeros_like(values_N).index_add(0, responses_N, values_N)
     if average:
-        sums_R = sums_R / responses_N.bincount(minlength=n_responses).clamp(min=1)
-    return sums_R[responses_N]
+        ones_N = torch.ones_like(values_N)
+        sums_N = sums_N / torch.zeros_like(ones_N).index_add(0, responses_N, ones_N).clamp(min=1.0)
+    return sums_N[responses_N]

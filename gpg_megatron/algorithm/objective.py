@@ -121,7 +121,7 @@ def _distances(current_N: Tensor, engine_N: Tensor, rho_N: Tensor) -> dict[str, 
     """How far the policy's log-probs are from the engine's, and the sums of the ratios."""
     gap_N = (current_N - engine_N).abs()
     return {
-        "tokens": gap_N.new_tensor(len(gap_N)),
+        "tokens": gap_N.new_full((), len(gap_N)),
         "gap": gap_N.sum(),
         "gap_max": gap_N.amax() if len(gap_N) else gap_N.new_zeros(()),
         "k1": (engine_N - current_N).sum(),

@@ -18,8 +18,13 @@ BACKEND = "gpg"
 RECEIVER = "gpg_megatron.bridge.vllm_worker.BridgeReceiver"
 """Dotted path of the worker extension that the engines must be started with."""
 CHECKSUM_BYTES = 8
-"""At the end of every message: CRC-32 of the bytes before it, begun with the number of the
-message among those of its sender to its receiver; an 8-byte integer."""
+"""At the end of every message, at a multiple of 8: CRC-32 of the elements before it, begun with the
+number of the message among those of its sender to its receiver; an 8-byte integer."""
+
+
+def checksum_place(n_bytes: int) -> int:
+    """Where the checksum stands in a message whose elements take so many bytes."""
+    return n_bytes + -n_bytes % CHECKSUM_BYTES
 
 
 def slot_bytes(n_bytes: int) -> int:

@@ -20,7 +20,13 @@ import torch
 from gpg_megatron.bridge.copies import copy_all
 from gpg_megatron.bridge.links import Way
 from gpg_megatron.bridge.plan import Bucket, Move, agreed_order, bucket_elements, incoming
-from gpg_megatron.bridge.protocol import CHECKSUM_BYTES, Connection, Update, slot_bytes
+from gpg_megatron.bridge.protocol import (
+    CHECKSUM_BYTES,
+    Connection,
+    Update,
+    checksum_place,
+    slot_bytes,
+)
 from gpg_megatron.bridge.transports.base import Expected, Inbox, Patience, TransferError
 from gpg_megatron.bridge.transports.table import open_inbox
 
@@ -78,8 +84,8 @@ class Receiver:
         counts = {(rank, receiver): len(parts) for rank, parts in buckets.items()}
         self._expected = defaultdict(list)
         for rank, _, number in agreed_order(counts, len(links.workers)):
-            message = Expected(rank, self._n_bytes(buckets[rank][number]) + CHECKSUM_BYTES)
-            self._expected[links.way(rank, receiver)].append(message)
+            size = checksum_place(self._n_bytes(buckets[rank][number])) + CHECKSUM_BYTES
+            self._expected[links.way(rank, receiver)].append(Expected(rank, size))
         # Every worker opens them in the same order: a process group waits for all of its members.
         for way, expected in sorted(self._expected.items()):
             senders = sorted({message.sender for message in expected})
@@ -144,7 +150,7 @@ class Receiver:
                     # Some CPU kernels keep biases in fp32.
                     checksum = zlib.crc32(_bytes_of(view.to(self._dtype)), checksum)
                 self._target.wrote(move.target.parameter, move.numel)
-        if verify and checksum != int(data[n_bytes:].view(torch.int64)):
+        if verify and checksum != int(data[checksum_place(n_bytes) :].view(torch.int64)):
             raise TransferError(
                 f"bucket {source.n_read} of policy rank {source.rank} arrived damaged: its first "
                 f"parameter is {bucket[0].target.parameter}"

@@ -11,7 +11,7 @@ import torch
 from gpg_megatron.bridge.copies import copy_all
 from gpg_megatron.bridge.links import Way
 from gpg_megatron.bridge.plan import Bucket, agreed_order, bucket_elements
-from gpg_megatron.bridge.protocol import CHECKSUM_BYTES, slot_bytes
+from gpg_megatron.bridge.protocol import CHECKSUM_BYTES, checksum_place, slot_bytes
 from gpg_megatron.bridge.transports.base import Outbox, Patience
 from gpg_megatron.bridge.transports.table import open_outbox
 
@@ -72,10 +72,10 @@ class Sender:
         device = next(iter(shards.values())).device if shards else torch.device("cpu")
         for way in sorted({message.way for message in messages}):
             part = [message for message in messages if message.way == way]
-            size = slot_bytes(max(map(self._n_bytes, part)) + CHECKSUM_BYTES)
+            longest = checksum_place(max(map(self._n_bytes, part))) + CHECKSUM_BYTES
             receivers = [message.receiver for message in part]
             self._outboxes[way] = open_outbox(
-                way, f"{name}_{way}", size, receivers, timeout_s, device
+                way, f"{name}_{way}", slot_bytes(longest), receivers, timeout_s, device
             )
 
     @property
@@ -127,10 +127,11 @@ class Sender:
         copy_all(parts, sources)
         if flat.device != slot.device:
             slot[:n_bytes].copy_(flat.view(torch.uint8))
+        at = checksum_place(n_bytes)
         if verify:
             checksum = zlib.crc32(slot[:n_bytes].cpu().numpy().data, message.number)
-            slot[n_bytes : n_bytes + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
-        return n_bytes + CHECKSUM_BYTES
+            slot[at : at + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
+        return at + CHECKSUM_BYTES
 
     def _place(self, slot: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Where a bucket is packed: in its slot, or on the GPU, if that is elsewhere."""

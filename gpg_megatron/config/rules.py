@@ -67,7 +67,7 @@ def _about_the_algorithm(config: Config) -> Iterator[tuple[bool, str]]:
 
 
 def _about_model_and_data(path: str, d: DataConfig, trains: bool) -> Iterator[tuple[bool, str]]:
-    yield not path, "model.path is not set; expected a Hugging Face directory"
+    yield not path, "model.path is not set; expected a Hugging Face directory or ORG/NAME"
     yield trains and not d.train_files, "data.train_files is empty; expected at least one file"
     n_weights, n_files = len(d.train_weights), len(d.train_files)
     yield (

@@ -56,7 +56,11 @@ class ModelConfig:
     """The model that is trained."""
 
     path: str = file_path("")
-    """A Hugging Face directory: config.json, safetensors, tokenizer files."""
+    """A Hugging Face directory (config.json, safetensors, tokenizer files), or the ORG/NAME of a
+    model of the Hugging Face Hub, which is fetched into the local cache when it is not there."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a model of the Hub; None: its main branch. The config.yaml of a run
+    has the commit."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter type of the policy; master weights are always fp32."""
 
@@ -88,8 +92,7 @@ class PolicyConfig:
     max_tokens_per_micro_batch: int = ranged(16384, at_least=1)
     """Token budget of one packed micro-batch; a single longer sequence goes alone."""
     share_prompts: bool = True
-    """The prompt of samples of one group is computed once per micro-batch. Transformer Engine's
-    attention cannot do it: there the key changes nothing."""
+    """The prompt of samples of one group is computed once per micro-batch."""
     logits_chunk_mb: int = ranged(256, at_least=1)
     """Limit of the logits that each rank holds at once, MiB; log-probs are computed by chunks
     of as many tokens as fit, and computed again in the backward pass."""

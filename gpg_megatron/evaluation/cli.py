@@ -8,21 +8,23 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from gpg_megatron import __version__
 from gpg_megatron.config.loading import config_yaml, load_config
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.catalog import DATA_SETS, load_split
 from gpg_megatron.data.prompts import LoadedPrompts, file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
-from gpg_megatron.errors import RunError, UserError, exit_codes
+from gpg_megatron.errors import RunError, UserError, exit_codes, writing
 from gpg_megatron.evaluation import compare
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
+from gpg_megatron.model.hub import fetched, local_directory
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.sampling import Sampler, greedy, validation_params
 from gpg_megatron.types import Prompt, SamplingParams, ScoredGroup
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = _parser().parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides, trains=False)
+    config = replace(config, model=fetched(config.model))
     modes = _modes(config, with_greedy=args.greedy)
     loaded = _prompts(args, config)
     check_prompts(loaded.prompts, config.reward)
@@ -58,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = _sets(answered)
     path = out / RESULT_FILE
     result = {"arguments": vars(args), "sets": sets}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_table(sets)))
     print(f"{path}, {out / GENERATIONS_FILE}", flush=True)
     if scorers:
@@ -108,7 +112,7 @@ def _run(
     longest = config.rollout.max_response_length
     device = resolve_device(config.trainer.device)
     shape, n_workers = (
-        load_model_shape(config.model.path),
+        load_model_shape(local_directory(config.model)),
         config.rollout.tensor_model_parallel_size,
     )
     memory = engine_memory(
@@ -120,7 +124,7 @@ def _run(
     limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,
-        model_path=str(Path(config.model.path).resolve()),
+        model_path=str(local_directory(config.model).resolve()),
         device=device,
         max_model_len=config.data.max_prompt_length + longest,
         max_num_seqs=limits.max_num_seqs,
@@ -207,12 +211,13 @@ def _prompts(args: argparse.Namespace, config: Config) -> LoadedPrompts:
     from gpg_megatron.model.shape import load_model_shape, shape_warnings
     from gpg_megatron.rollout.engine_args import check_engine_args
 
-    check_engines(config, load_model_shape(config.model.path))
+    directory = local_directory(config.model)
+    check_engines(config, load_model_shape(directory))
     check_engine_args(config.rollout)
-    for line in shape_warnings(config.model.path):
+    for line in shape_warnings(directory):
         print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     return render_all(problems, config.data, tokenizer)
 
 
@@ -248,8 +253,9 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpg-eval", description=__doc__)
     add = parser.add_argument
+    add("--version", action="version", version=__version__)
     names = ", ".join(DATA_SETS)
-    add("--config", metavar="FILE", help="a YAML file of configs/, or that of a run")
+    add("--config", metavar="FILE", help="YAML, or the name of one that comes with the package")
     add("overrides", nargs="*", metavar="a.b=value", help="replaces a key, as model.path=DIR")
     add("--data", required=True, nargs="+", help=f"files in the row schema, or names: {names}")
     add("--source", help="local file or folder for the names; without it, Hugging Face")

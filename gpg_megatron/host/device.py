@@ -32,6 +32,13 @@ def init_process_group(device: Device, timeout_s: int) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor on a device. The copy is queued behind the device's work and the host goes
+    on; from memory that is not pinned it would wait until all of that work is done."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=True)
+
+
 _LOST = (
     ("gloo", "onnection"),
     ("NCCL", "remote process exited"),

@@ -45,6 +45,7 @@ from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Collector, Rollouts
 from gpg_megatron.loop.trainer import Run, Schedule
 from gpg_megatron.model.flops import token_costs
+from gpg_megatron.model.hub import local_directory
 from gpg_megatron.observe.gpus import GpuWatch
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.progress import Progress
@@ -151,7 +152,7 @@ def load_policy(
 
 def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
     """From a converted model, or from Hugging Face files."""
-    path = Path(config.model.path)
+    path = local_directory(config.model)
     if is_converted(config):
         check_bytes(path, read_marker(path))
         policy.load_weights(path)
@@ -267,8 +268,7 @@ def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
         dp_rank=at.dp_rank,
         dp_size=at.dp_size,
         costs=token_costs(shape),
-        # Transformer Engine's attention knows no segments with a shared prompt.
-        share_prompts=p.share_prompts and not has_transformer_engine(),
+        share_prompts=p.share_prompts,
     )
 
 

@@ -176,16 +176,22 @@ class Run:
         results: Sequence[StepResult],
         others: Mapping[str, float],
     ) -> None:
-        """Write what a step was, on rank 0. timing/step_s is its time without the evaluation."""
-        if self.rank0 is None:
-            return
-        timings = self.watchdog.pop_timings() | dict(rollout.timings)
-        seconds = time.perf_counter() - self._step_began - timings.get("timing/eval_s", 0.0)
-        metrics = step_metrics(rollout, samples, stats, batches, results)
-        metrics |= dict(others) | timings | {"timing/step_s": seconds}
-        metrics |= throughput(metrics, self.peak_flops_per_s)
-        self.rank0.report(step, metrics, rollout.groups, samples)
-        self.rank0.warn_of_shaped_scores(step, stats)
+        """Write what a step was, on rank 0. timing/step_s is its time without the evaluation.
+
+        Raises:
+            UserError: on every rank, when the disk is full.
+        """
+
+        def write() -> None:
+            timings = self.watchdog.pop_timings() | dict(rollout.timings)
+            seconds = time.perf_counter() - self._step_began - timings.get("timing/eval_s", 0.0)
+            metrics = step_metrics(rollout, samples, stats, batches, results)
+            metrics |= dict(others) | timings | {"timing/step_s": seconds}
+            metrics |= throughput(metrics, self.peak_flops_per_s)
+            self._rank0.report(step, metrics, rollout.groups, samples)
+            self._rank0.warn_of_shaped_scores(step, stats)
+
+        self.on_rank0(write)
 
     def finish(self) -> None:
         """The last words of a run that came to its end."""

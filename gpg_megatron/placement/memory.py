@@ -35,11 +35,19 @@ class PolicyMemory:
     """Kept for the backward pass, at the most micro-batches that are under way at once."""
     logits: int
     """Of one micro-batch; on the last stage only."""
+    projection: int
+    """The gradient of the projection onto the vocabulary, while it is summed over chunks of
+    logits; on the last stage only."""
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        return self.parameters + self.gradients + self.optimizer + self.working
+
+    @property
+    def working(self) -> int:
+        """Of the forward and the backward pass alone."""
+        return self.activations + self.logits + self.projection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +76,22 @@ class EngineLimits:
 
 
 def policy_memory(
-    config: Config, shape: ModelShape, *, n_parameters: int, stage: int
+    config: Config, shape: ModelShape, *, n_parameters: int, n_in_experts: int = 0, stage: int
 ) -> PolicyMemory:
-    """Of a rank of a pipeline stage that holds n_parameters.
+    """Of a rank of a pipeline stage that holds n_parameters, n_in_experts of them in experts.
 
     Gradients are summed in fp32 whatever the parameters are. With the distributed optimizer
     every replica holds its share of the optimizer's state, else all of it; ranks that share the
-    tokens of a row are replicas too. Where whole layers are computed again, a token keeps one
-    hidden state for each layer, and one layer at a time is complete; recompute: attention is
-    counted as none.
+    tokens of a row are replicas too, and experts have fewer of them. Where whole layers are
+    computed again, a token keeps one hidden state for each layer, and one layer at a time is
+    complete; recompute: attention is counted as none.
     """
     item = DTYPES[config.model.dtype].itemsize
     p = config.policy
     replicas = p.context_parallel_size * p.data_parallel_size
     shares = replicas if p.use_distributed_optimizer else 1
-    master = FP32 if item < FP32 else 0
+    of_experts = shares // p.expert_model_parallel_size if p.use_distributed_optimizer else 1
+    state = optimizer_item(config)
     tokens = math.ceil(p.max_tokens_per_micro_batch / p.context_parallel_size)
     pp = p.pipeline_model_parallel_size
     layers = pipeline_stages(p, shape.num_layers).count(stage)
@@ -95,10 +104,17 @@ def policy_memory(
     return PolicyMemory(
         parameters=n_parameters * item,
         gradients=n_parameters * FP32,
-        optimizer=n_parameters * (master + 2 * FP32) // shares,
+        optimizer=(n_parameters - n_in_experts) * state // shares
+        + n_in_experts * state // of_experts,
         activations=tokens * kept,
         logits=logit_bytes(config, shape) if last else 0,
+        projection=projection_bytes(config, shape) if last else 0,
     )
+
+
+def optimizer_item(config: Config) -> int:
+    """Bytes that Adam keeps for one parameter: two moments and, for bf16, the master weight."""
+    return (3 if DTYPES[config.model.dtype].itemsize < FP32 else 2) * FP32
 
 
 def gpu_states(
@@ -119,7 +135,7 @@ def gpu_states(
             continue  # an engine as in ROLLOUT, and no policy
         held = sum(getattr(policy, part) for part in POLICY_PARTS & resident) if policy else 0
         if policy and state is State.POLICY:
-            held += policy.activations + policy.logits
+            held += policy.working
         awake = 0
         if engine and "kv_cache" in resident:
             awake = engine.reserved
@@ -175,6 +191,13 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
     chunk = max(1, p.logits_chunk_mb * MIB // (FP32 * rows))
     of_each = DTYPES[config.model.dtype].itemsize + 2 * FP32
     return min(math.ceil(tokens * share), chunk) * rows * of_each
+
+
+def projection_bytes(config: Config, shape: ModelShape) -> int:
+    """The fp32 sum and, in bf16, one chunk's product or the sum's copy in bf16."""
+    item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
+    rows = padded_vocab_size(shape, t) // t
+    return rows * shape.hidden_size * (FP32 + (item if item < FP32 else 0))
 
 
 def micro_batches_per_update(config: Config) -> int:

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from gpg_megatron import __version__
 from gpg_megatron.config.sections import GIB
 
 Need = Literal["both", "cpu", "gpu", "option"]
@@ -262,9 +263,11 @@ def _broken_engine(version_of: Callable[[str], str | None], devices: Devices) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Always 0: an absent component is a finding, not a failure."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="gpg-doctor", description="Prints what is installed and what is missing."
-    ).parse_args(argv)
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.parse_args(argv)
     devices = find_devices()
     broken = _broken_engine(installed_version, devices)
     Console(highlight=False).print(component_table(installed_version))

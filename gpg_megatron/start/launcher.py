@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.hosts import run_among_hosts
 from gpg_megatron.start.meeting import Hosts
@@ -68,18 +69,22 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     """
     from gpg_megatron.host.device import resolve_device
 
+    allow_open_files()
     n_ranks = config.policy.world_size
     on_gpus = resolve_device(config.trainer.device) == "cuda"
     if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
+        is_alone = config.rollout.ray_address is None
+        if is_alone:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if on_gpus:
             check_devices(n_ranks)
             check_transformer_engine()
         if not has_work(config):
             return 0
         with own_run() as run_id:
-            failure = run_ranks(one_host_world(run_id, n_ranks, on_gpus), arguments)
+            failure = run_ranks(one_host_world(run_id, n_ranks, on_gpus, is_alone), arguments)
     else:
         failure = run_among_hosts(config, arguments, hosts)
     if failure is None:

@@ -29,9 +29,16 @@ def own_run() -> Iterator[str]:
         cleanup_run(run_id)
 
 
-def one_host_world(run_id: str, n_ranks: int, on_gpus: bool) -> LaunchConfig:
+def one_host_world(run_id: str, n_ranks: int, on_gpus: bool, is_alone: bool) -> LaunchConfig:
+    """is_alone: no engine is on another host. Then nothing has to resolve the host's name."""
     return world_of(
-        1, n_ranks, on_gpus, run_id=run_id, rdzv_backend="c10d", rdzv_endpoint="localhost:0"
+        1,
+        n_ranks,
+        on_gpus,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1" if is_alone else None,
     )
 
 

@@ -10,8 +10,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpg_megatron.bridge.copies import copy_all
 from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_shapes
@@ -28,7 +31,7 @@ from tests.unit.engine_weights import PADDING, weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = ModelShape(
-    architecture="Any", num_layers=2, hidden_size=8, ffn_size=16, num_heads=4, num_kv_heads=2,
+    architecture="Any", num_layers=2, hidden_size=7, ffn_size=16, num_heads=4, num_kv_heads=2,
     head_dim=4, vocab_size=128, tied=False, qkv_bias=True, qk_norm=False, rope_theta=1e4,
     rms_norm_eps=1e-6, max_position_embeddings=16, moe=None,
 )  # fmt: skip
@@ -69,7 +72,7 @@ class Publish:
     """Four ranks and two workers in this process. The ranks of the second stage are elsewhere, so
     that each worker hears from two ranks over shared memory and from two over the network."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         shapes = hf_shapes(MODEL)
         wanted = [destinations(ENGINE, shapes, worker) for worker in range(2)]
         routes = make_routes(held_by_policy(MODEL, GRID), wanted)
@@ -86,7 +89,7 @@ class Publish:
             assert set(ways.values()) == {"shm" if rank < 2 else "gloo"}
             messages = messages_of(rank, pairs, ways, 2)
             shards, own = self.shards[rank], f"gpg_test_{name}_{rank}"
-            sender = Sender(shards, messages, torch.float32, name=own, timeout_s=LATE_S)
+            sender = Sender(shards, messages, dtype, name=own, timeout_s=LATE_S)
             self.senders.append(sender)
         addresses: dict[Way, dict[int, object]] = {"shm": {}, "gloo": {}}
         for rank, sender in enumerate(self.senders):
@@ -96,7 +99,7 @@ class Publish:
             links=links,
             routes=[[r for r in routes if r.worker == w] for w in range(2)],
             addresses=addresses,
-            dtype="float32",
+            dtype=str(dtype).removeprefix("torch."),
             bucket_elements=LIMIT,
             timeout_s=LATE_S,
         )
@@ -126,8 +129,10 @@ class Publish:
         together([*receive, *send])
 
     def close(self) -> None:
-        for end in (*self.senders, *self.receivers):
-            end.close()
+        for sender in self.senders:
+            sender.close()
+        for receiver in self.receivers:
+            receiver.close()
 
 
 def together(actions: Sequence[Callable[[], None]]) -> None:
@@ -149,8 +154,9 @@ def together(actions: Sequence[Callable[[], None]]) -> None:
         raise failure
 
 
-def test_every_pair_takes_its_own_way_and_all_elements_arrive() -> None:
-    publish = Publish()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_pair_takes_its_own_way_and_all_elements_arrive(dtype: torch.dtype) -> None:
+    publish = Publish(dtype)
     try:
         for seed, verify in ((0, True), (1, False), (2, True)):
             publish.load(seed)
@@ -158,9 +164,22 @@ def test_every_pair_takes_its_own_way_and_all_elements_arrive() -> None:
             hf = {name: tensor.numpy() for name, tensor in hf_tensors(seed).items()}
             for worker, target in enumerate(publish.targets):
                 for name, expected in weights(ENGINE, hf, worker).items():
-                    assert torch.equal(target.values[name], torch.from_numpy(expected).float())
+                    wire = torch.from_numpy(expected).to(dtype).float()
+                    assert torch.equal(target.values[name], wire), name
     finally:
         publish.close()
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_copies_are_the_same_in_one_call() -> None:
@@ -174,7 +193,9 @@ def test_copies_are_the_same_in_one_call() -> None:
         torch.zeros(6).bfloat16(),
         torch.zeros(8, 6),
     ]
-    copy_all(targets, sources)
+    with Recorded() as calls:
+        copy_all(targets, sources)
+    assert calls.names == ["aten._foreach_copy_.default"] * 2  # contiguous pairs, strided ones
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target, source.to(target.dtype))
     copy_all([], [])

@@ -206,10 +206,15 @@ def test_memory_that_cannot_be_locked_is_told_and_used(
         asked.append((pointer, size, flags))
         return code
 
+    def launch(size: int, device: str) -> None:
+        asked.append("launch")
+        raise RuntimeError("the error of the call before")
+
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=answer))
+    monkeypatch.setattr(torch, "ones", launch)
     memory = torch.zeros(3 << 20, dtype=torch.uint8)
     assert lane.register(memory) == (code == 0)
-    assert asked == [(memory.data_ptr(), 3 << 20, 0)]
+    assert asked == [(memory.data_ptr(), 3 << 20, 0), "launch"][: 2 if code else 1]
     warning = "warning: the bridge cannot page-lock 3 MiB of shared memory (CUDA error 801)"
     assert capsys.readouterr().err.startswith(warning if code else "")
 

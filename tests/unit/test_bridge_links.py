@@ -207,4 +207,4 @@ def test_a_worker_names_the_gpus_that_it_can_read_by_uuid(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _, other: other != 2)
     seat = own_seat(torch.device("cuda", 1))
-    assert (seat.gpu, seat.peers) == ("uuid-1", {"uuid-0"})
+    assert (seat.gpu, seat.peers) == ("uuid-1", frozenset({"uuid-0"}))

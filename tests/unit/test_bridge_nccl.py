@@ -170,6 +170,12 @@ class World:
         self.groups.append(FakeNccl(gpu, address.port, rank))
         return self.groups[-1]
 
+    def close(self) -> None:
+        for outbox in self.outboxes:
+            outbox.close()
+        for inbox in self.inboxes:
+            inbox.close()
+
     def send(self, sender: int, receiver: int, value: int, pack_s: float = 0.0) -> None:
         outbox = self.outboxes[sender]
         slot = Patience(10.0).until(outbox.slot, "a slot")
@@ -209,8 +215,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Worl
 
     yield make
     for world in made:
-        for end in (*world.outboxes, *world.inboxes):
-            end.close()
+        world.close()
     FakeNccl.wires.clear()
 
 
@@ -229,7 +234,12 @@ def test_a_slot_is_overwritten_after_the_kernels_that_read_it(world: Make) -> No
     one, n = world(1, 1), 8
     one.inboxes[0].start([Expected(0, BYTES)] * n)
     found: list[tuple[int, int]] = []
-    sender = threading.Thread(target=lambda: [one.send(0, 0, value) for value in range(n)])
+
+    def send() -> None:
+        for value in range(n):
+            one.send(0, 0, value)
+
+    sender = threading.Thread(target=send)
     sender.start()
     for _ in range(n):
         one.receive(0, found, read_s=3 * DELAY_S)
@@ -290,8 +300,7 @@ def test_a_circle_is_found_out_and_its_kernels_end(world: Make) -> None:
     with pytest.raises(TransferError, match="did not take part within 1 s"):
         exchange(two, crossed, 1)
     assert time.monotonic() - begin < LIMIT_S + 2
-    for end in (*two.outboxes, *two.inboxes):
-        end.close()
+    two.close()
     for side in ("rank", "worker"):
         for number in range(2):
             assert two.gpu(side, number).nccl.ends_within(2), "a kernel spins for ever"

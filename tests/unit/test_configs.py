@@ -272,7 +272,7 @@ def test_every_number_has_a_range() -> None:
     [
         (
             {"model": {"path": ""}},
-            "model.path is not set; expected a Hugging Face directory",
+            "model.path is not set; expected a Hugging Face directory or ORG/NAME",
         ),
         (
             {"data": {"train_files": ()}},

@@ -80,7 +80,7 @@ ONLY_LIBRARIES: dict[str, frozenset[str]] = {
     "answers": frozenset(),
     "plugins": frozenset(),
     "config": frozenset({"omegaconf", "yaml"}),
-    "model": frozenset(),
+    "model": frozenset({"huggingface_hub"}),
     "algorithm": frozenset({"torch"}),
     "batching": frozenset({"torch"}),
     "placement": frozenset(),

@@ -238,7 +238,7 @@ class _Worker:
     def _guarded(self) -> None:
         try:
             self._run(self._groups)
-        except (RuntimeError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the run ends by it
             self.failure = error
             self._abort()
 

@@ -1,0 +1,30 @@
+"""What config.yaml and the command line can have wrong."""
+
+from __future__ import annotations
+
+from tests.bad_inputs.case import Case, given
+
+CASES = (
+    given("an unknown key", "policy.lrr=1e-6"),
+    given("a key without a value", "policy.lr"),
+    given("tensor parallelism that does not divide", "policy.tensor_model_parallel_size=3"),
+    given("pipeline stages that do not divide", "policy.pipeline_model_parallel_size=3"),
+    given("engines that do not divide the heads", "rollout.tensor_model_parallel_size=8"),
+    given("sequences longer than the model's", "rollout.max_response_length=5000"),
+    given("an unknown scorer", "reward.scorer=gsm9k"),
+    Case(
+        name="a configuration that is not there",
+        brings="no config.yaml",
+        files={"config.yaml": None},
+    ),
+    Case(
+        name="a configuration that is no YAML",
+        brings="`policy: {lr: 1e-6`",
+        files={"config.yaml": "policy: {lr: 1e-6\n"},
+    ),
+    Case(
+        name="a configuration that is a list",
+        brings="`- policy`",
+        files={"config.yaml": "- policy\n"},
+    ),
+)
