@@ -39,11 +39,11 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     try:
         fleet = Fleet.start(spec(tmp_path, run_id), run_id=run_id, log_dir=tmp_path)
         fleet.wait_ready()
-        before, awake = fleet.generate([request(temperature=0.0)]), taken()
+        before, awake = fleet.generate([request(temperature=0.0, n=1)]), taken()
         fleet.sleep(1)
         asleep = taken()
         fleet.wake(["weights", "kv_cache"])
-        after = fleet.generate([request(temperature=0.0)])
+        after = fleet.generate([request(temperature=0.0, n=1)])
         fleet.close()
     finally:
         cleanup_run(run_id)
