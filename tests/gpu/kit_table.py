@@ -39,6 +39,21 @@ ROWS = (
         needs=("a GPU",),
     ),
     Row(
+        name="attention",
+        what="packed attention by span and in one call, forward and backward, against the CPU",
+        function=f"{AT}attention:equal",
+    ),
+    Row(
+        name="attention-shapes",
+        what="seconds for 30 rows of new shapes, with cuDNN and without",
+        function=f"{AT}attention:new_shapes",
+    ),
+    Row(
+        name="attention-speed",
+        what="tokens/s of a 7B layer's attention, and the share of the peak",
+        function=f"{AT}attention:speed",
+    ),
+    Row(
         name="logprobs",
         what="log-probs of a 7B model's vocabulary, in one chunk and in many",
         function=f"{AT}logprobs:chunks",

@@ -16,8 +16,8 @@ from gpg_megatron.host.reaper import (
     scratch_directory,
     start_reaper,
 )
-from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.rollout.spec import EngineSpec
 from tests.stack.test_rollout import request
 from tests.tiny import make_tiny_model
 
@@ -39,11 +39,11 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     try:
         fleet = Fleet.start(spec(tmp_path, run_id), run_id=run_id, log_dir=tmp_path)
         fleet.wait_ready()
-        before, awake = fleet.generate([request(temperature=0.0)]), taken()
+        before, awake = fleet.generate([request(temperature=0.0, n=1)]), taken()
         fleet.sleep(1)
         asleep = taken()
         fleet.wake(["weights", "kv_cache"])
-        after = fleet.generate([request(temperature=0.0)])
+        after = fleet.generate([request(temperature=0.0, n=1)])
         fleet.close()
     finally:
         cleanup_run(run_id)
@@ -55,10 +55,12 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def spec(folder: Path, run_id: str) -> EngineSpec:
     """Of a small engine that takes half of the GPU."""
     return EngineSpec(
-        rollout=RolloutConfig(enforce_eager=True, gpu_memory_utilization=SHARE, max_num_seqs=16),
+        rollout=RolloutConfig(enforce_eager=True, gpu_memory_utilization=SHARE),
         model_path=str(make_tiny_model(folder / "model", hidden_size=256, num_heads=8)),
         device="cuda",
         max_model_len=256,
+        max_num_seqs=16,
+        max_num_batched_tokens=2048,
         gives_memory_back=True,
         worker_extension=RECEIVER,
         scratch=scratch_directory(run_id),

@@ -118,7 +118,8 @@ def _sender(job: dict[str, Any], environment: dict[str, str] | None = None) -> i
 def _worker(job: dict[str, Any]) -> Iterator[None]:
     """A worker that serves senders until the end of the block."""
     Path(job["socket"]).unlink(missing_ok=True)
-    environment, index = {}, 0
+    environment: dict[str, str] = {}
+    index = 0
     if job["device"] == "cuda":
         environment, index = _seen_otherwise(job["worker_gpu"])
     process = _start("publish_worker", job | {"index": index}, environment)
@@ -139,7 +140,9 @@ def _seen_otherwise(gpu: int) -> tuple[dict[str, str], int]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names)}, count - 1 - gpu
 
 
-def _start(module: str, job: dict[str, Any], environment: dict[str, str]) -> Any:
+def _start(
+    module: str, job: dict[str, Any], environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", f"tests.gpu.rows.{module}", json.dumps(job)],
         cwd=ROOT,

@@ -54,8 +54,9 @@ class Worker:
     """What a sender may call."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
-        device = torch.device(job["device"], job["index"] if job["device"] == "cuda" else None)
-        if device.type == "cuda":
+        device = torch.device("cpu")
+        if job["device"] == "cuda":
+            device = torch.device("cuda", job["index"])
             torch.cuda.set_device(device)
         self.engine = Engine(model=load_model_shape(job["folder"], need_weights=False), tp_size=1)
         self.device = device
