@@ -101,7 +101,8 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
-        added = self._llm.get_tokenizer().added_tokens_decoder
+        tokenizer: Any = self._llm.get_tokenizer()
+        added = tokenizer.added_tokens_decoder
         self._special = {x.content: i for i, x in added.items() if x.special}
         self._serial = 0
         self._whole = True

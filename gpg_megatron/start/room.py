@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpg_megatron.bridge.transports.base import SLOTS
@@ -14,6 +14,7 @@ from gpg_megatron.config.sections import GIB, MIB, Config
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import SHARED_MEMORY, scratch_directory
 from gpg_megatron.layout.topology import hf_shapes
+from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.memory import FP32, engine_memory
 from gpg_megatron.types import DTYPES, ModelShape
 
@@ -67,6 +68,8 @@ def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
     item = DTYPES[config.model.dtype].itemsize
     master = FP32 if item < FP32 else 0
     exported = item if config.checkpoint.hf_export == "every" else 0
+    rows = padded_vocab_size(shape, config.policy.tensor_model_parallel_size)
+    shape = replace(shape, vocab_size=rows)
     n_parameters = sum(map(math.prod, hf_shapes(shape).values()))
     return n_parameters * (item + master + 2 * FP32 + exported)
 

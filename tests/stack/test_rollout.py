@@ -202,7 +202,7 @@ class TestOneEngine:
         from transformers import AutoTokenizer
 
         pad, newline = AutoTokenizer.from_pretrained(model).encode(f"{PAD}\n")
-        wanted = {"n": 32, "max_tokens": 200, "temperature": 1.0}
+        wanted: dict[str, Any] = {"n": 32, "max_tokens": 200, "temperature": 1.0}
         free = fleet.generate([request(**wanted)])
         assert any(pad in c.token_ids for c in free)
         stopped = fleet.generate([request(**wanted, stop=(PAD, "\n"))])
