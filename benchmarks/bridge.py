@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.bridge_rivals import GatherReload, PlainCopy
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.sections import Config
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine-tp", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bucket-mb", type=int, default=16)
-    parser.add_argument("--transport", default="shm")
+    parser.add_argument("--transport", default="auto")
     args = parser.parse_args(argv)
     if "RANK" in os.environ:
         return run_rank(args)
@@ -127,72 +128,74 @@ def configuration(args: argparse.Namespace, folder: Path) -> Config:
 
 def run_rank(args: argparse.Namespace) -> int:
     """One policy rank; rank 0 reports."""
+    from gpg_megatron.host.collectives import on_rank0
     from gpg_megatron.host.device import init_process_group, set_threads
+    from gpg_megatron.host.reaper import RUN_ID_VARIABLE, scratch_directory
     from gpg_megatron.policy.on_cpu import quiet_megatron
 
     quiet_megatron()
-    from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
-    from gpg_megatron.bridge.protocol import BACKEND
-    from gpg_megatron.host.collectives import on_rank0
-    from gpg_megatron.host.reaper import RUN_ID_VARIABLE, scratch_directory
     from gpg_megatron.layout.hf_io import load_hf
-    from gpg_megatron.layout.topology import policy_grid
     from gpg_megatron.model.shape import load_model_shape
     from gpg_megatron.policy.policy import Policy
-    from gpg_megatron.rollout.engine import EngineSpec
-    from gpg_megatron.rollout.fleet import Fleet
 
     set_threads(None)
     init_process_group("cpu", 600)
     run_id = os.environ[RUN_ID_VARIABLE]
     scratch = scratch_directory(run_id)
-    rank = dist.get_rank()
     config = on_rank0(lambda: configuration(args, scratch))
     shape = load_model_shape(config.model.path)
-    fleet: list[Fleet] = []
-
-    def start() -> None:
-        spec = EngineSpec(
-            rollout=config.rollout,
-            model_path=str(Path(config.model.path).absolute()),
-            device="cpu",
-            max_model_len=128,
-            worker_extension=EXTENSION,
-            weight_transfer=BACKEND,
-            scratch=scratch,
-        )
-        fleet.append(Fleet.start(spec, run_id=run_id, log_dir=scratch))
-
-    on_rank0(start)
+    fleet: list[Any] = []
+    on_rank0(lambda: fleet.append(start_fleet(config, run_id, scratch)))
     try:
         policy = Policy(config, shape, "cpu")
-        shards = policy.named_shards()
-        load_hf(config.model.path, shards, shape, policy.position)
+        load_hf(config.model.path, policy.named_shards(), shape, policy.position)
         on_rank0(lambda: fleet[0].wait_ready())
-        side = PolicySide(
-            shards=shards,
-            model=shape,
-            grid=policy_grid(config.policy, shape),
-            rank=rank,
-        )
-        world = dist.group.WORLD
-        assert world is not None
-        bridge = WeightBridge(
-            side,
-            fleet[0] if fleet else None,
-            config.bridge,
-            wire_dtype=torch.float32,
-            run_id=run_id,
-            group=world,
-        )
-        report = measure(args, policy, bridge, fleet[0] if fleet else None, shape)
+        engines = fleet[0] if fleet else None
+        bridge = open_bridge(config, policy, engines, shape, run_id)
+        report = measure(args, policy, bridge, engines, shape)
     finally:
         for engine in fleet:
             engine.close()
-    if rank == 0:
+    if dist.get_rank() == 0:
         print(json.dumps(report))
     dist.destroy_process_group()
     return 0
+
+
+def start_fleet(config: Config, run_id: str, scratch: Path) -> Any:
+    from gpg_megatron.bridge.protocol import BACKEND
+    from gpg_megatron.rollout.fleet import Fleet
+    from gpg_megatron.rollout.spec import EngineSpec
+
+    spec = EngineSpec(
+        rollout=config.rollout,
+        model_path=str(Path(config.model.path).absolute()),
+        device="cpu",
+        max_model_len=128,
+        max_num_seqs=16,
+        max_num_batched_tokens=8192,
+        worker_extension=EXTENSION,
+        weight_transfer=BACKEND,
+        scratch=scratch,
+    )
+    return Fleet.start(spec, run_id=run_id, log_dir=scratch)
+
+
+def open_bridge(config: Config, policy: Any, engines: Any, shape: Any, run_id: str) -> Any:
+    from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
+    from gpg_megatron.layout.topology import policy_grid
+
+    side = PolicySide(
+        shards=policy.named_shards(),
+        model=shape,
+        grid=policy_grid(config.policy, shape),
+        rank=dist.get_rank(),
+    )
+    world = dist.group.WORLD
+    assert world is not None
+    return WeightBridge(
+        side, engines, config.bridge, wire_dtype=torch.float32, run_id=run_id, group=world
+    )
 
 
 def measure(
@@ -219,7 +222,7 @@ def measure(
             elapsed = _timed(action)
             if number:  # the first round warms up
                 seconds[name].append(elapsed)
-    buckets = [4 * bucket_elements(message.bucket) for message in bridge._messages]
+    buckets = [4 * bucket_elements(message.bucket) for message in bridge.messages]
     total = torch.tensor([sum(buckets)], dtype=torch.int64)
     dist.all_reduce(total)
     slots = torch.tensor([SLOTS * max(buckets, default=0)], dtype=torch.int64)
@@ -249,90 +252,6 @@ def measure(
         "speedup_over_gather_reload": median["gather"] / median["publish"],
         "gather_extra_bytes": full,
     }
-
-
-class PlainCopy:
-    """The same bytes from rank 0's memory through shared memory into rank 1's (or back into
-    rank 0's, when it is alone): the two copies that no transport on one host can avoid."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self._path = Path("/dev/shm") / f"gpg_{os.environ['GPG_RUN_ID']}_copy"
-        self._reader = min(1, dist.get_world_size() - 1)
-        rank = dist.get_rank()
-        if rank == 0:
-            self._path.touch(exist_ok=False)
-            os.truncate(self._path, n_bytes)
-        dist.barrier()
-        if rank in (0, self._reader):
-            self._shared = torch.from_file(
-                str(self._path), shared=True, size=n_bytes, dtype=torch.uint8
-            )
-            self._own = torch.zeros(n_bytes, dtype=torch.uint8)
-
-    def run(self) -> None:
-        if dist.get_rank() == 0:
-            self._shared.copy_(self._own)
-        dist.barrier()
-        if dist.get_rank() == self._reader:
-            self._own.copy_(self._shared)
-
-    def close(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-
-class GatherReload:
-    """The usual way: full Hugging Face tensors on rank 0, then the engine's own loader."""
-
-    def __init__(self, policy: Any, shape: Any, fleet: Any, n_bytes: int) -> None:
-        from gpg_megatron.layout.boxes import Shard
-        from gpg_megatron.layout.families import pieces_of
-        from gpg_megatron.layout.topology import hf_shapes
-
-        position = policy.position
-        self._fleet = fleet
-        self._pieces = [
-            (tensor, piece)
-            for name, tensor in policy.named_shards().items()
-            for piece in pieces_of(
-                name, Shard(tuple(tensor.shape), position.tp_rank, position.tp_size), shape
-            )
-        ]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, [piece for _, piece in self._pieces])
-        self._others = everyone
-        self._path = Path("/dev/shm") / f"gpg_{os.environ['GPG_RUN_ID']}_full"
-        self._manifest, offset = [], 0
-        for name, size in hf_shapes(shape).items():
-            self._manifest.append((name, list(size), offset))
-            offset += torch.Size(size).numel() * 4
-        if dist.get_rank() == 0:
-            self._path.touch(exist_ok=False)
-            os.truncate(self._path, n_bytes)
-            memory = torch.from_file(str(self._path), shared=True, size=n_bytes, dtype=torch.uint8)
-            self._full = {
-                name: memory[o : o + torch.Size(s).numel() * 4].view(torch.float32).view(s)
-                for name, s, o in self._manifest
-            }
-
-    def run(self) -> None:
-        rank = dist.get_rank()
-        if rank:
-            for tensor, piece in self._pieces:
-                dist.send(tensor[piece.local.slices].contiguous(), dst=0)
-        else:
-            for tensor, piece in self._pieces:
-                self._full[piece.hf_name][piece.hf.slices].copy_(tensor[piece.local.slices])
-            for source in range(1, dist.get_world_size()):
-                for piece in self._others[source]:
-                    part = torch.empty(piece.hf.shape)
-                    dist.recv(part, src=source)
-                    self._full[piece.hf_name][piece.hf.slices].copy_(part)
-            arguments = (str(self._path), self._manifest)
-            self._fleet.call_workers("bench_reload", [arguments], timeout_s=300)
-        dist.barrier()
-
-    def close(self) -> None:
-        self._path.unlink(missing_ok=True)
 
 
 def _timed(action: Callable[[], None]) -> float:

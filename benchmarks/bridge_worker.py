@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gpg_megatron.bridge import receiver
+from gpg_megatron.bridge import vllm_worker
 from gpg_megatron.bridge.install import Installer
-from gpg_megatron.bridge.receiver import BridgeReceiver
+from gpg_megatron.bridge.vllm_worker import BridgeReceiver
 
 
 class MeasuredInstaller(Installer):
@@ -36,8 +36,8 @@ def n_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-_receiver: Any = receiver
-_receiver.Installer = MeasuredInstaller
+_module: Any = vllm_worker
+_module.Installer = MeasuredInstaller
 
 
 class BenchReceiver(BridgeReceiver):

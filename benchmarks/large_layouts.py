@@ -163,10 +163,13 @@ def plan(case: LargeCase) -> Planned:
         for worker in workers
         for shape in engine_layout.parameter_shapes(engine, shapes, worker).values()
     )
+    sent: Counter[int] = Counter()
+    for (rank, _, _), n in sent_elements(routes, case.n_engines).items():
+        sent[rank] += n
     return Planned(
         case=case,
         routes=routes,
-        sent=sent_elements(routes, case.n_engines),
+        sent=sent,
         needed=needed * case.n_engines,
         seconds=seconds,
     )

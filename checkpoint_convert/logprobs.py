@@ -11,7 +11,7 @@ from gpg_megatron.batching.updates import pack
 from gpg_megatron.checkpoint.marker import HF_FILES
 from gpg_megatron.config.sections import Config, ModelConfig, RolloutConfig, TrainerConfig
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.policy.on_cpu import quiet_megatron
+from gpg_megatron.policy.on_cpu import hide_gpu_libraries, quiet_megatron
 from gpg_megatron.types import MicroBatch, TrainSample
 
 
@@ -34,6 +34,7 @@ def hf_logprobs(hf: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]
 def megatron_logprobs(megatron: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same from Megatron's model in this process, which becomes a world of one rank."""
     quiet_megatron()
+    hide_gpu_libraries()
     from gpg_megatron.policy.policy import Policy
 
     path = megatron / HF_FILES

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 MAX_REASON = 300
@@ -20,6 +21,15 @@ class UserError(ValueError):
     The message is a single line that says what is wrong, where, and what would be right.
     Commands print it without a traceback and exit with code 2.
     """
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, or takes no file there, is one line. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -73,7 +83,8 @@ class Main(Protocol):
 
 
 def exit_codes(main: Main) -> Main:
-    """Wrap a command: a UserError is printed as one line on stderr (by rank 0) and returns 2."""
+    """Wrap a command: a UserError is printed as one line on stderr (by rank 0) and returns 2,
+    Ctrl-C returns 130."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -83,5 +94,8 @@ def exit_codes(main: Main) -> Main:
             if not torchrun_rank():
                 print(f"error: {one_line(str(error))}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("stopped by SIGINT", file=sys.stderr)
+            return 130
 
     return run

@@ -267,6 +267,42 @@ class MoEShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Every rotary angle is divided by the factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """The angles of Llama 3.1 and later."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+    """Tokens, before the model was made longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071)."""
+
+    factor: float
+    original_length: int
+    """Tokens, before the model was made longer."""
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """The ends of the ramp are whole numbers."""
+    attention_factor: float
+    """Multiplies cosine and sine."""
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The architecture of a Hugging Face model, as its config.json states it."""
 
@@ -287,6 +323,8 @@ class ModelShape:
     qk_norm: bool
     """RMSNorm over each head of q and k (Qwen3)."""
     rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    """None: plain rotary angles."""
     rms_norm_eps: float
     max_position_embeddings: int
     moe: MoEShape | None = None

@@ -1,9 +1,9 @@
-# What run_qwen2-7b_math_megatron.sh and run_qwen2-7b_math.sh share; to be sourced.
+# What the scripts run_<model>_math*.sh share; to be sourced.
 #
 #   flagship CONFIG [a.b=value ...] [--dry-run]
 #
 # From the environment, all optional:
-#   MODEL_PATH     Hugging Face directory of the model        (models/Qwen2-7B-Instruct)
+#   MODEL_PATH     Hugging Face directory of the model (as the configuration says)
 #   DATA_DIR       folder of the parquet files, made when they are missing         (data)
 #   DATA_SOURCE    local folder with the raw data sets; without it, Hugging Face
 #   OUTPUT_DIR     run directory                       (as the configuration says)
@@ -30,7 +30,8 @@ find_python() {
   python="$(command -v "${GPG_PYTHON:-python}")" ||
     fail "${GPG_PYTHON:-python}: no such program; docs/install-gpu.md tells how to install"
   python="$(realpath -s "$python")"
-  export PATH="$(dirname "$python"):$PATH"
+  PATH="$(dirname "$python"):$PATH"
+  export PATH
 }
 
 find_hosts() {
@@ -42,7 +43,6 @@ find_hosts() {
     ${MASTER_PORT:+--master-port "$MASTER_PORT"} ${RAY_PORT:+--ray-port "$RAY_PORT"}
     ${NPROC_PER_NODE:+--nproc-per-node "$NPROC_PER_NODE"}
   )
-  keys+=(bridge.transport=gloo)
 }
 
 prepare_data() {
@@ -59,17 +59,19 @@ flagship() {
   shift
   data="$(realpath -m "$data")"
   [[ -z "${DATA_SOURCE:-}" ]] || DATA_SOURCE="$(realpath -m "$DATA_SOURCE")"
-  local keys=(
+  # Paths and the device: everything else is the configuration's.
+  local keys=()
+  [[ -z "${DATA_DIR:-}" ]] || keys+=(
     "data.train_files=[$data/gsm8k/train.parquet,$data/math/train.parquet]"
     "data.val_files=[$data/gsm8k/test.parquet,$data/math/test.parquet]"
-    "trainer.device=${DEVICE:-auto}"
   )
+  [[ -z "${DEVICE:-}" ]] || keys+=("trainer.device=$DEVICE")
   [[ -z "${MODEL_PATH:-}" ]] || keys+=("model.path=$(realpath -m "$MODEL_PATH")")
   [[ -z "${OUTPUT_DIR:-}" ]] || keys+=("trainer.output_dir=$(realpath -m "$OUTPUT_DIR")")
   [[ "${DEVICE:-auto}" != cpu ]] || config="${config%.yaml}_cpu.yaml"
   find_python
   find_hosts
-  cd "$root"
+  cd "$root" || exit
   # Megatron overlaps communication with computation by the order of kernel launches.
   export CUDA_DEVICE_MAX_CONNECTIONS=1
   if [[ "${NODE_RANK:-0}" == 0 ]]; then

@@ -10,8 +10,10 @@ those of the methods that GPG is compared with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from statistics import mean, stdev
 
 import torch
@@ -90,10 +92,18 @@ def normalised_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -
     | leave-one-out (RLOO, arXiv 2402.14740) | mean of the other answers of its group |
     | batch-mean (REINFORCE++, arXiv 2501.03262) | mean of all answers |
 
-    F_norm is 1 ("one"), or the sample standard deviation (N - 1 in the denominator) plus
-    f_norm_eps: of the group's scores ("std"), or of all r_i - baseline ("batch-std"). Means and
-    deviations are correctly rounded, so a sample whose score equals its baseline gets exactly
-    0.0. "std" and "leave-one-out" need groups of two.
+    | f_norm | divisor of r_i - baseline |
+    |---|---|
+    | one (GPG) | 1 |
+    | std (GRPO, arXiv 2402.03300) | standard deviation of the group's scores + f_norm_eps |
+    | mean (MaxRL, arXiv 2602.02710) | mean of the group's scores; 0.0 where it is not positive |
+    | batch-std | standard deviation of all r_i - baseline + f_norm_eps |
+    | token-whiten (REINFORCE++, arXiv 2501.03262) | less the mean over all response tokens, over \
+the root of the variance there + f_norm_eps |
+
+    Variances have one less than the count in the denominator. Means and deviations are correctly
+    rounded, so a sample whose score equals its baseline gets exactly 0.0. "std" and
+    "leave-one-out" need groups of two.
     """
     scores = [[reward.score for reward in group.rewards] for group in groups]
     everything = [score for row in scores for score in row]
@@ -108,6 +118,11 @@ def normalised_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -
         centred = [[x * len(row) / (len(row) - 1) for x in row] for row in centred]
     if config.f_norm == "one":
         return centred
+    if config.f_norm == "mean":
+        means = [mean(row) for row in scores]
+        return [[x / m if m > 0 else 0.0 for x in r] for r, m in zip(centred, means, strict=True)]
+    if config.f_norm == "token-whiten":
+        return _whitened(centred, groups, config.f_norm_eps)
     if config.f_norm == "std":
         deviations = [stdev(row) for row in scores]
     else:
@@ -117,6 +132,21 @@ def normalised_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -
         [x / (deviation + config.f_norm_eps) if x else 0.0 for x in row]
         for row, deviation in zip(centred, deviations, strict=True)
     ]
+
+
+def _whitened(
+    rows: Sequence[Sequence[float]], groups: Sequence[ScoredGroup], eps: float
+) -> list[list[float]]:
+    """(x - mean) / sqrt(variance + eps), each answer counted once for each of its tokens."""
+    lengths = [len(c.token_ids) for group in groups for c in group.completions]
+    values = [Fraction(x) for row in rows for x in row]
+    n = sum(lengths)
+    if n < 2:
+        return [[0.0] * len(row) for row in rows]
+    centre = sum((x * k for x, k in zip(values, lengths, strict=True)), Fraction()) / n
+    squares = sum(((x - centre) ** 2 * k for x, k in zip(values, lengths, strict=True)), Fraction())
+    deviation = math.sqrt(squares / (n - 1) + Fraction(eps))
+    return [[float(Fraction(x) - centre) / deviation for x in row] for row in rows]
 
 
 def assign_advantages(

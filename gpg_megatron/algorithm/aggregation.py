@@ -7,8 +7,8 @@ counted once, before samples are dropped, packed or spread over ranks: a plain s
 micro-batches and data-parallel ranks is then the loss, whatever the layout.
 
 Legend: N samples, L_i response tokens of sample i, T = sum of L_i, Q questions (groups),
-T_q response tokens of question q, C cells (micro-batches of all ranks) that have a response token,
-T_c response tokens of the cell of sample i.
+T_q response tokens of question q, C cells (micro-batches of all ranks) that count and have a
+response token, T_c response tokens of the cell of sample i.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def aggregation_weights(
         samples: all samples of one optimizer step, all ranks, zero advantages included.
         mode: a key of the table.
         max_response_length: tokens; read by seq-mean-token-sum-norm only.
-        cells: indices of the samples of each cell, every sample in one; read by
+        cells: indices of the samples of each cell that counts, no sample in two; read by
             micro-batch-token-mean only.
 
     Returns:
-        one weight per sample; 0.0 for an empty response, which has no token to weigh.
+        one weight per sample; 0.0 for an empty response, which has no token to weigh, and for a
+        sample of a cell that does not count.
     """
     if mode == "micro-batch-token-mean":
         weights = _micro_batch_token_mean(samples, cells)
@@ -80,7 +81,8 @@ def _group_token_mean(samples: Sequence[TrainSample], _: int) -> list[float]:
 def _micro_batch_token_mean(
     samples: Sequence[TrainSample], cells: Sequence[Sequence[int]]
 ) -> list[float]:
-    assert sorted(i for cell in cells for i in cell) == list(range(len(samples)))
+    members = [i for cell in cells for i in cell]
+    assert len(set(members)) == len(members) <= len(samples), "a sample is in one cell"
     tokens_of_cell = [sum(_length(samples[i]) for i in cell) for cell in cells]
     n_cells = sum(tokens > 0 for tokens in tokens_of_cell)
     weights = [0.0] * len(samples)

@@ -1,6 +1,6 @@
 """Off-policy corrections: how much a token counts that another distribution sampled.
 
-    rho_t = pi(token t) / mu(token t)        pi: the policy; mu: the engine that sampled it
+    rho_t = pi(token t) / mu(token t)        pi: the policy; mu: what sampled it
 
 rho differs from 1 when the engine computes in another way than the policy, when its weights are
 older, and, where the loss has no ratio of its own, after the first update of a rollout batch.
@@ -25,7 +25,7 @@ def ratio(numerator_N: Tensor, denominator_N: Tensor) -> Tensor:
 
 
 def correction_weights(
-    policy_N: Tensor, engine_N: Tensor, responses_N: Tensor, config: AlgorithmConfig
+    policy_N: Tensor, old_N: Tensor, responses_N: Tensor, config: AlgorithmConfig
 ) -> tuple[Tensor, Tensor]:
     """The factor of every token's policy gradient, and where the ratio was cut.
 
@@ -43,25 +43,25 @@ def correction_weights(
 
     Args:
         policy_N: fp32 [N] log-probs of the policy; no gradient flows through the factor.
-        engine_N: fp32 [N] log-probs of the engine.
-        responses_N: int64 [N], number of the token's response, from 0.
+        old_N: fp32 [N] log-probs of what sampled the tokens: the engine, or the policy before the
+            first update of the rollout batch.
+        responses_N: int64 [N], number of the token's response, from 0 and below N.
         config: correction, correction_min, correction_max.
 
     Returns:
         fp32 [N] factors, and bool [N]: truncated, masked or rejected.
     """
-    assert policy_N.shape == engine_N.shape == responses_N.shape, "expected equal [N]"
+    assert policy_N.shape == old_N.shape == responses_N.shape, "expected equal [N]"
     policy_N = policy_N.detach()
     low, high = config.correction_min, config.correction_max
     mode = config.correction
+    assert mode != "auto", "to be settled by config.off_policy"
     if mode == "none":
         return torch.ones_like(policy_N), torch.zeros_like(policy_N, dtype=torch.bool)
     if mode in ("truncate-token", "mask-token"):
-        rho_N = ratio(policy_N, engine_N)
+        rho_N = ratio(policy_N, old_N)
     else:
-        log_rho_N = _per_response(
-            policy_N - engine_N, responses_N, average=mode == "reject-sequence"
-        )
+        log_rho_N = per_response(policy_N - old_N, responses_N, average=mode == "reject-sequence")
         rho_N = log_rho_N.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     if mode in ("truncate-token", "truncate-sequence"):
         return rho_N.clamp(max=high), rho_N > high
@@ -70,10 +70,11 @@ def correction_weights(
     return torch.where(outside_N, 0.0, kept_N), outside_N
 
 
-def _per_response(values_N: Tensor, responses_N: Tensor, *, average: bool) -> Tensor:
+def per_response(values_N: Tensor, responses_N: Tensor, *, average: bool) -> Tensor:
     """The sum or the mean over each token's response, at each of its tokens; [N] -> [N]."""
-    n_responses = int(responses_N.max()) + 1 if responses_N.numel() else 0
-    sums_R = values_N.new_zeros(n_responses).index_add(0, responses_N, values_N)
+    # Each has a token, so there are N at most; how many, the host would have to wait for.
+    sums_N = torch.zeros_like(values_N).index_add(0, responses_N, values_N)
     if average:
-        sums_R = sums_R / responses_N.bincount(minlength=n_responses).clamp(min=1)
-    return sums_R[responses_N]
+        ones_N = torch.ones_like(values_N)
+        sums_N = sums_N / torch.zeros_like(ones_N).index_add(0, responses_N, ones_N).clamp(min=1.0)
+    return sums_N[responses_N]

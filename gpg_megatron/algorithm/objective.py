@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from gpg_megatron.algorithm.correction import correction_weights, ratio
-from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
+from gpg_megatron.algorithm.loss import (
+    clip_loss,
+    gpg_loss,
+    kl_k3,
+    sequence_ratio,
+    token_ratio,
+)
 from gpg_megatron.config.algorithm import AlgorithmConfig
 
 SUMS = (
@@ -76,21 +82,25 @@ def objective(
     assert (tokens.reference is not None) == (config.kl_coef > 0), "KL without its reference"
     assert (entropy_N is not None) == (config.entropy_coef > 0), "a bonus without the entropy"
     current_N = logprobs_N.detach()
-    old_N = current_N if tokens.old is None else tokens.old
-    if config.old_logprobs == "rollout":
-        old_N = tokens.rollout
-    # Without a ratio in the loss, the correction has to make up for this batch's updates too.
-    corrected_N = old_N if config.loss == "clip" else current_N
-    factors_N, cut_N = correction_weights(corrected_N, tokens.rollout, tokens.responses, config)
+    policy_N = current_N if tokens.old is None else tokens.old
+    old_N = tokens.rollout if config.old_logprobs == "rollout" else policy_N
+    if config.clips:  # the ratio covers what happened since old_N, the correction the rest
+        above_N, below_N = policy_N, tokens.rollout
+    else:
+        above_N, below_N = current_N, old_N
+    factors_N, cut_N = correction_weights(above_N, below_N, tokens.responses, config)
     weights_N = tokens.weights * factors_N
     clipped_N = torch.zeros_like(cut_N)
-    if config.loss == "gpg":
+    if not config.clips:
         loss = gpg_loss(logprobs_N, tokens.advantages, weights_N)
     else:
-        low, high = config.clip_low, config.clip_high
-        loss, clipped_N = clip_loss(
-            logprobs_N, old_N, tokens.advantages, weights_N, low=low, high=high
+        ratio_N = (
+            sequence_ratio(logprobs_N, old_N, tokens.responses)
+            if config.loss == "clip-sequence"
+            else token_ratio(logprobs_N, old_N)
         )
+        low, high = config.clip_low, config.clip_high
+        loss, clipped_N = clip_loss(ratio_N, tokens.advantages, weights_N, low=low, high=high)
     kl_N = torch.zeros_like(current_N)
     if tokens.reference is not None:
         kl_N = kl_k3(logprobs_N, tokens.reference)
@@ -99,18 +109,19 @@ def objective(
         entropy_N = torch.zeros_like(current_N)
     else:
         loss = loss - config.entropy_coef * (entropy_N * tokens.weights).sum()
-    measured_N = current_N if config.old_logprobs == "rollout" else corrected_N
+    if config.clips and config.old_logprobs == "rollout":
+        above_N = current_N  # no correction: the loss's own ratio is what is measured
     terms = {"cut": cut_N, "clipped": clipped_N, "kl": kl_N, "entropy": entropy_N}
     statistics = {"loss": loss, **{name: term_N.sum() for name, term_N in terms.items()}}
-    statistics |= _distances(current_N, measured_N, tokens.rollout)
+    statistics |= _distances(current_N, tokens.rollout, ratio(above_N, below_N))
     return loss, {name: value.detach().float() for name, value in statistics.items()}
 
 
-def _distances(current_N: Tensor, measured_N: Tensor, engine_N: Tensor) -> dict[str, Tensor]:
-    """How far the policy's log-probs are from the engine's, and the ratios of measured_N."""
-    gap_N, rho_N = (current_N - engine_N).abs(), ratio(measured_N, engine_N)
+def _distances(current_N: Tensor, engine_N: Tensor, rho_N: Tensor) -> dict[str, Tensor]:
+    """How far the policy's log-probs are from the engine's, and the sums of the ratios."""
+    gap_N = (current_N - engine_N).abs()
     return {
-        "tokens": gap_N.new_tensor(len(gap_N)),
+        "tokens": gap_N.new_full((), len(gap_N)),
         "gap": gap_N.sum(),
         "gap_max": gap_N.amax() if len(gap_N) else gap_N.new_zeros(()),
         "k1": (engine_N - current_N).sum(),
@@ -141,7 +152,7 @@ def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[st
         named["correction/ess"] = statistics["ratio"] ** 2 / (n * squared) if squared else 0.0
     if config.correction != "none":
         named["correction/cut_fraction"] = statistics["cut"] / n
-    if config.loss == "clip":
+    if config.clips:
         named["policy/clip_fraction"] = statistics["clipped"] / n
     if config.kl_coef:
         named["policy/kl"] = statistics["kl"] / n

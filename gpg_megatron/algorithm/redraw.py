@@ -28,7 +28,7 @@ class Selection:
     carried: tuple[ScoredGroup, ...]
     """Live ones that the next step begins with."""
     n_filtered: int
-    """Dead ones that filter_groups left out."""
+    """Dead ones that are left out, of alpha and of the denominators too."""
     exhausted: bool
     """Too few groups are live, and no draw was left."""
     skipped: bool
@@ -64,9 +64,10 @@ def needs_redraw(
 def select(groups: Sequence[ScoredGroup], config: AlgorithmConfig, *, batch_size: int) -> Selection:
     """Decide what to train on when drawing has ended.
 
-    Live groups beyond batch_size, the youngest, are carried over. Dead groups stay, because
-    they count in alpha and in the denominators; with filter_groups they are left out, unless
-    nothing else is there: then the step has no gradient.
+    After redraws the batch is one draw again (arXiv 2504.02546, algorithm 1): all live groups, and
+    dead ones in the order drawn until it is full, so that alpha is at most 1 / beta_th. Live groups
+    beyond batch_size, the youngest, are carried over. With filter_groups every dead group is left
+    out, unless nothing else is there: then the step has no gradient.
 
     Raises:
         RedrawsExhausted
@@ -80,14 +81,15 @@ def select(groups: Sequence[ScoredGroup], config: AlgorithmConfig, *, batch_size
             "algorithm.filter_groups); algorithm.on_exhausted=train or skip goes on"
         )
     skipped = exhausted and config.on_exhausted == "skip"
-    surplus = live if skipped else live[batch_size:] if config.wanted_fraction else []
-    kept = live[:batch_size] if config.filter_groups and live else groups
-    left_out = {id(group) for group in surplus} if not skipped else set()
-    train = tuple(group for group in kept if id(group) not in left_out)
+    is_kept = {id(group) for group in live[:batch_size]}
+    is_living = {id(group) for group in live}
+    dead = [group for group in groups if id(group) not in is_living]
+    room = 0 if config.filter_groups and live else batch_size - len(is_kept)
+    is_kept |= {id(group) for group in dead[:room]}
     return Selection(
-        groups=train,
-        carried=tuple(surplus),
-        n_filtered=len(groups) - len(live) if config.filter_groups and live else 0,
+        groups=tuple(group for group in groups if id(group) in is_kept),
+        carried=tuple(live if skipped else live[batch_size:]),
+        n_filtered=max(0, len(dead) - room),
         exhausted=exhausted,
         skipped=skipped,
     )

@@ -43,7 +43,7 @@ def weigh_update(
         max_response_length: tokens; read by seq-mean-token-sum-norm only.
     """
     steps = micro_steps(samples, dp_size, max_tokens)
-    cells = [cell for step in steps for cell in step]
+    cells = [cell for step in steps if _counts(step, samples, config) for cell in step]
     scopes = {
         "batch": [],
         "mini-batch": [list(range(len(samples)))],
@@ -63,3 +63,11 @@ def weigh_update(
         ),
         alpha=1.0 if config.alpha_scope == "batch" else mean,
     )
+
+
+def _counts(
+    step: Sequence[Sequence[int]], samples: Sequence[TrainSample], config: AlgorithmConfig
+) -> bool:
+    """AMAP-ML draws a micro-step again until enough of its groups are live. One without a live
+    group would take its share of the mean, and with it the correction of the others."""
+    return config.dead_by == "none" or any(samples[i].live for cell in step for i in cell)

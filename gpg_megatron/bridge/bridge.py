@@ -9,34 +9,21 @@ policy rank:  shard --pack--> slot --transport--> engine worker --> parameter
 from __future__ import annotations
 
 import pickle
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.bridge.plan import (
-    Bucket,
-    Destination,
-    Route,
-    bucket_elements,
-    fingerprint,
-    make_routes,
-    outgoing,
-)
-from gpg_megatron.bridge.protocol import (
-    CHECKSUM_BYTES,
-    Connection,
-    Engines,
-    Pending,
-    Update,
-)
-from gpg_megatron.bridge.transports.base import Outbox, Patience, TransferError
-from gpg_megatron.bridge.transports.table import open_outbox
+from gpg_megatron.bridge.links import Links, Seat, Way
+from gpg_megatron.bridge.plan import Destination, Route, fingerprint, make_routes, outgoing
+from gpg_megatron.bridge.protocol import Connection, Engines, Pending, Update
+from gpg_megatron.bridge.seats import own_seat
+from gpg_megatron.bridge.sender import Message, Sender, messages_of
+from gpg_megatron.bridge.transports.base import Patience, TransferError
 from gpg_megatron.config.sections import BridgeConfig
+from gpg_megatron.errors import UserError
 from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.layout.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
 from gpg_megatron.types import ModelShape
@@ -51,16 +38,6 @@ class PolicySide:
     model: ModelShape
     grid: PolicyGrid
     rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """One bucket on its way to one worker."""
-
-    receiver: int
-    number: int
-    """Among the messages of this rank to the receiver."""
-    bucket: Bucket
 
 
 class WeightBridge:
@@ -101,22 +78,22 @@ class WeightBridge:
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"bridge/{run_id}", store)
         check_shards({n: tuple(t.shape) for n, t in shards.items()}, model, grid, rank)
-        destinations, n_engines = on_rank0(lambda: self._ask_layouts(model), self._group)
-        limit = config.bucket_mb * 2**20 // wire_dtype.itemsize
+        device = next(iter(shards.values())).device if shards else torch.device("cpu")
+        seats: list[Seat] = self._gather(own_seat(device))
+        destinations, workers = on_rank0(lambda: self._ask_layouts(model), self._group)
+        self.links = Links(
+            transport=config.transport,
+            ranks=tuple(seats),
+            workers=tuple(workers),
+            n_workers=len(destinations),
+        )
         routes = make_routes(held_by_policy(model, grid), destinations)
         digests = self._gather(fingerprint(routes))
         if len(set(digests)) > 1:
             raise ValueError(f"the policy ranks made different transfer plans: {digests}")
-        n_workers = len(destinations)
-        pairs = outgoing(routes, rank, n_engines, limit)
-        self._messages = _interleaved(
-            [
-                [_Message(engine * n_workers + worker, i, b) for i, b in enumerate(buckets)]
-                for (engine, worker), buckets in pairs.items()
-            ],
-            first=rank,
-        )
-        self._connect(run_id, routes, n_workers, limit)
+        limit = config.bucket_mb * 2**20 // wire_dtype.itemsize
+        self.messages = self._plan(routes, limit)
+        self._connect(run_id, routes, limit)
 
     def publish(self, version: int) -> None:
         """Write the current shards into every engine worker. Collective.
@@ -130,15 +107,15 @@ class WeightBridge:
         verify = self._config.verify == "always" or (
             self._config.verify == "first" and not self._verified
         )
-        if self._outbox is not None:
-            self._outbox.reset()
+        self._sender.reset()
         # Receivers look into the outboxes only after all of them are reset, and nothing is put
         # there while a receiver may still be busy with an update that was given up.
         dist.barrier(self._group)
         on_rank0(lambda: self._begin(verify), self._group)
         problem = None
+        patience = Patience(self._config.timeout_s, self._abort_reason)
         try:
-            self._send(verify=verify)
+            self._sender.send(patience, verify=verify)
         except TransferError as error:
             problem = f"policy rank {self._rank}: {error}"
         problems = self._gather(problem)
@@ -146,9 +123,8 @@ class WeightBridge:
         self._verified = True
 
     def close(self) -> None:
-        """Release the outbox."""
-        if self._outbox is not None:
-            self._outbox.close()
+        """Release the outboxes."""
+        self._sender.close()
 
     @property
     def _control(self) -> Engines:
@@ -158,42 +134,58 @@ class WeightBridge:
 
     # ---- set-up -------------------------------------------------------------------------
 
-    def _ask_layouts(self, model: ModelShape) -> tuple[list[Sequence[Destination]], int]:
-        """The destinations of one engine's workers; all engines must be alike."""
-        n_engines = self._control.num_engines
+    def _ask_layouts(self, model: ModelShape) -> tuple[list[Sequence[Destination]], list[Seat]]:
+        """The destinations of one engine's workers, and the seats of all; all engines must be
+        alike."""
         request = (pickle.dumps((hf_shapes(model),)),)
-        answers = self._control.call_workers(
-            "bridge_layout", [request] * n_engines, timeout_s=self._config.timeout_s
+        engines = self._control.call_workers(
+            "bridge_layout",
+            [request] * self._control.num_engines,
+            timeout_s=self._config.timeout_s,
         )
-        wanted = [[pickle.loads(answer) for answer in engine] for engine in answers]
+        answers = [[pickle.loads(answer) for answer in engine] for engine in engines]
+        wanted = [[destinations for destinations, _ in engine] for engine in answers]
         for engine, other in enumerate(wanted):
             if other != wanted[0]:
                 raise ValueError(f"engine {engine} lays out its parameters unlike engine 0")
-        return wanted[0], n_engines
+        return wanted[0], [seat for engine in answers for _, seat in engine]
 
-    def _connect(self, run_id: str, routes: Sequence[Route], n_workers: int, limit: int) -> None:
-        """Open this rank's outbox and have every worker attach to those that it hears from."""
-        limit_s = self._config.timeout_s
-        largest = max((bucket_elements(m.bucket) for m in self._messages), default=0)
-        self._outbox: Outbox | None = None
-        if largest:
-            size = largest * self._dtype.itemsize + CHECKSUM_BYTES
-            size += -size % 64  # slots begin where every element type may begin
-            self._outbox = open_outbox(
-                self._config.transport,
-                f"gpg_{run_id}_{self._rank}",
-                size,
-                [m.receiver for m in self._messages],
-                limit_s,
-            )
+    def _plan(self, routes: Sequence[Route], limit: int) -> list[Message]:
+        """What this rank sends.
+
+        Raises:
+            UserError: the configured transport does not reach a worker that it sends to.
+        """
+        links, rank = self.links, self._rank
+        n_receivers = len(links.workers)
+        n_engines = n_receivers // links.n_workers
+        buckets = outgoing(routes, rank, n_engines, limit, links.nearest)
+        pairs = {engine * links.n_workers + w: part for (engine, w), part in buckets.items()}
+        problem = links.unreachable((rank, receiver) for receiver in pairs)
+        for reason in filter(None, self._gather(problem)):
+            raise UserError(reason)
+        ways = {receiver: links.way(rank, receiver) for receiver in pairs}
+        return messages_of(rank, pairs, ways, n_receivers)
+
+    def _connect(self, run_id: str, routes: Sequence[Route], limit: int) -> None:
+        """Open this rank's outboxes and have every worker attach to those that it hears from."""
+        limit_s, n_workers = self._config.timeout_s, self.links.n_workers
+        self._sender = Sender(
+            self._shards,
+            self.messages,
+            self._dtype,
+            name=f"gpg_{run_id}_{self._rank}",
+            timeout_s=limit_s,
+        )
         try:
-            address = self._outbox.address() if self._outbox else None
-            addresses = {r: a for r, a in enumerate(self._gather(address)) if a is not None}
+            addresses: dict[Way, dict[int, Any]] = {}
+            for rank, ways in enumerate(self._gather(self._sender.addresses)):
+                for way, address in ways.items():
+                    addresses.setdefault(way, {})[rank] = address
             connection = Connection(
-                n_workers=n_workers,
+                links=replace(self.links),  # without what it has found so far
                 routes=[[r for r in routes if r.worker == w] for w in range(n_workers)],
                 addresses=addresses,
-                transport=self._config.transport,
                 dtype=str(self._dtype).removeprefix("torch."),
                 bucket_elements=limit,
                 timeout_s=limit_s,
@@ -203,8 +195,7 @@ class WeightBridge:
                 self._group,
             )
         finally:
-            if self._outbox is not None:
-                self._outbox.settle()
+            self._sender.settle()
 
     # ---- one publish --------------------------------------------------------------------
 
@@ -212,31 +203,6 @@ class WeightBridge:
         """Rank 0: the engines stop, and begin to receive."""
         self._control.begin_update()
         self._pending = self._control.receive(pickle.dumps(Update(verify=verify)))
-
-    @torch.no_grad()
-    def _send(self, *, verify: bool) -> None:
-        if self._outbox is None:
-            return
-        patience = Patience(self._config.timeout_s, self._abort_reason)
-        for message in self._messages:
-            slot = patience.until(
-                self._outbox.slot, f"engine worker {message.receiver} to read a bucket"
-            )
-            n_bytes = self._pack(message, slot, verify=verify)
-            self._outbox.post(message.receiver, n_bytes)
-        patience.until(self._outbox.idle, "the engine workers to read the last buckets")
-
-    def _pack(self, message: _Message, slot: torch.Tensor, *, verify: bool) -> int:
-        """Fill a slot; returns the bytes to send, checksum included."""
-        n_bytes = bucket_elements(message.bucket) * self._dtype.itemsize
-        flat = slot[:n_bytes].view(self._dtype)
-        for move in message.bucket:
-            part = flat[move.offset : move.offset + move.numel].view(move.source_box.shape)
-            part.copy_(self._shards[move.parameter][move.source_box.slices])
-        if verify:
-            checksum = zlib.crc32(slot[:n_bytes].cpu().numpy().data, message.number)
-            slot[n_bytes : n_bytes + CHECKSUM_BYTES].view(torch.int64).fill_(checksum)
-        return n_bytes + CHECKSUM_BYTES
 
     def _commit(self, problems: Sequence[str | None], version: int) -> None:
         """Rank 0: the engines' answers, then the new version; or the first thing that failed."""
@@ -260,11 +226,3 @@ class WeightBridge:
         values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-
-def _interleaved(queues: Sequence[Sequence[_Message]], first: int) -> list[_Message]:
-    """One message of each queue in turn. Ranks begin at different queues, so that they do not
-    all send to the same worker."""
-    start = first % len(queues) if queues else 0
-    turns = zip_longest(*queues[start:], *queues[:start])
-    return [message for message in chain.from_iterable(turns) if message is not None]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_shapes
-from gpg_megatron.bridge.plan import Route, make_routes
+from gpg_megatron.bridge.links import Distance, Links, Nearest, Way, everyone
+from gpg_megatron.bridge.plan import Route, make_routes, turn
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
+from gpg_megatron.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +32,24 @@ class Forecast:
     """Rectangles of one engine."""
     n_senders: int
     """Ranks that send anything."""
+    by_way: Mapping[tuple[Distance, Way], int]
+    """What goes how far and by which way; the nearest first."""
 
 
-def forecast(grid: PolicyGrid, engine: Engine, n_engines: int) -> Forecast:
+def forecast(grid: PolicyGrid, engine: Engine, links: Links) -> Forecast:
     """Plan as every rank does, and count."""
+    n_engines = len(links.workers) // engine.tp_size
     shapes = hf_shapes(engine.model)
     workers = range(engine.tp_size)
     wanted = [destinations(engine, shapes, worker) for worker in workers]
     routes = make_routes(held_by_policy(engine.model, grid), wanted)
-    sent = sent_elements(routes, n_engines)
+    pairs = sent_elements(routes, n_engines, links.nearest)
+    sent: Counter[int] = Counter()
+    by_way: Counter[tuple[Distance, Way]] = Counter()
+    for (rank, engine_number, worker), n in pairs.items():
+        receiver = engine_number * engine.tp_size + worker
+        sent[rank] += n
+        by_way[links.distance(rank, receiver), links.way(rank, receiver)] += n
     received = [sum(d.hf.numel for d in part) for part in wanted]
     return Forecast(
         sent=sum(sent.values()),
@@ -48,7 +59,14 @@ def forecast(grid: PolicyGrid, engine: Engine, n_engines: int) -> Forecast:
         received=max(received),
         n_routes=len(routes),
         n_senders=sum(n > 0 for n in sent.values()),
+        by_way=dict(sorted(by_way.items())),
     )
+
+
+def worker_parameters(model: ModelShape, tp_size: int) -> int:
+    """Parameters of the worker that holds most of them."""
+    engine = Engine(model=model, tp_size=tp_size)
+    return max(worker_elements(engine, worker) for worker in range(tp_size))
 
 
 def worker_elements(engine: Engine, worker: int) -> int:
@@ -57,16 +75,16 @@ def worker_elements(engine: Engine, worker: int) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def sent_elements(routes: Iterable[Route], n_engines: int) -> Counter[int]:
-    """Rank -> elements to all engines, without making the buckets."""
-    first: dict[tuple[int, ...], list[int]] = {}
+def sent_elements(
+    routes: Iterable[Route], n_engines: int, nearest: Nearest = everyone
+) -> Counter[tuple[int, int, int]]:
+    """(rank, engine, worker) -> elements, without making the buckets."""
+    alike: Counter[tuple[tuple[int, ...], int, int]] = Counter()
     for route in routes:
-        ranks = tuple(rank for held in route.sources for rank in held.ranks)
-        first.setdefault(ranks, [0] * len(ranks))[route.pick] += route.box.numel
-    result: Counter[int] = Counter()
-    for ranks, loads in first.items():
-        rounds, rest = divmod(n_engines, len(ranks))
-        for i, rank in enumerate(ranks):
-            # Engine e takes the e-th next sender: place i has what engine 0 has at place i - e.
-            result[rank] += rounds * sum(loads) + sum(loads[i - e] for e in range(rest))
+        alike[route.ranks, route.pick, route.worker] += route.box.numel
+    result: Counter[tuple[int, int, int]] = Counter()
+    for (ranks, pick, worker), n in alike.items():
+        for engine in range(n_engines):
+            rank = ranks[turn(ranks, pick, engine, worker, nearest)]
+            result[rank, engine, worker] += n
     return result

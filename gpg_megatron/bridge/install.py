@@ -86,6 +86,11 @@ class Installer:
         self._expected = expected
         return destinations
 
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return next(iter(self._live.values())).device
+
     def begin(self) -> None:
         """Start an update; what an unfinished one has left in staging is dropped."""
         self._arrived.clear()
@@ -100,6 +105,10 @@ class Installer:
         if local not in part.staging:
             part.staging[local] = _materialize(part.loadable[local], part.module)
         return part.staging[local].data
+
+    def in_place(self, name: str) -> bool:
+        """Whether target gives the parameter itself."""
+        return name not in self._staged
 
     @torch.no_grad()
     def wrote(self, name: str, n_elements: int) -> None:

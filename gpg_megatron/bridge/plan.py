@@ -4,9 +4,9 @@
         -> routes: the intersections in Hugging Face coordinates, each with its possible senders
         -> outgoing buckets of a rank, incoming buckets of a worker
 
-All engines are alike, so the routes are made for one engine and hold for all: engine e takes
-the e-th next of the possible senders. The result is the same on every rank; nothing here
-communicates.
+All engines are alike, so the routes are made for one engine and hold for all: of the possible
+senders that are nearest to its worker (links.py) engine e takes the e-th next. The result is the
+same on every rank; nothing here communicates.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gpg_megatron.bridge.links import Nearest, everyone
 from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import Held
 
@@ -62,11 +63,17 @@ class Route:
     sources: tuple[Held, ...]
     """Who holds it; several only where a tensor lies on two pipeline stages."""
     pick: int
-    """Which of the possible senders, counted over all sources, serves engine 0."""
+    """Which of the possible senders, counted over all sources, serves engine 0, if all of them
+    are equally near."""
 
-    def source(self, engine: int) -> tuple[Held, int]:
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The possible senders, over all sources."""
+        return tuple(rank for held in self.sources for rank in held.ranks)
+
+    def source(self, engine: int, nearest: Nearest = everyone) -> tuple[Held, int]:
         """What engine `engine` receives it from: the source and the sending rank."""
-        index = (self.pick + engine) % sum(len(held.ranks) for held in self.sources)
+        index = turn(self.ranks, self.pick, engine, self.worker, nearest)
         for held in self.sources:
             if index < len(held.ranks):
                 return held, held.ranks[index]
@@ -93,6 +100,12 @@ class Move:
 
 
 Bucket = tuple[Move, ...]
+
+
+def turn(ranks: tuple[int, ...], pick: int, engine: int, worker: int, nearest: Nearest) -> int:
+    """The position of the sender among the possible ones."""
+    near = nearest(ranks, engine, worker)
+    return near[(pick + engine) % len(near)]
 
 
 def bucket_elements(bucket: Bucket) -> int:
@@ -140,7 +153,7 @@ def make_routes(
 
 
 def outgoing(
-    routes: Sequence[Route], rank: int, n_engines: int, limit: int
+    routes: Sequence[Route], rank: int, n_engines: int, limit: int, nearest: Nearest = everyone
 ) -> dict[tuple[int, int], list[Bucket]]:
     """(engine, worker) -> the buckets that a policy rank sends there, in order.
 
@@ -148,18 +161,23 @@ def outgoing(
         limit: largest bucket, in elements.
     """
     result: dict[tuple[int, int], _Packer] = defaultdict(lambda: _Packer(limit))
+
+    @functools.cache
+    def served(ranks: tuple[int, ...], pick: int, worker: int) -> list[int]:
+        senders = (ranks[turn(ranks, pick, e, worker, nearest)] for e in range(n_engines))
+        return [engine for engine, sender in enumerate(senders) if sender == rank]
+
     for index, route in enumerate(routes):
-        ranks = [r for held in route.sources for r in held.ranks]
-        # Usually the rank stands once among the possible senders, or not at all.
-        for turn in (i for i, r in enumerate(ranks) if r == rank):
-            for engine in range((turn - route.pick) % len(ranks), n_engines, len(ranks)):
-                held, sender = route.source(engine)
-                assert sender == rank
-                result[engine, route.worker].add(route, held, index)
+        ranks = route.ranks
+        for engine in served(ranks, route.pick, route.worker) if rank in ranks else ():
+            held, _ = route.source(engine, nearest)
+            result[engine, route.worker].add(route, held, index)
     return {pair: packer.buckets() for pair, packer in sorted(result.items())}
 
 
-def incoming(routes: Iterable[Route], engine: int, limit: int) -> dict[int, list[Bucket]]:
+def incoming(
+    routes: Iterable[Route], engine: int, limit: int, nearest: Nearest = everyone
+) -> dict[int, list[Bucket]]:
     """Sending rank -> the buckets that arrive from it, in order.
 
     Args:
@@ -167,9 +185,31 @@ def incoming(routes: Iterable[Route], engine: int, limit: int) -> dict[int, list
     """
     result: dict[int, _Packer] = defaultdict(lambda: _Packer(limit))
     for index, route in enumerate(routes):
-        held, sender = route.source(engine)
+        held, sender = route.source(engine, nearest)
         result[sender].add(route, held, index)
     return {sender: packer.buckets() for sender, packer in sorted(result.items())}
+
+
+def agreed_order(
+    n_messages: Mapping[tuple[int, int], int], n_receivers: int
+) -> list[tuple[int, int, int]]:
+    """All messages as (sender, receiver, number), in the one order that every end keeps.
+
+    Each end does its own part of it one after the other. Then nobody waits in a circle: of the
+    messages that have not arrived, the first has both of its ends waiting for it alone. Pairs
+    advance through the model at the same pace, and senders begin with different receivers.
+
+    Args:
+        n_messages: (sender, receiver) -> how many; an end needs only its own pairs.
+        n_receivers: of all engines.
+    """
+
+    def place(message: tuple[int, int, int]) -> tuple[float, int, int]:
+        sender, receiver, number = message
+        progress = (2 * number + 1) / (2 * n_messages[sender, receiver])
+        return progress, (receiver - sender) % n_receivers, sender
+
+    return sorted(((*pair, i) for pair, n in n_messages.items() for i in range(n)), key=place)
 
 
 def fingerprint(routes: Iterable[Route]) -> str:

@@ -10,29 +10,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gpg_megatron.bridge.links import Links, Way
 from gpg_megatron.bridge.plan import Route
-from gpg_megatron.bridge.transports.base import TransportName
 
 BACKEND = "gpg"
 """Name of the weight-transfer engine that is registered in vLLM."""
-RECEIVER = "gpg_megatron.bridge.receiver.BridgeReceiver"
+RECEIVER = "gpg_megatron.bridge.vllm_worker.BridgeReceiver"
 """Dotted path of the worker extension that the engines must be started with."""
 CHECKSUM_BYTES = 8
-"""At the end of every message: CRC-32 of the bytes before it, begun with the number of the
-message among those of its sender to its receiver; an 8-byte integer."""
+"""At the end of every message, at a multiple of 8: CRC-32 of the elements before it, begun with the
+number of the message among those of its sender to its receiver; an 8-byte integer."""
+
+
+def checksum_place(n_bytes: int) -> int:
+    """Where the checksum stands in a message whose elements take so many bytes."""
+    return n_bytes + -n_bytes % CHECKSUM_BYTES
+
+
+def slot_bytes(n_bytes: int) -> int:
+    """Of a slot for messages of so many bytes: the next begins where every type may begin."""
+    return n_bytes + -n_bytes % 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
     """What the workers of all engines need to receive; each picks its own routes."""
 
-    n_workers: int
-    """Of one engine; worker w of engine e is receiver e * n_workers + w."""
+    links: Links
     routes: Sequence[Sequence[Route]]
     """For each worker."""
-    addresses: Mapping[int, Any]
-    """Sending rank -> transport address."""
-    transport: TransportName
+    addresses: Mapping[Way, Mapping[int, Any]]
+    """Of each way: sending rank -> the address of its outbox."""
     dtype: str
     """Of the elements on their way, as torch spells it."""
     bucket_elements: int

@@ -1,39 +1,51 @@
-"""The bridge's end inside a vLLM worker.
+"""The receiving end of one engine worker; knows no engine.
 
-    start_weight_update --> update_weights: buckets from all senders, in any order of senders
-        --> each rectangle into its strided view (install.py) --> finish_weight_update
+    receive: buckets from all senders, in any order of senders
+        --> each rectangle into its strided view of a parameter (Target)
 
-vLLM mixes BridgeReceiver into its worker class (worker_extension_cls), and importing this
-module registers the weight-transfer engine that vLLM's own control plane drives.
+What is written and how it takes effect is the target's business: install.py for vLLM's models.
 """
 
 from __future__ import annotations
 
-import functools
-import pickle
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Protocol
 
 import torch
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 
-from gpg_megatron.bridge.install import Installer
-from gpg_megatron.bridge.plan import Bucket, Destination, bucket_elements, incoming
+from gpg_megatron.bridge.copies import copy_all
+from gpg_megatron.bridge.links import Way
+from gpg_megatron.bridge.plan import Bucket, Move, agreed_order, bucket_elements, incoming
 from gpg_megatron.bridge.protocol import (
-    BACKEND,
     CHECKSUM_BYTES,
     Connection,
     Update,
+    checksum_place,
+    slot_bytes,
 )
-from gpg_megatron.bridge.transports.base import Inbox, Patience, TransferError
+from gpg_megatron.bridge.transports.base import Expected, Inbox, Patience, TransferError
 from gpg_megatron.bridge.transports.table import open_inbox
+
+
+class Target(Protocol):
+    """What an update is written into."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of all parameters; with an index, if it is a GPU."""
+
+    def target(self, name: str) -> torch.Tensor:
+        """The tensor to write for a parameter. Valid until all of it has been written."""
+
+    def in_place(self, name: str) -> bool:
+        """Whether that is the parameter itself, and no memory is taken for the update."""
+
+    def wrote(self, name: str, n_elements: int) -> None:
+        """So many more elements of a parameter stand in its target."""
 
 
 @dataclass(slots=True)
@@ -41,97 +53,81 @@ class Source:
     """One sender, as a worker sees it."""
 
     rank: int
-    inbox: Inbox
     buckets: list[Bucket]
     n_read: int = 0
     """Buckets of the present update that have arrived."""
 
 
-@dataclass
-class InitInfo(WeightTransferInitInfo):
-    """A pickled Connection and the number of the engine."""
-
-    payload: bytes
-    engine: int
-
-
-@dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    """A pickled Update."""
-
-    payload: bytes
-
-
-class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class Receiver:
     """Receives whole updates over the planned routes."""
 
-    init_info_cls = InitInfo
-    update_info_cls = UpdateInfo
+    def __init__(self, target: Target, worker: int) -> None:
+        """worker: rank within the engine."""
+        self._target = target
+        self._worker = worker
+        self._sources: dict[int, Source] = {}
+        self._inboxes: dict[Way, Inbox] = {}
+        self._expected: dict[Way, list[Expected]] = {}
+        self._dtype = torch.float32
+        self._timeout_s = 0.0
 
-    installer: Installer
-    """Set by BridgeReceiver.bridge_layout, as is the next."""
-    worker: int
-    """Rank within the engine."""
-    _sources: tuple[Source, ...] = ()
-    _dtype: torch.dtype
-    _timeout_s: float
-
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        connection: Connection = pickle.loads(init_info.payload)
-        self.shutdown()
-        receiver = init_info.engine * connection.n_workers + self.worker
-        buckets = incoming(
-            connection.routes[self.worker], init_info.engine, connection.bucket_elements
-        )
+    def connect(self, connection: Connection, engine: int) -> None:
+        """Attach to every sender that this worker of an engine hears from."""
+        self.close()
+        links = connection.links
+        receiver = engine * links.n_workers + self._worker
+        routes, limit = connection.routes[self._worker], connection.bucket_elements
+        buckets = incoming(routes, engine, limit, links.nearest)
         self._dtype = getattr(torch, connection.dtype)
         self._timeout_s = connection.timeout_s
-        self._sources = tuple(
-            Source(
-                rank, open_inbox(connection.transport, connection.addresses[rank], receiver), parts
-            )
-            for rank, parts in buckets.items()
-        )
-
-    def start_weight_update(self) -> None:
-        self.installer.begin()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class would wait for an accelerator, which need not be there.
-        self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        self._sources = {rank: Source(rank, parts) for rank, parts in buckets.items()}
+        counts = {(rank, receiver): len(parts) for rank, parts in buckets.items()}
+        self._expected = defaultdict(list)
+        for rank, _, number in agreed_order(counts, len(links.workers)):
+            size = checksum_place(self._n_bytes(buckets[rank][number])) + CHECKSUM_BYTES
+            self._expected[links.way(rank, receiver)].append(Expected(rank, size))
+        # Every worker opens them in the same order: a process group waits for all of its members.
+        for way, expected in sorted(self._expected.items()):
+            senders = sorted({message.sender for message in expected})
+            addresses = {rank: connection.addresses[way][rank] for rank in senders}
+            size = slot_bytes(max(message.n_bytes for message in expected))
+            self._inboxes[way] = open_inbox(way, addresses, receiver, size, self._target.device)
 
     @torch.no_grad()
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        update: Update = pickle.loads(update_info.payload)
-        for source in self._sources:
+    def receive(self, update: Update) -> None:
+        """Returns when everything stands in the target.
+
+        Raises:
+            TransferError: a sender has given up or is late, or with verify a bucket is damaged.
+        """
+        for source in self._sources.values():
             source.n_read = 0
-            source.inbox.start()
+        for way, inbox in self._inboxes.items():
+            inbox.start(self._expected[way])
         patience = Patience(self._timeout_s)
-        while waiting := [s for s in self._sources if s.n_read < len(s.buckets)]:
+        while waiting := [s for s in self._sources.values() if s.n_read < len(s.buckets)]:
             ranks = ", ".join(str(source.rank) for source in waiting)
-            source, data = patience.until(
-                functools.partial(self._next_message, waiting),
-                f"weights from policy ranks {ranks} (engine worker {self.worker})",
+            inbox, rank, data = patience.until(
+                self._next_message,
+                f"weights from policy ranks {ranks} (engine worker {self._worker})",
             )
+            source = self._sources[rank]
             self._install(source, data, verify=update.verify)
-            source.inbox.done()
+            inbox.done()
             source.n_read += 1
+        if self._target.device.type == "cuda":
+            torch.cuda.synchronize(self._target.device)
 
-    def finish_weight_update(self) -> None:
-        self.installer.finish()
+    def close(self) -> None:
+        """Leave the senders."""
+        for inbox in self._inboxes.values():
+            inbox.close()
+        self._inboxes.clear()
 
-    def shutdown(self) -> None:
-        for source in self._sources:
-            source.inbox.close()
-        self._sources = ()
-
-    def _next_message(self, waiting: Sequence[Source]) -> tuple[Source, torch.Tensor] | None:
-        # The one that is furthest behind first: modules become complete soon.
-        for source in sorted(waiting, key=lambda s: s.buckets[s.n_read][0].place):
-            data = source.inbox.poll(self._n_bytes(source.buckets[source.n_read]) + CHECKSUM_BYTES)
-            if data is not None:
-                return source, data
+    def _next_message(self) -> tuple[Inbox, int, torch.Tensor] | None:
+        for inbox in self._inboxes.values():
+            if message := inbox.poll():
+                return inbox, *message
         return None
 
     def _n_bytes(self, bucket: Bucket) -> int:
@@ -142,56 +138,43 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         the sender's checksum must come out."""
         bucket = source.buckets[source.n_read]
         n_bytes = self._n_bytes(bucket)
-        flat = data[:n_bytes].view(self._dtype)
+        # What came through host memory goes to a GPU in one piece.
+        flat = data[:n_bytes].view(self._dtype).to(self._target.device)
         checksum = source.n_read
-        for move in bucket:
-            to = move.target
-            view = self.installer.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
-            view.copy_(flat[move.offset : move.offset + move.numel].view(to.shape))
-            if verify:
-                # Some CPU kernels keep biases in fp32.
-                checksum = zlib.crc32(_bytes_of(view.to(self._dtype)), checksum)
-            self.installer.wrote(to.parameter, move.numel)
-        if verify and checksum != int(data[n_bytes:].view(torch.int64)):
+        for moves in self._batches(bucket):
+            views = [self._view(move) for move in moves]
+            parts = [flat[m.offset : m.offset + m.numel].view(m.target.shape) for m in moves]
+            copy_all(views, parts)
+            for move, view in zip(moves, views, strict=True):
+                if verify:
+                    # Some CPU kernels keep biases in fp32.
+                    checksum = zlib.crc32(_bytes_of(view.to(self._dtype)), checksum)
+                self._target.wrote(move.target.parameter, move.numel)
+        if verify and checksum != int(data[checksum_place(n_bytes) :].view(torch.int64)):
             raise TransferError(
                 f"bucket {source.n_read} of policy rank {source.rank} arrived damaged: its first "
                 f"parameter is {bucket[0].target.parameter}"
             )
 
+    def _batches(self, bucket: Bucket) -> Iterator[Sequence[Move]]:
+        """What is copied at once: as much as there is in place; alone where memory is taken until
+        a module is complete."""
 
-WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
-if torch.cpu._is_amx_tile_supported():
-    # vLLM's bf16 attention uses the tiles before anything has asked the kernel for them when the
-    # first prompt is a single token: the process would die by an illegal instruction.
-    torch.cpu._init_amx()
+        def at_once(move: Move) -> bool:
+            return self._target.in_place(move.target.parameter)
+
+        for together, moves in groupby(bucket, key=at_once):
+            if together:
+                yield list(moves)
+            else:
+                for move in moves:
+                    yield [move]
+
+    def _view(self, move: Move) -> torch.Tensor:
+        to = move.target
+        return self._target.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     contiguous = tensor.contiguous().cpu()
     return contiguous.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _remote(method: Callable[..., Any]) -> Callable[[Any, bytes], bytes]:
-    """Arguments and result as pickled bytes."""
-
-    @functools.wraps(method)
-    def call(self: Any, arguments: bytes) -> bytes:
-        return pickle.dumps(method(self, *pickle.loads(arguments)))
-
-    return call
-
-
-class BridgeReceiver:
-    """Worker extension; every name starts with bridge_ so that none collides with vLLM's."""
-
-    @_remote
-    def bridge_layout(self: Any, hf_shapes: Mapping[str, tuple[int, ...]]) -> Sequence[Destination]:
-        """Probe the model and say where each Hugging Face element lives in this worker."""
-        engine: TransferEngine = self.weight_transfer_engine
-        engine.worker = self.rank
-        engine.installer = Installer(self.model_runner.get_model())
-        return engine.installer.record(hf_shapes)
-
-    def bridge_forget_update(self: Any) -> None:
-        """An interrupted update leaves vLLM's session open; a new one must be able to start."""
-        self._weight_update_active = False

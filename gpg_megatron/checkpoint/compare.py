@@ -35,8 +35,13 @@ def compare(
             for piece in source.pieces:
                 wanted = torch.empty(piece.hf.shape, dtype=found.dtype)
                 read_rows(places[piece.hf_name], piece.hf.ranges[0][0], wanted)
-                equal[piece.hf_name] &= torch.equal(wanted, found[piece.local.slices])
+                equal[piece.hf_name] &= is_same(wanted, found[piece.local.slices])
         progress(source.n_bytes, total)
 
     work_through(check, checkpoint.sources)
     return equal
+
+
+def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal everywhere, where NaN equals NaN."""
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

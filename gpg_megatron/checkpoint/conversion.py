@@ -50,7 +50,7 @@ def open_hf(hf: Path) -> tuple[ModelShape, dict[str, TensorPlace]]:
 
 @contextmanager
 def output_directory(path: Path) -> Iterator[None]:
-    """A new directory to fill; trouble with the disk becomes one line.
+    """A new directory to fill, empty again after a failure; trouble with the disk becomes one line.
 
     Raises:
         UserError: it has files already, cannot be made, or the disk is full.
@@ -59,8 +59,9 @@ def output_directory(path: Path) -> Iterator[None]:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not an empty directory; nothing was written")
         path.mkdir(parents=True, exist_ok=True)
-        yield
-        sync_directory(path)
+        with _emptied_after_failure(path):
+            yield
+            sync_directory(path)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
@@ -68,3 +69,13 @@ def output_directory(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}{where}; "
             f"{free.free / 1e9:.1f} GB are free there"
         ) from None
+
+
+@contextmanager
+def _emptied_after_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for child in path.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        raise

@@ -50,7 +50,7 @@ class Marker:
     """Of the parameters, for example "bfloat16"; "mixed" for a model of several types."""
     has_optimizer: bool
     distributed_optimizer: bool
-    """How the optimizer state is kept; a run that goes on keeps it so."""
+    """How the ranks kept the optimizer's state; any run can go on from it."""
     layout: Mapping[str, int]
     """tp, pp, cp, dp, ep of the ranks that wrote it, as far as they matter there."""
     metric: float | None

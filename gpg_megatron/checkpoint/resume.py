@@ -36,18 +36,6 @@ def find_resume_point(config: Config, shape: ModelShape) -> tuple[ResumePoint | 
             f"checkpoint.resume={directory} is a converted model without optimizer state; "
             f"start from it with model.path={directory}"
         )
-    if marker.distributed_optimizer != config.policy.use_distributed_optimizer:
-        raise UserError(
-            f"{directory} was saved with policy.use_distributed_optimizer="
-            f"{str(marker.distributed_optimizer).lower()}; a run that goes on has to keep it"
-        )
-    # With it, Megatron keeps the experts' optimizer state in a part of its own.
-    if (marker.layout["ep"] > 1) != (config.policy.expert_model_parallel_size > 1):
-        raise UserError(
-            f"{directory} was saved with policy.expert_model_parallel_size="
-            f"{marker.layout['ep']}; a run goes on with 1 if that was 1, and with more if it was "
-            f"more"
-        )
     return ResumePoint(directory=directory.absolute(), marker=marker), warnings
 
 

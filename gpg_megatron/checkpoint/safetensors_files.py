@@ -35,6 +35,7 @@ class TensorPlace:
     """Where a tensor lies."""
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -63,7 +64,7 @@ def places_in(path: Path) -> dict[str, TensorPlace]:
     try:
         return {
             name: TensorPlace(
-                path, DTYPES[x["dtype"]], tuple(x["shape"]), 8 + length + x["data_offsets"][0]
+                path, name, DTYPES[x["dtype"]], tuple(x["shape"]), 8 + length + x["data_offsets"][0]
             )
             for name, x in header.items()
         }
@@ -72,12 +73,30 @@ def places_in(path: Path) -> dict[str, TensorPlace]:
 
 
 def read_rows(place: TensorPlace, first_row: int, out: torch.Tensor) -> None:
-    """Fill out, contiguous, with the rows from first_row on; they are cast to its type."""
+    """Fill out, contiguous, with the rows from first_row on; they are cast to its type.
+
+    Raises:
+        UserError: the file is cut, or the type cannot hold a value.
+    """
     rows = out if out.dtype == place.dtype else torch.empty(out.shape, dtype=place.dtype)
     with place.path.open("rb") as file:
         read_exactly(file, rows, place.offset + first_row * place.row_bytes)
     if rows is not out:
-        out.copy_(rows)
+        out.copy_(cast(rows, out.dtype, f"{place.path}: {place.name}"))
+
+
+def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Rows in another type. Raises UserError: a finite value would become infinite."""
+    narrow = rows.to(dtype)
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(rows.dtype).max and narrow.isinf().any():
+        lost = rows[narrow.isinf() & rows.isfinite()]
+        if len(lost):
+            raise UserError(
+                f"{name} has the value {lost[0].item():g}, which {str(dtype)[6:]} cannot hold "
+                f"(at most {limit:g}); expected a --dtype with a wider range, or none"
+            )
+    return narrow
 
 
 class ShardWriter:
@@ -119,7 +138,10 @@ class ShardWriter:
         begin = 8 + len(text)
         file.truncate(begin + ends[-1])
         for (name, x), start in zip(tensors.items(), ends, strict=False):
-            self._places[name] = file, TensorPlace(path, x.dtype, tuple(x.shape), begin + start)
+            self._places[name] = (
+                file,
+                TensorPlace(path, name, x.dtype, tuple(x.shape), begin + start),
+            )
 
     def write(self, name: str, first_row: int, rows: torch.Tensor) -> None:
         """Write rows of a tensor, contiguous and of its type. Raises OSError."""

@@ -10,6 +10,9 @@ from pathlib import Path
 from gpg_megatron.checkpoint.marker import MARKER, read_marker
 from gpg_megatron.errors import UserError
 
+TEMPLATES = "additional_chat_templates"
+"""Folder of a Hugging Face directory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Saved:
@@ -102,8 +105,10 @@ def relative_files(directory: Path) -> list[str]:
 
 def copy_hf_files(source: Path, target: Path) -> None:
     """Carry over what belongs to a Hugging Face model besides its weights: configuration,
-    generation settings, tokenizer, chat template, licence texts."""
+    generation settings, tokenizer, chat templates, licence texts."""
     target.mkdir(parents=True, exist_ok=True)
+    if (source / TEMPLATES).is_dir():
+        copy_hf_files(source / TEMPLATES, target / TEMPLATES)
     for path in sorted(source.iterdir()):
         wanted = path.suffix in (".json", ".txt", ".jinja", ".model", ".md") or path.stem in (
             "LICENSE",

@@ -22,7 +22,7 @@ from gpg_megatron.checkpoint.marker import (
     read_marker,
 )
 from gpg_megatron.checkpoint.raw_io import flushed
-from gpg_megatron.checkpoint.safetensors_files import ShardWriter
+from gpg_megatron.checkpoint.safetensors_files import ShardWriter, cast
 from gpg_megatron.checkpoint.store import copy_hf_files
 from gpg_megatron.checkpoint.stored_layout import StoredParameter, stored_parameters
 from gpg_megatron.checkpoint.torch_dist import Stored, read_box, read_index
@@ -90,7 +90,8 @@ def megatron_to_hf(
         check_files: compare every file with its digest first.
 
     Raises:
-        UserError: bad input, or no place to write to.
+        UserError: bad input, a value that dtype cannot hold, or no place to write to. Nothing is
+            left of it.
     """
     checkpoint = open_checkpoint(megatron, check_files=check_files)
     dtypes = {p.hf_name: dtype or s.stored.dtype for s in checkpoint.sources for p in s.pieces}
@@ -102,7 +103,7 @@ def megatron_to_hf(
         with budget.hold(source.n_bytes) as scratch:
             tensor = source.read(scratch)
             for piece in source.pieces:
-                rows = tensor[piece.local.slices].to(dtypes[piece.hf_name])
+                rows = cast(tensor[piece.local.slices], dtypes[piece.hf_name], piece.hf_name)
                 writer.write(piece.hf_name, piece.hf.ranges[0][0], rows)
         progress(source.n_bytes, total)
 

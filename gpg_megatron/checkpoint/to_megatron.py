@@ -85,8 +85,8 @@ def hf_to_megatron(
         dtype: of all tensors; None: each keeps its own.
 
     Raises:
-        UserError: bad input, or no place to write to. What was written so far has no marker and
-            no loader takes it.
+        UserError: bad input, a value that dtype cannot hold, or no place to write to. Nothing is
+            left of it.
     """
     shape, places = open_hf(hf)
     targets = sorted(_targets(shape, places, grid, dtype), key=lambda target: target.order)

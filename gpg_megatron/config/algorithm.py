@@ -17,30 +17,45 @@ from gpg_megatron.config.ranges import ranged
 class AlgorithmConfig:
     """How rewards become a loss. docs/gpg.md has the formulas. The defaults are `paper`."""
 
-    preset: Literal["paper", "amap", "verl", "grpo", "dr-grpo", "rloo", "reinforce++", "dapo"] = (
-        "paper"
-    )
+    preset: Literal[
+        "paper",
+        "amap",
+        "verl",
+        "grpo",
+        "dr-grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "rgra",
+        "maxrl",
+        "reinforce++",
+        "reinforce++-baseline",
+    ] = "paper"
     """Sets the defaults of the other keys, see docs/gpg.md; a key that is set wins."""
 
-    loss: Literal["gpg", "clip"] = "gpg"
-    """gpg: -log pi * A; clip: PPO's clipped surrogate."""
+    loss: Literal["gpg", "clip", "clip-sequence"] = "gpg"
+    """gpg: -log pi * A; clip: PPO's clipped surrogate; clip-sequence: the same with one ratio for
+    each response, the geometric mean of its tokens'."""
     clip_low: float = ranged(0.2, above=0, at_most=1)
-    """The ratio is clipped from below at 1 - clip_low; read by loss: clip."""
+    """The ratio is clipped from below at 1 - clip_low; read by the clipped losses."""
     clip_high: float = ranged(0.2, above=0)
-    """The ratio is clipped from above at 1 + clip_high; read by loss: clip."""
-    old_logprobs: Literal["current", "policy", "rollout"] = "current"
-    """The ratio's denominator, read by loss: clip. current: the log-probs of the update itself,
-    so the ratio is 1; policy: of the policy before the first update of the rollout batch, by one
-    more forward pass when there are several; rollout: of the engine."""
+    """The ratio is clipped from above at 1 + clip_high; read by the clipped losses."""
+    old_logprobs: Literal["auto", "current", "policy", "rollout"] = "auto"
+    """The denominator of the ratio, which the clipped losses and a correction have. current: the
+    log-probs of the update itself, so the ratio is 1; policy: of the policy before the first update
+    of the rollout batch, by one more forward pass when there are several; rollout: of the engine;
+    auto: by the table of off_policy.py."""
 
     baseline: Literal["group-mean", "leave-one-out", "batch-mean"] = "group-mean"
     """What is subtracted from a score: the mean of its group, the mean of the others in its
     group, the mean of the rollout batch."""
-    f_norm: Literal["one", "std", "batch-std"] = "one"
-    """Divisor of score - baseline: 1, or its standard deviation in the group or in the rollout
-    batch."""
+    f_norm: Literal["one", "std", "mean", "batch-std", "token-whiten"] = "one"
+    """Divisor of score - baseline: 1; its standard deviation in the group or in the rollout batch;
+    the group's mean score. token-whiten: less its mean over the response tokens of the batch,
+    over the standard deviation there."""
     f_norm_eps: float = ranged(1e-6, at_least=0)
-    """Added to a standard deviation."""
+    """Added to a standard deviation; to the variance with token-whiten."""
     dead_by: str = "accuracy"
     """What decides that a group is dead: accuracy, score, or a part that the scorer names. none:
     no group is dead."""
@@ -76,10 +91,11 @@ class AlgorithmConfig:
     for the next step, or end the run."""
 
     correction: Literal[
-        "none", "truncate-token", "truncate-sequence", "mask-token", "reject-sequence"
-    ] = "none"
+        "auto", "none", "truncate-token", "truncate-sequence", "mask-token", "reject-sequence"
+    ] = "auto"
     """Weight of a token for having been sampled by another distribution, from the ratio policy /
-    engine."""
+    old_logprobs. auto: none where every answer is of the present weights, else truncate-token,
+    see off_policy.py."""
     correction_min: float = ranged(0.5, above=0)
     """Smallest ratio that is kept; read by mask-token and reject-sequence."""
     correction_max: float = ranged(2.0, above=0)
@@ -101,12 +117,28 @@ class AlgorithmConfig:
         return self.kl_coef > 0.0 or self.entropy_coef > 0.0
 
     @property
+    def clips(self) -> bool:
+        """Whether the loss has a ratio, which it clips."""
+        return self.loss != "gpg"
+
+    @property
     def is_weighted(self) -> bool:
-        """Whether the policy's and the engine's log-probs are divided by each other."""
-        return self.correction != "none" or (self.loss == "clip" and self.old_logprobs == "rollout")
+        """Whether the ratio weighs off-policy answers, beside or instead of clipping them."""
+        return self.correction != "none" or (self.clips and self.old_logprobs == "rollout")
+
+    @property
+    def needs_old_policy(self) -> bool:
+        """Whether the policy's log-probs before the first update of a rollout batch are read."""
+        return self.old_logprobs == "policy" and (self.clips or self.correction != "none")
 
 
 _NO_DEAD_GROUPS: dict[str, Any] = {"dead_by": "none", "alpha": "none"}
+_TOKEN_WHITENED: dict[str, Any] = {
+    "loss": "clip",
+    "f_norm": "token-whiten",
+    "f_norm_eps": 1e-8,
+    "loss_aggregation": "token-mean",
+}
 
 # What differs from the defaults of AlgorithmConfig. Sources are in docs/gpg.md.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -120,41 +152,44 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_redraws": 20,
         "on_exhausted": "error",
     },
-    "verl": {"dead_by": "none", "alpha": "nonzero", "loss_aggregation": "token-mean"},
+    "verl": {
+        "dead_by": "none",
+        "alpha": "nonzero",
+        "loss_aggregation": "token-mean",
+        "correction": "none",
+    },
     "grpo": _NO_DEAD_GROUPS
     | {"loss": "clip", "f_norm": "std", "loss_aggregation": "seq-mean-token-mean"},
     "dr-grpo": _NO_DEAD_GROUPS | {"loss": "clip", "loss_aggregation": "seq-mean-token-sum-norm"},
-    "rloo": _NO_DEAD_GROUPS
-    | {"baseline": "leave-one-out", "loss_aggregation": "seq-mean-token-sum"},
-    "reinforce++": _NO_DEAD_GROUPS
-    | {
-        "loss": "clip",
-        "baseline": "batch-mean",
-        "f_norm": "batch-std",
-        "f_norm_eps": 1e-8,
-        "loss_aggregation": "token-mean",
-    },
     "dapo": _NO_DEAD_GROUPS
     | {"loss": "clip", "clip_high": 0.28, "f_norm": "std", "loss_aggregation": "token-mean"},
+    "gspo": _NO_DEAD_GROUPS
+    | {
+        "loss": "clip-sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "f_norm": "std",
+        "loss_aggregation": "seq-mean-token-mean",
+    },
+    "cispo": _NO_DEAD_GROUPS
+    | {
+        "correction": "truncate-token",
+        "correction_max": 5.0,
+        "f_norm": "std",
+        "loss_aggregation": "token-mean",
+    },
+    "rloo": _NO_DEAD_GROUPS
+    | {"baseline": "leave-one-out", "loss_aggregation": "seq-mean-token-sum"},
+    "rgra": _NO_DEAD_GROUPS | {"f_norm": "std", "loss_aggregation": "seq-mean-token-mean"},
+    "maxrl": _NO_DEAD_GROUPS | {"f_norm": "mean", "loss_aggregation": "token-mean"},
+    "reinforce++": _NO_DEAD_GROUPS | _TOKEN_WHITENED | {"baseline": "batch-mean"},
+    "reinforce++-baseline": _NO_DEAD_GROUPS | _TOKEN_WHITENED,
 }
 
 
-def algorithm_rules(
-    a: AlgorithmConfig, *, n_updates: int, truncates: bool, group_size: int
-) -> Iterator[tuple[bool, str]]:
-    """Rules about keys that do not fit together: whether one is broken, and the message.
-
-    Args:
-        n_updates: optimizer steps for each rollout batch.
-        truncates: whether top_p or top_k cut the distribution that is sampled.
-        group_size: answers to each prompt.
-    """
-    for rules in (_about_groups(a, group_size), _about_ratios(a, n_updates, truncates)):
-        for broken, message in rules:
-            yield broken, f"algorithm.{message}"
-
-
-def _about_groups(a: AlgorithmConfig, group_size: int) -> Iterator[tuple[bool, str]]:
+def group_rules(a: AlgorithmConfig, *, group_size: int) -> Iterator[tuple[bool, str]]:
+    """Rules about keys that do not fit together: whether one is broken, and the message without
+    "algorithm.". group_size: answers to each prompt."""
     none_is_dead = a.dead_by == "none"
     yield (
         a.beta_th > 0 and a.filter_groups,
@@ -177,55 +212,3 @@ def _about_groups(a: AlgorithmConfig, group_size: int) -> Iterator[tuple[bool, s
         "dead_by, baseline and f_norm need groups of two answers, but rollout.n is 1: a group "
         "of one carries no gradient; expected rollout.n of at least 2",
     )
-
-
-def _about_ratios(
-    a: AlgorithmConfig, n_updates: int, truncates: bool
-) -> Iterator[tuple[bool, str]]:
-    yield (
-        a.is_weighted and truncates,
-        f"{_ratio_key(a)} divides by the engine's log-probs, but rollout.top_p or rollout.top_k "
-        "cut the distribution that they belong to; expected top_p=1 and top_k=-1",
-    )
-    yield (
-        a.loss == "clip" and a.old_logprobs == "rollout" and a.correction != "none",
-        f"correction={a.correction} repeats what algorithm.old_logprobs=rollout does: the ratio "
-        "of the loss is already the engine's; expected correction=none or old_logprobs=policy",
-    )
-    yield (
-        a.loss == "clip" and a.old_logprobs == "current" and n_updates > 1,
-        f"old_logprobs=current makes every ratio 1, but there are {n_updates} optimizer steps "
-        "for each rollout batch (trainer.mini_batch_size); expected policy (one more forward "
-        "pass) or rollout (the engine's)",
-    )
-    yield (
-        a.correction_min > a.correction_max,
-        f"correction_min ({a.correction_min}) exceeds algorithm.correction_max "
-        f"({a.correction_max}); expected at most correction_max",
-    )
-
-
-def _ratio_key(a: AlgorithmConfig) -> str:
-    return "correction=" + a.correction if a.correction != "none" else "old_logprobs=rollout"
-
-
-def warnings_about(a: AlgorithmConfig, *, n_updates: int, stale: bool) -> list[str]:
-    """What is legal and yet likely not meant, one line each.
-
-    Args:
-        n_updates: optimizer steps for each rollout batch.
-        stale: rollout batches are one step old.
-    """
-    remedy = "algorithm.correction=truncate-token corrects them"
-    if stale and not a.is_weighted:
-        return [
-            "trainer.max_staleness=1 makes every rollout batch one step old, and no ratio weighs "
-            f"its samples; {remedy}"
-        ]
-    if a.loss == "gpg" and a.correction == "none" and n_updates > 1:
-        return [
-            f"algorithm.loss=gpg has no ratio, and there are {n_updates} optimizer steps for each "
-            "rollout batch (trainer.mini_batch_size): those after the first are off-policy and "
-            f"not corrected; {remedy}"
-        ]
-    return []

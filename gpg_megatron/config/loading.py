@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from gpg_megatron.config.algorithm import PRESETS
+from gpg_megatron.config.by_name import find_config, shipped_configs
 from gpg_megatron.config.overrides import is_text, split_override, text_value
 from gpg_megatron.config.paths import expanded
 from gpg_megatron.config.rules import validate
@@ -44,7 +45,7 @@ def load_config(
     """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
 
     Args:
-        path: None: there are the overrides only.
+        path: a file, or the name of a shipped configuration; None: there are the overrides only.
         trains: False for a command that only evaluates and needs no training files.
         has_model: False for one that scores saved answers.
 
@@ -88,9 +89,11 @@ def config_yaml(config: Config) -> str:
 
 def _read(path: str | Path) -> DictConfig:
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.load(find_config(path))
     except FileNotFoundError:
-        raise UserError(f"config file not found: {path}") from None
+        is_name = str(path) == Path(path).stem
+        known = f"; known by name: {', '.join(shipped_configs())}" if is_name else ""
+        raise UserError(f"config file not found: {path}{known}") from None
     except (*_LIBRARY, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
     if not isinstance(content, DictConfig):

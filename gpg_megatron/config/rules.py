@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import get_args
 
-from gpg_megatron.config.algorithm import algorithm_rules, warnings_about
+from gpg_megatron.config import off_policy
+from gpg_megatron.config.algorithm import group_rules
 from gpg_megatron.config.ranges import ranges
 from gpg_megatron.config.sections import Config, PolicyConfig, RewardConfig, Scorer
 from gpg_megatron.errors import UserError
@@ -38,12 +39,7 @@ def validate(config: Config, *, trains: bool = True, has_model: bool = True) -> 
         _about_stop_strings(config.rollout.stop),
         _about_checkpoints(config),
         _about_rewards(config.reward, config.rollout.max_response_length),
-        algorithm_rules(
-            config.algorithm,
-            n_updates=config.trainer.updates_per_batch,
-            truncates=config.rollout.truncates,
-            group_size=config.rollout.n,
-        ),
+        _about_the_algorithm(config),
     ):
         if broken:
             raise UserError(message)
@@ -51,11 +47,7 @@ def validate(config: Config, *, trains: bool = True, has_model: bool = True) -> 
 
 def config_warnings(config: Config) -> list[str]:
     """What is legal and yet likely not meant, one line each."""
-    found = warnings_about(
-        config.algorithm,
-        n_updates=config.trainer.updates_per_batch,
-        stale=config.trainer.max_staleness > 0,
-    )
+    found = off_policy.warnings_about(config.objective, config.sampled)
     reward = config.reward
     shaped = [
         f"reward.weights.{part}" for part, w in reward.weights.items() if w and part != "answer"
@@ -70,13 +62,21 @@ def config_warnings(config: Config) -> list[str]:
     return found
 
 
+def _about_the_algorithm(config: Config) -> Iterator[tuple[bool, str]]:
+    for broken, message in chain(
+        group_rules(config.algorithm, group_size=config.rollout.n),
+        off_policy.rules(config.objective, config.sampled),
+    ):
+        yield broken, f"algorithm.{message}"
+
+
 def _about_model_and_data(
     config: Config, trains: bool, has_model: bool
 ) -> Iterator[tuple[bool, str]]:
     d = config.data
     yield (
         has_model and not config.model.path,
-        "model.path is not set; expected a Hugging Face directory",
+        "model.path is not set; expected a Hugging Face directory or ORG/NAME",
     )
     yield trains and not d.train_files, "data.train_files is empty; expected at least one file"
     yield (
@@ -115,11 +115,26 @@ def _about_the_policy(p: PolicyConfig) -> Iterator[tuple[bool, str]]:
 
 def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
     t, v, transport = config.trainer, config.validation, config.bridge.transport
+    n_seqs, n_tokens = config.rollout.max_num_seqs, config.rollout.max_num_batched_tokens
+    yield (
+        n_seqs is not None and n_tokens is not None and n_tokens < n_seqs,
+        f"rollout.max_num_batched_tokens ({n_tokens}) is less than rollout.max_num_seqs "
+        f"({n_seqs}); expected at least as many: each sequence has a token in every step",
+    )
     yield (
         t.train_batch_size % t.prompts_per_update != 0,
         f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
         f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
     )
+    for key, values, last in (
+        ("steps", t.profile_steps, t.total_training_steps),
+        ("ranks", t.profile_ranks, config.policy.world_size - 1),
+    ):
+        first = int(key == "steps")
+        yield (
+            not all(first <= x <= last for x in values),
+            f"trainer.profile_{key} is {list(values)}; expected numbers from {first} to {last}",
+        )
     colocated = t.placement == "colocated"
     yield (
         colocated and t.max_staleness > 0,
@@ -128,13 +143,13 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (
         colocated and transport == "nccl",
-        "bridge.transport is nccl with trainer.placement=colocated; expected shm, gloo or "
+        "bridge.transport is nccl with trainer.placement=colocated; expected auto, shm, gloo or "
         "cuda_ipc: NCCL refuses two processes on one GPU",
     )
     yield (
         not colocated and transport == "cuda_ipc",
-        "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected shm, gloo "
-        "or nccl: rank and engine have different GPUs",
+        "bridge.transport is cuda_ipc with trainer.placement=disaggregated; expected auto, shm, "
+        "gloo or nccl: rank and engine have different GPUs",
     )
     yield (
         v.temperature == 0 and v.n > 1,

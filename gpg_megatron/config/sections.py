@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.off_policy import Sampled, settled
 from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
 
@@ -59,7 +60,11 @@ class ModelConfig:
     """The model that is trained."""
 
     path: str = file_path("")
-    """A Hugging Face directory: config.json, safetensors, tokenizer files."""
+    """A Hugging Face directory (config.json, safetensors, tokenizer files), or the ORG/NAME of a
+    model of the Hugging Face Hub, which is fetched into the local cache when it is not there."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a model of the Hub; None: its main branch. The config.yaml of a run
+    has the commit."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter type of the policy; master weights are always fp32."""
 
@@ -91,8 +96,7 @@ class PolicyConfig:
     max_tokens_per_micro_batch: int = ranged(16384, at_least=1)
     """Token budget of one packed micro-batch; a single longer sequence goes alone."""
     share_prompts: bool = True
-    """The prompt of samples of one group is computed once per micro-batch. Transformer Engine's
-    attention cannot do it: there the key changes nothing."""
+    """The prompt of samples of one group is computed once per micro-batch."""
     logits_chunk_mb: int = ranged(256, at_least=1)
     """Limit of the logits that each rank holds at once, MiB; log-probs are computed by chunks
     of as many tokens as fit, and computed again in the backward pass."""
@@ -142,8 +146,13 @@ class RolloutConfig:
     """Share of each GPU that an engine may reserve. Not used on CPU."""
     kv_cache_gb: float = ranged(1.0, above=0)
     """Key-value cache of each worker of an engine on CPU, GiB."""
-    max_num_seqs: int = ranged(256, at_least=1)
-    """Sequences that an engine decodes at once."""
+    max_num_seqs: Optional[int] = ranged(None, at_least=1)
+    """Sequences that an engine decodes at once; None: 256, and on a GPU as many more as its cache
+    holds at full length, at most 1,024."""
+    max_num_batched_tokens: Optional[int] = ranged(None, at_least=1)
+    """Prompt and decode tokens of one engine step; None: a share of the cache."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """More of vLLM's engine arguments, handed to it as they are."""
     enforce_eager: bool = False
     """True: no compilation and no graph capture; starts faster."""
     startup_timeout_s: int = ranged(600, at_least=1)
@@ -162,9 +171,10 @@ class RolloutConfig:
 class BridgeConfig:
     """Moving the policy's weights into the engines."""
 
-    transport: Literal["shm", "gloo", "nccl", "cuda_ipc"] = "shm"
-    """shm: policy ranks and engines share a host; gloo: any hosts, through host memory; nccl:
-    any hosts, between GPUs; cuda_ipc: rank and engine share a GPU."""
+    transport: Literal["auto", "shm", "gloo", "nccl", "cuda_ipc"] = "auto"
+    """auto: the best of each pair of rank and engine worker. Or one for all of them: shm needs a
+    common host, cuda_ipc a common GPU; gloo goes to any host through host memory, nccl between
+    GPUs."""
     bucket_mb: int = ranged(16, at_least=1)
     """Bytes moved per message, MiB; each sender holds two."""
     verify: Literal["never", "first", "always"] = "first"
@@ -229,6 +239,10 @@ class TrainerConfig:
     disaggregated: each has GPUs of its own, and on CPU nothing is moved."""
     test_freq: int = ranged(0, at_least=0)
     """Evaluate every N steps; 0: only before the first and after the last step."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps of which torch's profiler writes a trace."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Policy ranks that write one, each for itself."""
 
     @property
     def prompts_per_update(self) -> int:
@@ -315,3 +329,19 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def sampled(self) -> Sampled:
+        """How far the policy may be from what sampled its answers."""
+        return Sampled(
+            n_updates=self.trainer.updates_per_batch,
+            stale=self.trainer.max_staleness > 0,
+            carried=self.algorithm.wanted_fraction > 0,
+            truncated=self.rollout.truncates,
+            other_type=self.rollout.dtype != self.model.dtype,
+        )
+
+    @property
+    def objective(self) -> AlgorithmConfig:
+        """The section algorithm as the loss takes it: nothing is left to auto."""
+        return settled(self.algorithm, self.sampled)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpg_megatron import __version__
 from gpg_megatron.data import arithmetic
 from gpg_megatron.data.catalog import DATA_SETS, Loaded, load_split
 from gpg_megatron.data.checks import examine
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", required=True, help="folder for the parquet files")
     parser = argparse.ArgumentParser(prog="gpg-data", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="DATASET")
 
     sub = commands.add_parser("arithmetic", help="generated problems", parents=[common])

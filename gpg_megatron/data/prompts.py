@@ -88,7 +88,7 @@ def render_all(
             f"{', '.join(problems)}: all {n_filtered} prompts are longer than "
             f"data.max_prompt_length={data.max_prompt_length}; expected at least one that fits"
         )
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if differences:
         warnings = (
             f"the tokens of {len(differences)} prompts do not decode to their text: "

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 from gpg_megatron.errors import UserError, reason_of, users_mistake
 from gpg_megatron.model.json_file import IS_POINTER, POINTER
 
+BATCH_ROWS = 256
+"""Of parquet, decoded at once."""
+
 Located = Iterator[tuple[str, Any]]
 """(location, record), for messages."""
 
@@ -86,7 +89,9 @@ def _rows(path: Path, columns: Sequence[str] | None) -> Located:
             missing = [name for name in columns or () if name not in names]
             if missing:
                 raise UserError(f"{path}: no column {missing[0]!r}; found {', '.join(names)}")
-            rows = file.read(columns=columns).to_pylist()
+            # Not at once: an array of texts holds 2 GiB at most.
+            batches = file.iter_batches(BATCH_ROWS, columns=columns)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from numbered(rows, f"{path}:")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file: {error}") from None
-    return numbered(rows, f"{path}:")

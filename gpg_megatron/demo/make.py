@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpg_megatron import __version__
 from gpg_megatron.demo.settings import TASK, DemoSettings
 from gpg_megatron.errors import UserError, exit_codes
 
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m gpg_megatron.demo.make",
         description="Makes the demo's model and data, once.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--out", required=True, type=Path, help="folder of the model and the data")
     parser.add_argument("--seed", type=int, default=DemoSettings.seed)
     args = parser.parse_args(argv)

@@ -8,22 +8,24 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from gpg_megatron import __version__
 from gpg_megatron.config.loading import config_yaml, load_config
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.catalog import DATA_SETS, load_split
 from gpg_megatron.data.prompts import file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
-from gpg_megatron.errors import RunError, UserError, exit_codes
+from gpg_megatron.errors import RunError, UserError, exit_codes, writing
 from gpg_megatron.evaluation import compare
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
 from gpg_megatron.evaluation.saved import read_generations
+from gpg_megatron.model.hub import fetched, local_directory
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.reward.sources import check_prompts
 from gpg_megatron.reward.trial import try_custom_function
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rescore and (args.source or args.max_rows or args.greedy):
         raise UserError("--rescore with --source, --max-rows or --greedy; expected it alone")
     config = load_config(args.config, args.overrides, trains=False, has_model=not args.rescore)
+    if not args.rescore:
+        config = replace(config, model=fetched(config.model))
     out = Path(args.out)
     saved = read_generations(args.rescore) if args.rescore else {}
     if args.rescore and out.resolve() == Path(args.rescore).resolve().parent:
@@ -64,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = _sets(answered)
     path = out / RESULT_FILE
     result = {"arguments": vars(args), "sets": sets}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_table(sets)))
     print(f"{path}, {out / GENERATIONS_FILE}", flush=True)
     if scorers:
@@ -101,19 +106,36 @@ def _run(
     config: Config, modes: Mapping[str, SamplingParams], prompts: Sequence[Prompt], out: Path
 ) -> dict[str, list[ScoredGroup]]:
     """Start the engines, answer, score; leave nothing of it behind but files in out."""
+    from gpg_megatron.bridge.forecast import worker_parameters
     from gpg_megatron.bridge.protocol import RECEIVER
-    from gpg_megatron.host.device import resolve_device
+    from gpg_megatron.host.device import device_bytes, resolve_device
     from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
-    from gpg_megatron.rollout.engine import EngineSpec
+    from gpg_megatron.model.shape import load_model_shape
+    from gpg_megatron.placement.memory import engine_limits, engine_memory
     from gpg_megatron.rollout.fleet import Fleet
+    from gpg_megatron.rollout.spec import EngineSpec
 
     run_id = new_run_id()
     longest = config.rollout.max_response_length
+    device = resolve_device(config.trainer.device)
+    shape, n_workers = (
+        load_model_shape(local_directory(config.model)),
+        config.rollout.tensor_model_parallel_size,
+    )
+    memory = engine_memory(
+        config,
+        shape,
+        n_parameters=worker_parameters(shape, n_workers),
+        device_bytes=device_bytes(device),
+    )
+    limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,
-        model_path=str(Path(config.model.path).resolve()),
-        device=resolve_device(config.trainer.device),
+        model_path=str(local_directory(config.model).resolve()),
+        device=device,
         max_model_len=config.data.max_prompt_length + longest,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         worker_extension=RECEIVER,
         scratch=scratch_directory(run_id),
     )
@@ -209,13 +231,16 @@ def _prompts(args: argparse.Namespace, config: Config) -> tuple[Prompt, ...]:
     from gpg_megatron.data.tokenizer import check_stop, load_tokenizer
     from gpg_megatron.model.layout_rules import check_engines
     from gpg_megatron.model.shape import load_model_shape, shape_warnings
+    from gpg_megatron.rollout.engine_args import check_engine_args
 
-    shape = load_model_shape(config.model.path)
+    directory = local_directory(config.model)
+    shape = load_model_shape(directory)
     check_engines(config, shape)
-    for line in shape_warnings(config.model.path):
+    check_engine_args(config.rollout)
+    for line in shape_warnings(directory):
         print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(directory)
     check_stop(tokenizer, config.rollout.stop)
     loaded = render_all(problems, config.data, tokenizer, shape.vocab_size)
     for line in loaded.warnings:
@@ -259,8 +284,9 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpg-eval", description=__doc__)
     add = parser.add_argument
+    add("--version", action="version", version=__version__)
     names = ", ".join(DATA_SETS)
-    add("--config", metavar="FILE", help="a YAML file of configs/, or that of a run")
+    add("--config", metavar="FILE", help="YAML, or the name of one that comes with the package")
     add("overrides", nargs="*", metavar="a.b=value", help="replaces a key, as model.path=DIR")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", help=f"files in the row schema, or names: {names}")

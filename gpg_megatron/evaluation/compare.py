@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpg_megatron.config.sections import RewardConfig
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, writing
 from gpg_megatron.reward.pool import FAILURES, RewardPool
 from gpg_megatron.reward.scorers import SCORERS
 from gpg_megatron.reward.sources import check_prompts
@@ -103,7 +103,8 @@ def report(rows: Sequence[dict[str, Any]], path: Path) -> list[str | Table]:
     """Write all disagreements, one JSON object a line; what is to be printed about them."""
     found = disagreements(rows)
     # ASCII escapes: a response may hold halves of surrogate pairs.
-    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    with writing(path):
+        path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     lines: list[str | Table] = [
         f"scorers disagree about {len(found)} of {len(rows)} answers: {path}"
     ]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpg_megatron.errors import writing
 from gpg_megatron.evaluation.metrics import Answers, Estimate, summarise
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.sampling import Sampler, SamplingRequest
@@ -75,7 +76,14 @@ def write_generations(
     Args:
         extra_info: the row's own is written, too, for functions that score the answers again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, groups, extra_info, columns)
+
+
+def _write(
+    path: Path, groups: Sequence[ScoredGroup], extra_info: bool, columns: Mapping[str, Any]
+) -> None:
     with path.open("a" if columns else "w", encoding="utf-8") as file:
         for group in groups:
             for completion, reward in zip(group.completions, group.rewards, strict=True):

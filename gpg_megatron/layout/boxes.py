@@ -65,6 +65,26 @@ class Box:
         )
 
 
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Elements [start, stop) of a row-major tensor as rectangles, in their order. Of a matrix at
+    most three: the end of a row, whole rows, the beginning of a row."""
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [Box(((start, stop),))]
+    size = math.prod(shape[1:])
+
+    def within(row: int, first: int, last: int) -> list[Box]:
+        return [Box(((row, row + 1), *box.ranges)) for box in flat_boxes(shape[1:], first, last)]
+
+    whole_from, whole_to = -(-start // size), stop // size
+    if whole_from > whole_to:
+        return within(whole_to, start - whole_to * size, stop - whole_to * size)
+    rows = [Box(((whole_from, whole_to), *Box.whole(shape[1:]).ranges))]
+    before = within(whole_from - 1, start - (whole_from - 1) * size, size)
+    return before + rows[: whole_to - whole_from] + within(whole_to, 0, stop - whole_to * size)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A box of a local parameter and the box of the Hugging Face tensor that it holds."""

@@ -20,15 +20,14 @@ import torch.distributed as dist
 
 from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
-from gpg_megatron.bridge.protocol import BACKEND, RECEIVER
 from gpg_megatron.checkpoint.marker import read_marker
 from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import open_stream
 from gpg_megatron.host.collectives import OnRank0, kept_on_rank0, on_rank0
-from gpg_megatron.host.device import Device, has_transformer_engine, peak_flops_per_s
-from gpg_megatron.host.reaper import scratch_directory
+from gpg_megatron.host.device import Device
+from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.layout.topology import policy_grid
 from gpg_megatron.loop.checkpoints import (
@@ -38,29 +37,29 @@ from gpg_megatron.loop.checkpoints import (
     read_trainer_state,
     saving_of,
 )
+from gpg_megatron.loop.engines import start_engines
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.handover import Handover
-from gpg_megatron.loop.inputs import is_converted, load_inputs, model_files
+from gpg_megatron.loop.inputs import is_converted, load_inputs
 from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Collector, Rollouts
 from gpg_megatron.loop.trainer import Run, Schedule
 from gpg_megatron.model.flops import token_costs
+from gpg_megatron.model.hub import local_directory
+from gpg_megatron.observe.gpus import GpuWatch
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.progress import Progress
+from gpg_megatron.observe.trace import trace_of
 from gpg_megatron.observe.watchdog import Watchdog
-from gpg_megatron.placement.devices import engine_devices, visible_devices
 from gpg_megatron.placement.states import Placement, State
 from gpg_megatron.policy.policy import Policy
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.reward.pool import RewardPool
-from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.types import DTYPES, ModelShape
 
-Part = TypeVar("Part", RewardPool, RunLogger, Progress)
+Part = TypeVar("Part", RewardPool, RunLogger, Progress, GpuWatch)
 WATCHDOG_LIMIT_S = 300.0
-CPU_WARNING = (
-    "warning: trainer.placement=colocated saves no memory on CPU: vLLM's workers cannot sleep there"
-)
 
 
 @contextmanager
@@ -76,7 +75,8 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
             closing(Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S))
         )
         fleet = kept_on_rank0(
-            lambda: ends.enter_context(closing(start_engines(config, device, run_id))), ask_rank0
+            lambda: ends.enter_context(closing(start_engines(config, shape, device, run_id))),
+            ask_rank0,
         )
         handover = Handover(fleet, lambda: policy, ask_rank0, group, watchdog)
         placement = Placement(config.trainer.placement, handover)
@@ -86,11 +86,11 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         load_policy(policy, config, shape, point)
         pids = _pids()
         rank0 = kept_on_rank0(
-            lambda: open_rank0(config, shape, fleet, watchdog, pids, ends), ask_rank0
+            lambda: open_rank0(config, shape, device, fleet, watchdog, pids, ends), ask_rank0
         )
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
-            rank0.say_filtered()
+            rank0.say_what_was_decided()
         rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, point)
         placement.enter(State.SYNC)
         side = PolicySide(
@@ -121,52 +121,8 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
             on_rank0=ask_rank0,
             rank0=rank0,
             peak_flops_per_s=peak,
+            trace=trace_of(config.trainer, dist.get_rank()),
         )
-
-
-# ---- engines --------------------------------------------------------------------------------
-
-
-def start_engines(config: Config, device: Device, run_id: str) -> Fleet:
-    """They go on starting while the policy is built, which takes as long; engines that will
-    share its GPUs must have taken, and given back, their memory first."""
-    colocated = config.trainer.placement == "colocated"
-    spec = EngineSpec(
-        rollout=config.rollout,
-        model_path=os.path.abspath(model_files(config)),
-        random_weights=is_converted(config),
-        device=device,
-        max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
-        gives_memory_back=colocated,
-        worker_extension=RECEIVER,
-        weight_transfer=BACKEND,
-        scratch=scratch_directory(run_id),
-    )
-    fleet = Fleet.start(
-        spec,
-        run_id=run_id,
-        log_dir=Path(config.trainer.output_dir) / "logs",
-        devices=_engine_devices(config) if device == "cuda" else None,
-    )
-    if colocated:
-        fleet.wait_ready()
-        if device == "cpu":
-            print(CPU_WARNING, file=sys.stderr)
-    return fleet
-
-
-def _engine_devices(config: Config) -> tuple[str, ...] | None:
-    """For a private Ray; an existing cluster has its own."""
-    r = config.rollout
-    if r.ray_address is not None:
-        return None
-    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return engine_devices(
-        visible_devices(variable, torch.cuda.device_count()),
-        mode=config.trainer.placement,
-        n_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
-        n_workers=r.num_engines * r.tensor_model_parallel_size,
-    )
 
 
 # ---- policy ---------------------------------------------------------------------------------
@@ -196,7 +152,7 @@ def load_policy(
 
 def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
     """From a converted model, or from Hugging Face files."""
-    path = Path(config.model.path)
+    path = local_directory(config.model)
     if is_converted(config):
         check_bytes(path, read_marker(path))
         policy.load_weights(path)
@@ -211,6 +167,7 @@ def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
 def open_rank0(
     config: Config,
     shape: ModelShape,
+    device: Device,
     fleet: Fleet | None,
     watchdog: Watchdog,
     pids: Sequence[int],
@@ -234,6 +191,7 @@ def open_rank0(
         progress=opened(Progress(t.total_training_steps)),
         watchdog=watchdog,
         pids=pids,
+        gpu_metrics=opened(GpuWatch()).take if device == "cuda" else dict,
     )
 
 
@@ -311,8 +269,7 @@ def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
         dp_rank=at.dp_rank,
         dp_size=at.dp_size,
         costs=token_costs(shape),
-        # Transformer Engine's attention knows no segments with a shared prompt.
-        share_prompts=p.share_prompts and not has_transformer_engine(),
+        share_prompts=p.share_prompts,
     )
 
 

@@ -33,7 +33,7 @@ from gpg_megatron.checkpoint.store import (
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import CheckpointConfig, Config, PolicyConfig
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, writing
 from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.inputs import model_files
 from gpg_megatron.model.shape import padded_vocab_size
@@ -144,19 +144,17 @@ class RunCheckpoints:
     def _prepare(self, step: int) -> Path:
         """An empty directory with everything but the ranks' own files."""
         directory = step_directory(self._saving.root, step).absolute()
-        try:
+        with writing(directory):
             if directory.exists():
                 remove(directory)  # this very step again, after a resume from an earlier one
             make_folders(directory)
             copy_hf_files(self._saving.model_files, directory / HF_FILES)
             (directory / TRAINER_STATE).write_text(json.dumps(self._state()))
             (directory / "config.yaml").write_text(self._saving.config_yaml)
-        except OSError as error:
-            raise UserError(f"cannot write {directory}: {error.strerror}") from None
         return directory
 
     def _complete(self, directory: Path, step: int, version: int, metric: float | None) -> None:
-        try:
+        with writing(directory):
             stamps = collect_stamps(directory)
             for name in relative_files(directory):
                 stamps.setdefault(name, stamp(directory / name))
@@ -165,8 +163,6 @@ class RunCheckpoints:
             write_marker(directory, marker)
             keep = self._saving.config
             prune(directory.parent, keep.keep_last, keep.keep_best)
-        except OSError as error:
-            raise UserError(f"cannot write {directory}: {error.strerror}") from None
         last = step == self._saving.last_step
         if keep.hf_export == "every" or (keep.hf_export == "last" and last):
             self._export(directory)

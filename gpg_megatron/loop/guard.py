@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpg_megatron.batching.updates import pack, split_updates
-from gpg_megatron.errors import RunError
+from gpg_megatron.errors import RunError, writing
 from gpg_megatron.loop.agreement import (
     Distance,
     Limit,
@@ -175,7 +175,7 @@ class BadSteps:
 
     def write(self, path: Path) -> None:
         """The samples of the bad steps in a row, one JSON object a line."""
-        with path.open("w", encoding="utf-8") as file:
+        with writing(path), path.open("w", encoding="utf-8") as file:
             for row in self._rows:
                 file.write(json.dumps(row) + "\n")
 

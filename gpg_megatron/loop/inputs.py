@@ -12,11 +12,13 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.lock import check_free
 from gpg_megatron.layout.hf_io import check_checkpoint
+from gpg_megatron.model.hub import local_directory
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.observe.loggers import check_logging
 from gpg_megatron.reward.sources import check_prompts
 from gpg_megatron.reward.trial import try_custom_function
+from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.types import ModelShape, Prompt
 
 
@@ -51,24 +53,26 @@ def check_output(config: Config) -> None:
 
 def is_converted(config: Config) -> bool:
     """Whether model.path is a Megatron checkpoint and not a Hugging Face directory."""
-    return (Path(config.model.path) / HF_FILES / "config.json").is_file()
+    return (local_directory(config.model) / HF_FILES / "config.json").is_file()
 
 
 def model_files(config: Config) -> Path:
     """The directory with config.json and the tokenizer."""
-    path = Path(config.model.path)
+    path = local_directory(config.model)
     return path / HF_FILES if is_converted(config) else path
 
 
 def check_model(config: Config) -> ModelShape:
-    """The model's shape, checked against the parallel layout and the checkpoint's tensors.
+    """The model's shape, checked against the parallel layout and the checkpoint's tensors; and
+    what vLLM is to be told.
 
     Raises:
         UserError
     """
-    path, converted = Path(config.model.path), is_converted(config)
+    path, converted = local_directory(config.model), is_converted(config)
     shape = load_model_shape(model_files(config), need_weights=not converted)
     check_layout(config, shape)
+    check_engine_args(config.rollout)
     if converted:
         check_marker(path, shape)
     else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpg_megatron.algorithm.advantages import AdvantageStats
+from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import Config
 from gpg_megatron.evaluation.evaluate import evaluate
 from gpg_megatron.loop.inputs import Inputs
@@ -43,6 +44,8 @@ class Rank0:
     watchdog: Watchdog
     pids: Sequence[int]
     """Of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+    gpu_metrics: Callable[[], dict[str, float]]
+    """Since the last call; nothing on CPU."""
     _has_warned: bool = field(default=False, init=False)
 
     def canary(self) -> list[tuple[Prompt, Completion]]:
@@ -72,8 +75,9 @@ class Rank0:
         """One line for the person who watches."""
         self.progress.message(text)
 
-    def say_filtered(self) -> None:
-        """How many training prompts are too long, if any are."""
+    def say_what_was_decided(self) -> None:
+        """How off-policy answers are weighed, and how many training prompts are too long."""
+        self.message(summary(self.config.objective, self.config.sampled))
         if n := self.inputs.n_filtered:
             self.message(f"{n} training prompts exceed data.max_prompt_length and are left out")
 
@@ -85,7 +89,7 @@ class Rank0:
         samples: Sequence[TrainSample] = (),
     ) -> None:
         """Write one step everywhere; step 0 is the state before training."""
-        metrics = {**metrics, **memory_metrics(self.pids)}
+        metrics = {**metrics, **memory_metrics(self.pids), **self.gpu_metrics()}
         self.logger.log(step, metrics)
         if step:
             self.progress.step(step, metrics)

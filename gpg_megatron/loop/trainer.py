@@ -21,6 +21,7 @@ from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Rollout, Rollouts
 from gpg_megatron.loop.step_metrics import step_metrics, throughput
+from gpg_megatron.observe.trace import Trace
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.states import Placement, State
 from gpg_megatron.policy.policy import Policy
@@ -85,6 +86,8 @@ class Run:
     """None on the other ranks."""
     peak_flops_per_s: float
     """Of all policy ranks together."""
+    trace: Trace
+    """What a step runs in: nothing, or the profiler."""
     _published: int | None = field(default=None, init=False)
     """The version that the engines have."""
     _step_began: float = field(default=0.0, init=False)
@@ -92,8 +95,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Those that are still to be done, from 1."""
         for step in range(self.schedule.done + 1, self.schedule.last + 1):
-            self._step_began = time.perf_counter()
-            yield step
+            with self.trace(step):
+                self._step_began = time.perf_counter()
+                yield step
 
     @contextmanager
     def place(self, state: State) -> Iterator[None]:
@@ -172,16 +176,22 @@ class Run:
         results: Sequence[StepResult],
         others: Mapping[str, float],
     ) -> None:
-        """Write what a step was, on rank 0. timing/step_s is its time without the evaluation."""
-        if self.rank0 is None:
-            return
-        timings = self.watchdog.pop_timings() | dict(rollout.timings)
-        seconds = time.perf_counter() - self._step_began - timings.get("timing/eval_s", 0.0)
-        metrics = step_metrics(rollout, samples, stats, batches, results)
-        metrics |= dict(others) | timings | {"timing/step_s": seconds}
-        metrics |= throughput(metrics, self.peak_flops_per_s)
-        self.rank0.report(step, metrics, rollout.groups, samples)
-        self.rank0.warn_of_shaped_scores(step, stats)
+        """Write what a step was, on rank 0. timing/step_s is its time without the evaluation.
+
+        Raises:
+            UserError: on every rank, when the disk is full.
+        """
+
+        def write() -> None:
+            timings = self.watchdog.pop_timings() | dict(rollout.timings)
+            seconds = time.perf_counter() - self._step_began - timings.get("timing/eval_s", 0.0)
+            metrics = step_metrics(rollout, samples, stats, batches, results)
+            metrics |= dict(others) | timings | {"timing/step_s": seconds}
+            metrics |= throughput(metrics, self.peak_flops_per_s)
+            self._rank0.report(step, metrics, rollout.groups, samples)
+            self._rank0.warn_of_shaped_scores(step, stats)
+
+        self.on_rank0(write)
 
     def finish(self) -> None:
         """The last words of a run that came to its end."""

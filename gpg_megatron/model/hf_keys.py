@@ -165,6 +165,7 @@ EXTRA: dict[str, Key] = {
     "torch_dtype": DTYPE,
     "head_dim": _sizes_or_null(None),
     "layer_types": _free(list, NoneType),
+    "original_max_position_embeddings": FREE,
     "rope_scaling": FREE,
     "rope_theta": FREE,
     # What a file says of itself, of generation (generation_config.json has the word) or of tools.

@@ -13,6 +13,10 @@ POINTER = "version https://git-lfs"
 IS_POINTER = "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
 
 
+class Refusal(Exception):
+    """What is wrong with a file: the rest of the line after its name."""
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Every text in it can be encoded.
 

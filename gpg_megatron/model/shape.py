@@ -9,7 +9,6 @@ value that it and we understand alike; the others are named in a warning.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -17,11 +16,10 @@ from typing import Any
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
-from gpg_megatron.model.json_file import plain, read_object, shown
+from gpg_megatron.model.json_file import Refusal, plain, read_object, shown
+from gpg_megatron.model.rope import read_rope, unread
 from gpg_megatron.types import ModelShape, MoEShape
 
-DEFAULT_THETA = 10000.0
-ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _TYPE_WORDS: dict[type, str] = {
     int: "a whole number (without point or quotes)",
     float: "a number with a point or exponent",
@@ -79,62 +77,57 @@ def _resolve(path: str | Path) -> tuple[ModelShape, list[str]]:
         architecture, family = _family_of(raw)
         known = family.declared.keys() | family.extra.keys() | LENGTHS
         shape = _shape(architecture, family, raw)
-    except _Refusal as refusal:
+    except Refusal as refusal:
         raise UserError(f"{where}: {refusal}") from None
-    name, rope = _rope(raw)
-    return shape, sorted(raw.keys() - known) + [f"{name}.{x}" for x in rope.keys() - ROPE_KEYS]
-
-
-class _Refusal(Exception):
-    """The rest of the line after the file's name."""
+    return shape, sorted(raw.keys() - known) + unread(raw)
 
 
 def _family_of(raw: Mapping[str, Any]) -> tuple[str, Family]:
-    """transformers goes by model_type, the engine by both. Raises _Refusal."""
+    """transformers goes by model_type, the engine by both. Raises Refusal."""
     names = raw.get("architectures") or ["(none)"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _Refusal(f"architectures is {shown(names)}; expected a list with a name")
+        raise Refusal(f"architectures is {shown(names)}; expected a list with a name")
     architecture = names[0]
     if architecture not in FAMILIES:
-        raise _Refusal(
+        raise Refusal(
             f"architecture {plain(architecture)} is not supported; known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
     if raw.get("model_type") != family.model_type:
         found = shown(raw["model_type"]) if "model_type" in raw else "missing"
-        raise _Refusal(f'model_type is {found}; expected "{family.model_type}" for {architecture}')
+        raise Refusal(f'model_type is {found}; expected "{family.model_type}" for {architecture}')
     return architecture, family
 
 
 def _values(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """All keys, with the defaults of those that are absent, checked. Raises _Refusal."""
+    """All keys, with the defaults of those that are absent, checked. Raises Refusal."""
     values: dict[str, Any] = {name: key.default for name, key in family.declared.items()}
     if "num_local_experts" in family.extra and "num_local_experts" in raw:
         values["num_experts"] = raw["num_local_experts"]
     values.update(raw)
     for name, key in {**family.extra, **family.declared}.items():
         if values.get(name) is Missing:
-            raise _Refusal(f"key '{name}' is missing")
+            raise Refusal(f"key '{name}' is missing")
         if name in raw or (key.only and name in values):
             _check_value(name, values[name], key)
     for name in sorted(raw.keys() & LENGTHS):
         longest, length = values["max_position_embeddings"], raw[name]
         if length is not None and not (_is_number(length) and length >= longest):
-            raise _Refusal(
+            raise Refusal(
                 f"{name} is {shown(length)}; expected max_position_embeddings {longest} or more"
             )
     return values
 
 
 def _check_value(name: str, value: Any, key: Key) -> None:
-    """Raises _Refusal."""
+    """Raises Refusal."""
     if type(value) not in key.types:
         words = " or ".join(_TYPE_WORDS[t] for t in key.types)
-        raise _Refusal(f"{name} is {shown(value)}; expected {words}")
+        raise Refusal(f"{name} is {shown(value)}; expected {words}")
     if key.most and value is not None and not 1 <= value <= key.most:
-        raise _Refusal(f"{name} is {shown(value)}; expected 1 to {key.most}")
+        raise Refusal(f"{name} is {shown(value)}; expected 1 to {key.most}")
     if key.only and not any(_same(value, x) for x in key.only):
-        raise _Refusal(f"{_option(name, value, key)} is not supported")
+        raise Refusal(f"{_option(name, value, key)} is not supported")
 
 
 def _option(name: str, value: Any, key: Key) -> str:
@@ -147,54 +140,25 @@ def _option(name: str, value: Any, key: Key) -> str:
     return name if neutral in (False, [], {}) else f"{name} other than {plain(neutral)}"
 
 
-def _rope(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(key, value) of what describes the rotary embedding: the older name goes first.
-
-    As convert_rope_params_to_dict in transformers' modeling_rope_utils.py. Raises _Refusal.
-    """
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(name) or {}
-    if not isinstance(rope, dict):
-        raise _Refusal(f"{name} is {shown(rope)}; expected an object or null")
-    return name, rope
-
-
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """The base of the rotary angles. Raises _Refusal: not the plain rotary embedding."""
-    name, rope = _rope(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise _Refusal(f"rope type {plain(kind)} is not supported")
-    if not _same(rope.get("partial_rotary_factor", 1), 1):
-        raise _Refusal(f"{name}.partial_rotary_factor other than 1 is not supported")
-    for key, value in rope.items():
-        # Angles by position in an image, or by kind of layer.
-        if key.endswith("_section") or isinstance(value, dict):
-            raise _Refusal(f"{name}.{plain(key)} is not supported")
-    theta = rope.get("rope_theta", raw.get("rope_theta", DEFAULT_THETA))
-    if not _is_number(theta) or not 0 < theta <= sys.float_info.max:
-        raise _Refusal(f"rope_theta is {shown(theta)}; expected a number above 0")
-    return float(theta)
-
-
 def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelShape:
-    """Raises _Refusal."""
+    """Raises Refusal."""
     values = _values(raw, family)
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     if family.model_type == "llama" and hidden % heads:
-        raise _Refusal(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
+        raise Refusal(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
     head_dim = values.get("head_dim") or hidden // heads
     if head_dim == 0 or head_dim % 2:
-        raise _Refusal(f"the size of a head is {head_dim}; rotary embeddings need an even number")
+        raise Refusal(f"the size of a head is {head_dim}; rotary embeddings need an even number")
     kv_heads = values["num_key_value_heads"] or heads
     if heads % kv_heads:
         default = "" if "num_key_value_heads" in raw else " (the family's default)"
-        raise _Refusal(
+        raise Refusal(
             f"num_key_value_heads {kv_heads}{default} does not divide num_attention_heads {heads}"
         )
     if not 0 < (eps := values["rms_norm_eps"]) < 1:
-        raise _Refusal(f"rms_norm_eps is {shown(eps)}; expected a number between 0 and 1")
+        raise Refusal(f"rms_norm_eps is {shown(eps)}; expected a number between 0 and 1")
     moe = _experts(family, values) if family.experts else None
+    theta, scaling = read_rope(raw, values["max_position_embeddings"])
     return ModelShape(
         architecture=architecture,
         num_layers=_layers(values),
@@ -207,7 +171,8 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         tied=values["tie_word_embeddings"],
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope_theta=_rope_theta(raw),
+        rope_theta=theta,
+        rope_scaling=scaling,
         rms_norm_eps=eps,
         max_position_embeddings=values["max_position_embeddings"],
         moe=moe,
@@ -215,21 +180,21 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
 
 
 def _layers(values: Mapping[str, Any]) -> int:
-    """How many there are; each attends to all that went before. Raises _Refusal."""
+    """How many there are; each attends to all that went before. Raises Refusal."""
     number: int = values["num_hidden_layers"]
     types = values.get("layer_types")
     if types is None:
         return number
     # The second is an older name of the first.
     if any(x not in ("full_attention", "attention") for x in types):
-        raise _Refusal("layer_types other than full_attention is not supported")
+        raise Refusal("layer_types other than full_attention is not supported")
     if len(types) != number:
-        raise _Refusal(f"layer_types has {len(types)} entries; num_hidden_layers is {number}")
+        raise Refusal(f"layer_types has {len(types)} entries; num_hidden_layers is {number}")
     return number
 
 
 def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
-    """Raises _Refusal."""
+    """Raises Refusal."""
     number = values["num_experts"]
     if "num_local_experts" in family.extra:
         number = values.get("num_local_experts", number)
@@ -241,13 +206,13 @@ def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
         renormalised=values["norm_topk_prob"],
     )
     if shape.experts_per_token > shape.num_experts:
-        raise _Refusal(
+        raise Refusal(
             f"num_experts_per_tok {shape.experts_per_token} is more than num_experts "
             f"{shape.num_experts}"
         )
     if shape.experts_per_token == 1 and shape.renormalised:
         # The only expert would have the constant weight 1, and its router no gradient.
-        raise _Refusal("norm_topk_prob with one expert per token is not supported")
+        raise Refusal("norm_topk_prob with one expert per token is not supported")
     return shape
 
 

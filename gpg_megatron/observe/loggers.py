@@ -6,7 +6,8 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from gpg_megatron.config.sections import LoggingConfig
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, writing
+from gpg_megatron.observe.rundir import METRICS, damage
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ class RunLogger:
                 f"trainer.output_dir {self._dir}: {error.strerror}; expected a directory "
                 "that can be made and written to"
             ) from None
-        path = self._dir / "metrics.jsonl"
-        _drop_torn_line(path)
+        path = self._dir / METRICS
+        _mend(path)
         self._metrics = path.open("a", encoding="utf-8")
         self._tensorboard: SummaryWriter | None = None
         self._wandb: Any = None
@@ -84,13 +86,15 @@ class RunLogger:
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Append one step to every log. Values that are not finite become null."""
         row = {key: _finite(value) for key, value in sorted(metrics.items())}
-        self._metrics.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        with writing(self._dir / METRICS):
+            self._metrics.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self._metrics.flush()
         known = {key: value for key, value in row.items() if value is not None}
         if self._tensorboard is not None:
             for key, value in known.items():
                 self._tensorboard.add_scalar(key, value, step)
-            self._tensorboard.flush()
+            with writing(self._dir / "tensorboard"):
+                self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(known, step=step)
 
@@ -110,7 +114,11 @@ class RunLogger:
             for completion, reward in zip(group.completions, group.rewards, strict=True)
         )
         path = self._dir / "rollouts" / f"step_{step}.jsonl"
-        path.parent.mkdir(exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            self._write_rows(path, rows)
+
+    def _write_rows(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         with path.open("w", encoding="utf-8") as file:
             for row in islice(rows, self._config.rollout_samples):
                 # ASCII escapes: a response may hold halves of surrogate pairs.
@@ -132,10 +140,13 @@ def _finite(value: Value) -> Value:
     return number if math.isfinite(number) else None
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what a run that was killed while writing left after the last line break."""
+def _mend(path: Path) -> None:
+    """Cut off what a run that was killed while writing left after the last line break, and name
+    the lines that nothing can be read of."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        if line := damage(path.parent):
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def _rollout_row(

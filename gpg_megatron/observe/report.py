@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from gpg_megatron.errors import writing
 from gpg_megatron.observe.charts import N_COLORS, Kind, Panel, chart_svg
 from gpg_megatron.observe.page import PAGE
-from gpg_megatron.observe.rundir import Row, read_metrics, read_rollouts
+from gpg_megatron.observe.rundir import Row, damage, read_metrics, read_rollouts
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,7 +45,7 @@ def write_report(output_dir: str | Path) -> Path:
     The page needs no network and no script, and follows the reader's light or dark theme.
 
     Raises:
-        UserError: metrics.jsonl is missing, has no rows, or is malformed.
+        UserError: metrics.jsonl is missing or has no rows.
     """
     from jinja2 import Environment
     from pandas import DataFrame
@@ -57,7 +58,7 @@ def write_report(output_dir: str | Path) -> Path:
     environment.filters["number"] = _number
     page = environment.from_string(PAGE).render(
         title=directory.resolve().name,
-        subtitle=_subtitle(frame, yaml.safe_load(config) or {}),
+        subtitle=_subtitle(frame, yaml.safe_load(config) or {}, damage(directory)),
         tiles=_tiles(frame),
         charts=[(*words, chart_svg(frame.index, panels, words[0]))
                 for *words, panels in _charts(frame)],
@@ -68,17 +69,18 @@ def write_report(output_dir: str | Path) -> Path:
     )  # fmt: skip
     path = directory / "report.html"
     partial = path.with_suffix(".partial")
-    # A response may hold halves of surrogate pairs.
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    with writing(path):
+        # A response may hold halves of surrogate pairs.
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
     return path
 
 
-def _subtitle(frame: DataFrame, config: Mapping[str, Any]) -> str:
+def _subtitle(frame: DataFrame, config: Mapping[str, Any], damaged: str | None) -> str:
     model = Path(str(config.get("model", {}).get("path", ""))).name
     policy = config.get("policy", {})
     sizes = " × ".join(f"{name} {policy[key]}" for name, key in _SIZES.items() if key in policy)
-    return " · ".join(filter(None, (model, sizes, f"{frame.index[-1]} steps")))
+    return " · ".join(filter(None, (model, sizes, f"{frame.index[-1]} steps", damaged)))
 
 
 def _tiles(frame: DataFrame) -> Iterator[tuple[str, str, str]]:

@@ -11,12 +11,15 @@ import math
 from dataclasses import dataclass
 
 from gpg_megatron.config.sections import GIB, MIB, Config
+from gpg_megatron.errors import UserError
 from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.states import RESIDENT, Mode, State
 from gpg_megatron.types import DTYPES, ModelShape
 
 FP32 = DTYPES["fp32"].itemsize
+MIN_SEQS, MAX_SEQS = 256, 1024
+MIN_GPU_TOKENS, MAX_GPU_TOKENS, CPU_TOKENS = 2048, 16384, 8192
 POLICY_PARTS = frozenset({"parameters", "gradients", "optimizer"})
 
 
@@ -32,11 +35,19 @@ class PolicyMemory:
     """Kept for the backward pass, at the most micro-batches that are under way at once."""
     logits: int
     """Of one micro-batch; on the last stage only."""
+    projection: int
+    """The gradient of the projection onto the vocabulary, while it is summed over chunks of
+    logits; on the last stage only."""
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        return self.parameters + self.gradients + self.optimizer + self.working
+
+    @property
+    def working(self) -> int:
+        """Of the forward and the backward pass alone."""
+        return self.activations + self.logits + self.projection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,22 +67,31 @@ class EngineMemory:
         return max(0, self.kv_cache) // self.kv_bytes_per_token
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Of one engine, in one step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
 def policy_memory(
-    config: Config, shape: ModelShape, *, n_parameters: int, stage: int
+    config: Config, shape: ModelShape, *, n_parameters: int, n_in_experts: int = 0, stage: int
 ) -> PolicyMemory:
-    """Of a rank of a pipeline stage that holds n_parameters.
+    """Of a rank of a pipeline stage that holds n_parameters, n_in_experts of them in experts.
 
     Gradients are summed in fp32 whatever the parameters are. With the distributed optimizer
     every replica holds its share of the optimizer's state, else all of it; ranks that share the
-    tokens of a row are replicas too. Where whole layers are computed again, a token keeps one
-    hidden state for each layer, and one layer at a time is complete; recompute: attention is
-    counted as none.
+    tokens of a row are replicas too, and experts have fewer of them. Where whole layers are
+    computed again, a token keeps one hidden state for each layer, and one layer at a time is
+    complete; recompute: attention is counted as none.
     """
     item = DTYPES[config.model.dtype].itemsize
     p = config.policy
     replicas = p.context_parallel_size * p.data_parallel_size
     shares = replicas if p.use_distributed_optimizer else 1
-    master = FP32 if item < FP32 else 0
+    of_experts = shares // p.expert_model_parallel_size if p.use_distributed_optimizer else 1
+    state = optimizer_item(config)
     tokens = math.ceil(p.max_tokens_per_micro_batch / p.context_parallel_size)
     pp = p.pipeline_model_parallel_size
     layers = pipeline_stages(p, shape.num_layers).count(stage)
@@ -84,10 +104,17 @@ def policy_memory(
     return PolicyMemory(
         parameters=n_parameters * item,
         gradients=n_parameters * FP32,
-        optimizer=n_parameters * (master + 2 * FP32) // shares,
+        optimizer=(n_parameters - n_in_experts) * state // shares
+        + n_in_experts * state // of_experts,
         activations=tokens * kept,
         logits=logit_bytes(config, shape) if last else 0,
+        projection=projection_bytes(config, shape) if last else 0,
     )
+
+
+def optimizer_item(config: Config) -> int:
+    """Bytes that Adam keeps for one parameter: two moments and, for bf16, the master weight."""
+    return (3 if DTYPES[config.model.dtype].itemsize < FP32 else 2) * FP32
 
 
 def gpu_states(
@@ -108,7 +135,7 @@ def gpu_states(
             continue  # an engine as in ROLLOUT, and no policy
         held = sum(getattr(policy, part) for part in POLICY_PARTS & resident) if policy else 0
         if policy and state is State.POLICY:
-            held += policy.activations + policy.logits
+            held += policy.working
         awake = 0
         if engine and "kv_cache" in resident:
             awake = engine.reserved
@@ -166,6 +193,13 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
     return min(math.ceil(tokens * share), chunk) * rows * of_each
 
 
+def projection_bytes(config: Config, shape: ModelShape) -> int:
+    """The fp32 sum and, in bf16, one chunk's product or the sum's copy in bf16."""
+    item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
+    rows = padded_vocab_size(shape, t) // t
+    return rows * shape.hidden_size * (FP32 + (item if item < FP32 else 0))
+
+
 def micro_batches_per_update(config: Config) -> int:
     """Of one data-parallel rank, if every sequence is live and has its full length."""
     longest = config.data.max_prompt_length + config.rollout.max_response_length
@@ -185,6 +219,8 @@ def engine_memory(
     """
     t, item = config.rollout.tensor_model_parallel_size, DTYPES[config.rollout.dtype].itemsize
     kv_heads = max(1, shape.num_kv_heads // t)
+    cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
+    cache_item = 1 if cache.startswith("fp8") else item
     parameters = n_parameters * item
     if device_bytes is None:
         kv_cache = int(config.rollout.kv_cache_gb * GIB)
@@ -196,5 +232,37 @@ def engine_memory(
         reserved=reserved,
         parameters=parameters,
         kv_cache=kv_cache,
-        kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * item,
+        kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * cache_item,
     )
+
+
+def engine_limits(config: Config, engine: EngineMemory, *, on_gpu: bool) -> EngineLimits:
+    """What an engine may do at once: the section's keys or, where they are not set,
+
+        sequences   256, and on a GPU as many more as the cache holds at full length: none of
+                    them is ever put off for others
+        tokens      on a GPU a 32nd of the cache's tokens, rounded down to a power of two, from
+                    2,048 to 16,384 (vLLM's own values for servers); on CPU, where prompts are
+                    not cut, 8,192 or one sequence of full length
+
+    Raises:
+        UserError: on CPU one sequence does not fit in rollout.max_num_batched_tokens.
+    """
+    r = config.rollout
+    longest = config.data.max_prompt_length + r.max_response_length
+    n_seqs, n_tokens = r.max_num_seqs, r.max_num_batched_tokens
+    if n_seqs is None:
+        held = engine.kv_tokens // longest // 8 * 8
+        n_seqs = min(max(held, MIN_SEQS), MAX_SEQS) if on_gpu else MIN_SEQS
+        n_seqs = min(n_seqs, n_tokens or n_seqs)
+    if n_tokens is None:
+        share = 2 ** max(0, (engine.kv_tokens // 32).bit_length() - 1)
+        n_tokens = min(max(share, MIN_GPU_TOKENS), MAX_GPU_TOKENS)
+        n_tokens = max(n_tokens, n_seqs) if on_gpu else max(longest, CPU_TOKENS)
+    if not on_gpu and n_tokens < longest:
+        raise UserError(
+            f"rollout.max_num_batched_tokens is {n_tokens}; on CPU vLLM does not cut prompts, and "
+            f"data.max_prompt_length + rollout.max_response_length is {longest}; expected at least "
+            "as many"
+        )
+    return EngineLimits(max_num_seqs=n_seqs, max_num_batched_tokens=n_tokens)

@@ -1,21 +1,14 @@
-"""Attention over packed segments, some of which share a prompt.
+"""Attention over packed segments, some of which share a prompt; spans.py says who sees whom.
 
-    row:  | prompt A | response A1 | response A2 | sequence B |
-
-A1 and A2 attend to the whole prompt A and, causally, to themselves; B to itself. Nothing else
-crosses a border. Segments of one length after one prompt are one batched call: on a CPU that
-takes a fifth less time than a call each, and less than half of the whole row under one mask.
-
-Under context parallelism a rank has the queries of a part of the row and gathers the keys and
-values of all of it. Of 2 * cp equal pieces it holds one from the front and one from the back, so
-that ranks attend to about as many tokens (as in arXiv 2407.21783, section 3.3.2).
+On CUDA in bf16 a layer makes one call of FlashAttention-2 for the whole row. Elsewhere it makes a
+call for each span: segments of one length after one prompt. On a CPU that takes a fifth less time
+than a call for each segment, and less than half of the whole row under one mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,33 +18,27 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gpg_megatron.host.device import Device
+from gpg_megatron.policy.spans import Span, Varlen, ranges_of
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Queries of n segments of one length that follow each other and attend to one prompt; or,
-    with n = 1, of a piece of a segment."""
 
-    start: int
-    """First query, counted among those that this rank holds."""
-    key_start: int
-    """First position of the first segment in the row."""
-    n: int
-    length: int
-    """Queries of each segment."""
-    n_keys: int
-    """Positions of a segment up to its last query; more than length where queries are missing
-    at its front."""
-    prompt: tuple[int, int] | None
-    """Positions [begin, end) of the prompt in the row; None: the segments attend to themselves
-    only."""
+@dataclass(frozen=True, kw_only=True)
+class LossPositions:
+    """Where a row has loss, as positions: a mask would make the host wait for the device."""
+
+    row_N: torch.Tensor
+    """int64 [N], in the row."""
+    own_N: torch.Tensor
+    """int64 [n], those of this rank, counted among the tokens that it holds; row_N without
+    context parallelism."""
+    labels_N: torch.Tensor
+    """int64 [n], the tokens that this rank's positions predict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowShare:
     """The part of a row that a rank holds under context parallelism."""
 
-    own_T: torch.Tensor
-    """int64 [T / cp], positions in the row, in the order in which the rank holds them."""
     order_T: torch.Tensor
     """int64 [T], where each position of the row is found in the parts of all ranks, gathered."""
     group: dist.ProcessGroup
@@ -68,87 +55,54 @@ class RowShare:
         )
         return parts[self.order_T]
 
-    def gather_chosen(self, values: torch.Tensor, own_mask_T: torch.Tensor) -> torch.Tensor:
-        """Values at the masked-in positions of this rank -> [T] of the row, the same on every
-        rank; 0 where the mask is False. Collective."""
-        own_T = values.new_zeros(own_mask_T.shape).masked_scatter(own_mask_T, values)
-        return self.gather(own_T, grads_differ=False)
+    def gather_chosen(self, values_n: torch.Tensor, loss: LossPositions) -> torch.Tensor:
+        """Values at this rank's positions with loss, [n] -> those at all of the row's, [N], the
+        same on every rank. Collective."""
+        own_T = values_n.new_zeros(len(self.order_T) // self.group.size())
+        row_T = self.gather(own_T.index_copy(0, loss.own_N, values_n), grads_differ=False)
+        return row_T.index_select(0, loss.row_N)
 
 
 @dataclass(kw_only=True)
 class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
-    """What Megatron hands through its layers to PackedAttention.
+    """What Megatron hands through its layers to PackedAttention, and PolicyModel to itself.
 
     With this qkv_format Megatron takes the row for one sequence and applies rotary embeddings
     token by token, from the positions that PolicyModel chose.
     """
 
     qkv_format: str = "sbhd"
-    spans: tuple[Span, ...] = ()
-    share: RowShare | None = None
+    spans: tuple[Span, ...]
+    varlen: Varlen | None
+    """On the device; None: a call for each span."""
+    share: RowShare | None
     """None: the rank holds the whole row."""
+    loss: LossPositions
 
 
-def ranges_of(n_tokens: int, rank: int, size: int) -> tuple[tuple[int, int], ...]:
-    """The parts [begin, end) of a row that one of `size` ranks holds; all of it for size 1."""
-    if size == 1:
-        return ((0, n_tokens),)
-    piece, rest = divmod(n_tokens, 2 * size)
-    assert rest == 0, f"{n_tokens} tokens for {size} context-parallel ranks"
-    return tuple((i * piece, (i + 1) * piece) for i in (rank, 2 * size - 1 - rank))
+def own_positions(n_tokens: int, rank: int, size: int) -> torch.Tensor:
+    """int64 [T / size], of a row, in the order in which the rank holds them; on the CPU."""
+    return torch.cat([torch.arange(a, b) for a, b in ranges_of(n_tokens, rank, size)])
 
 
-def row_share(
-    n_tokens: int, group: dist.ProcessGroup, device: torch.device | str
-) -> RowShare | None:
-    """This rank's part of a row; None when it is alone in its group."""
-    size = group.size()
-    if size == 1:
-        return None
-    held = [
-        torch.cat([torch.arange(a, b) for a, b in ranges_of(n_tokens, rank, size)])
-        for rank in range(size)
-    ]
-    order_T = torch.cat(held).argsort()
-    return RowShare(own_T=held[group.rank()].to(device), order_T=order_T.to(device), group=group)
+def row_order(n_tokens: int, size: int) -> torch.Tensor:
+    """int64 [T], where each position of the row is found among those that the ranks hold, one
+    rank after the other; on the CPU."""
+    return torch.cat([own_positions(n_tokens, rank, size) for rank in range(size)]).argsort()
 
 
-def spans_of(
-    cu_seqlens: Sequence[int],
-    prompts: Sequence[int],
-    ranges: Sequence[tuple[int, int]] | None = None,
-) -> tuple[Span, ...]:
-    """The spans of a row, or of the parts of it that a rank holds.
-
-    Args:
-        cu_seqlens: [S+1] borders of the segments.
-        prompts: [S] the segment that holds the prompt of each segment, -1: none.
-        ranges: positions [begin, end) of the rank's queries; None: the whole row.
-    """
-    bounds = list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
-    pieces, held = [], 0
-    for number, (first, last) in enumerate(ranges or ((0, cu_seqlens[-1]),)):
-        for (start, end), prompt in zip(bounds, prompts, strict=True):
-            begin, stop = max(start, first), min(end, last)
-            if begin >= stop:
-                continue
-            whole = begin == start and stop == end
-            span = Span(
-                start=held,
-                key_start=start,
-                n=1,
-                length=stop - begin,
-                n_keys=stop - start,
-                prompt=bounds[prompt] if prompt >= 0 else None,
-            )
-            pieces.append((span, (number, whole or held, span.length, span.prompt)))
-            held += span.length
-    runs = [[span for span, _ in run] for _, run in groupby(pieces, key=lambda piece: piece[1])]
-    return tuple(replace(run[0], n=len(run)) for run in runs)
+def flash_takes(device: Device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's FlashAttention-2 computes such heads."""
+    return (
+        device == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    )
 
 
 class PackedAttention(torch.nn.Module):
-    """Megatron's core attention for SegmentParams, on scaled_dot_product_attention."""
+    """Megatron's core attention for SegmentParams."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
@@ -165,11 +119,88 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [T, 1, heads, d], key and value [T, 1, kv heads, d] -> [T, 1, heads * d], of
         the tokens that this rank holds."""
+        params = packed_seq_params
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if (share := packed_seq_params.share) is not None:
+        if (share := params.share) is not None:
             key, value = (share.gather(x, grads_differ=True) for x in (key, value))
-        parts = [_attend(span, query, key, value) for span in packed_seq_params.spans]
-        return torch.cat(parts).flatten(1).unsqueeze(1)
+        if params.varlen is not None:
+            out = attend_at_once(query, key, value, params.varlen)
+        else:
+            out = attend_by_span(query, key, value, params.spans)
+        return out.flatten(1).unsqueeze(1)
+
+
+# ---- one call ------------------------------------------------------------------------------
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Varlen], torch.Tensor]
+"""query [Tq, heads, d], key and value [M, kv heads, d] -> [Tq, heads, d]."""
+
+
+def flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varlen: Varlen
+) -> torch.Tensor:
+    """torch's FlashAttention-2, with fewer key-value heads and with a gradient.
+
+    The public varlen_attn has another signature in every release, and in torch 2.11 not fewer
+    key-value heads; this is what it calls, and the arguments here are the same from 2.11 on.
+    """
+    outputs = torch.ops.aten._flash_attention_forward(
+        query, key, value, varlen.cu_q_B1, varlen.cu_k_B1, varlen.max_q, varlen.max_k,
+        0.0, True, False,  # no dropout, causal, no mask of the dropout
+    )  # fmt: skip
+    out: torch.Tensor = outputs[0]
+    return out
+
+
+def attend_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    varlen: Varlen,
+    kernel: Kernel = flash,
+) -> torch.Tensor:
+    """The outputs [Tq, heads, d], from the rank's queries and the row's keys [T, kv heads, d]."""
+    if varlen.keys_M is not None:
+        gather: Any = _Gather.apply  # torch has no types for it
+        key, value = gather(key, varlen), gather(value, varlen)
+    return kernel(query, key, value, varlen)
+
+
+class _Gather(torch.autograd.Function):
+    """row[keys], with a gradient that is the same in every run.
+
+    Of the row's position t it is the sum over the copies of t, in their order. The backward pass
+    of an index adds them with atomics or sorts the index anew in every layer; the sum over a bag
+    of rows, as of embeddings, is one kernel that adds in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: torch.Tensor, varlen: Varlen) -> torch.Tensor:
+        assert varlen.keys_M is not None
+        ctx.varlen = varlen
+        return row.index_select(0, varlen.keys_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        varlen, (grad,) = ctx.varlen, grads
+        sums = F.embedding_bag(
+            varlen.copies_M,
+            grad.flatten(1),
+            varlen.first_copy_T1,
+            mode="sum",
+            include_last_offset=True,
+        )
+        return sums.unflatten(1, grad.shape[1:]), None
+
+
+# ---- a call for each span ------------------------------------------------------------------
+
+
+def attend_by_span(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]
+) -> torch.Tensor:
+    """The outputs [Tq, heads, d], from the rank's queries and the row's keys [T, kv heads, d]."""
+    return torch.cat([_attend(span, query, key, value) for span in spans])
 
 
 def _attend(
@@ -184,7 +215,7 @@ def _attend(
     if k.shape[2] != q.shape[2]:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         mask = mask.tril_(k.shape[2] - q.shape[2])
-        if q.is_cuda:
+        if q.device.type != "cpu":
             # With a mask and fewer key-value heads CUDA has only the kernel that keeps all scores.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(

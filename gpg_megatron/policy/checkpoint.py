@@ -11,22 +11,22 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,6 +34,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gpg_megatron.checkpoint.marker import FileStamp, stamp
 from gpg_megatron.checkpoint.torch_dist import read_index
 from gpg_megatron.errors import UserError
+from gpg_megatron.policy.shards import (
+    begin_states,
+    optimizer_shards,
+    parameter_regions,
+    set_steps,
+)
 
 RNG = "rng"
 STAMPS = "stamps"
@@ -69,16 +75,19 @@ class CheckpointWriter:
         try:
             _save_rng(directory)
             request = dist_checkpointing.save(
-                _sharded_state(model, optimizer, loading=False),
+                _state(model, optimizer),
                 str(directory),
                 async_sharded_save=True,
             )
         except OSError as error:
             raise UserError(f"cannot write {directory}: {error.strerror or error}") from None
         # The writer process reads its files once more: still in memory, and off the loop.
-        written = [Path(path) for path, *_ in request.async_fn_args[1]] if request.async_fn else []
+        buckets = request.async_fn_args[1] if request.async_fn else []
+        written = [Path(path) for path, *_ in buckets]
         write = partial(_write_and_stamp, request.async_fn, written, directory)
-        request = request._replace(async_fn=write if written else None)
+        request = request._replace(
+            async_fn=write if written else None, preload_fn=partial(staged, buckets)
+        )
         self._finish, self._directory = finish, directory
         self._queue.schedule_async_request(request)
         if not self._asynchronous:
@@ -105,6 +114,16 @@ class CheckpointWriter:
         if done:
             finish, self._finish = self._finish, None
             finish()
+
+
+def staged(buckets: list[Any]) -> list[Any]:
+    """What is to be written, in host memory of its own size.
+
+    Megatron would copy from a GPU into pinned memory, which torch rounds up to a power of two for
+    each tensor, and keeps.
+    """
+    copied: list[Any] = FileSystemWriterAsync.preload_tensors(buckets, non_blocking=False)
+    return copied
 
 
 def _write_and_stamp(
@@ -138,25 +157,23 @@ def make_folders(directory: Path) -> None:
 
 def load_weights(model: GPTModel, directory: Path) -> None:
     """Read this rank's shards of the parameters from a checkpoint of any layout. Collective."""
-    state = {"model": _model_state(model)}
-    load_sharded(state, directory)
+    load_sharded(_numbered(chain.from_iterable(parameter_regions(model).values())), directory)
 
 
-def load_all(model: GPTModel, optimizer: MegatronOptimizer, directory: Path) -> None:
-    """Read parameters, master weights and moments from a checkpoint of any layout. Collective."""
-    loaded = load_sharded(_sharded_state(model, optimizer, loading=True), directory)
-    parts = _parts(optimizer)
-    states = [loaded["optimizer"]] if len(parts) == 1 else _in_order(loaded["optimizer"])
-    for part, state in zip(parts, states, strict=True):
-        if _has_own_steps(part):
-            _load_moments_and_steps(part, state)
-        else:
-            part.load_state_dict(state)
+def load_all(
+    model: GPTModel, optimizer: MegatronOptimizer, directory: Path, *, n_steps: int
+) -> None:
+    """Read parameters, master weights and moments from a checkpoint of any layout. Collective.
+
+    Args:
+        n_steps: how many steps the optimizer had done.
+    """
+    load_sharded(_state(model, optimizer), directory)
+    set_steps(optimizer, n_steps)
 
 
-def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Read what a sharded state describes. Megatron writes the parameters in place: the shards
-    alias them. Collective.
+def load_sharded(state: dict[str, ShardedTensor], directory: Path) -> None:
+    """Read what the shards describe, into them. Collective.
 
     Raises:
         UserError: the checkpoint is damaged, has other tensors, or would run code when read.
@@ -164,75 +181,22 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     # torch unpickles the metadata as it comes; this reader refuses whatever would run code.
     read_index(directory)
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED
-        )
+        dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     except (CheckpointingException, CheckpointException, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{directory} cannot be loaded: {_cause(error)}") from None
-    return loaded
 
 
-def _sharded_state(
-    model: GPTModel, optimizer: MegatronOptimizer, *, loading: bool
-) -> dict[str, Any]:
-    _begin_states(optimizer)
-    model_state = _model_state(model)
-    optimizer_state = optimizer.sharded_state_dict(
-        model_state, is_loading=loading, metadata=_sharding()
-    )
-    # Objects would be pickled, and unpickled without a check.
-    assert not any(isinstance(v, ShardedObject) for v in nested_values(optimizer_state))
-    return {"model": model_state, "optimizer": optimizer_state}
+def _state(model: GPTModel, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
+    """All that a checkpoint holds of this rank."""
+    begin_states(optimizer)
+    regions = parameter_regions(model)
+    shards = chain(chain.from_iterable(regions.values()), optimizer_shards(optimizer, regions))
+    return _numbered(shards)
 
 
-def _begin_states(optimizer: MegatronOptimizer) -> None:
-    """Megatron asks torch's Adam in a distributed optimizer for its step count, which it has only
-    after the first step; loading comes before, and saving may."""
-    for part in filter(_has_own_steps, _parts(optimizer)):
-        part.init_state_fn(part.optimizer, part.config)
-        for state in part.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
-
-
-def _load_moments_and_steps(part: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """Megatron looks for the step count of torch's Adam among the loaded moments, where it did
-    not save it; it comes with the parameter groups."""
-    moments = state.pop("param_state")
-    part.load_state_dict(state)
-    # Besides, it gives all parameters one and the same count, to which each would add its steps.
-    steps = {p: kept.pop("step").clone() for p, kept in part.optimizer.state.items()}
-    part.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step
-
-
-def _has_own_steps(part: MegatronOptimizer) -> bool:
-    """Whether it is a distributed optimizer around torch's Adam, not one of Apex or TE."""
-    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron keeps parameters of experts in an optimizer of their own."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _in_order(states: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [states[number] for number in sorted(states)]
-
-
-def _model_state(model: GPTModel) -> dict[str, Any]:
-    """Parameters only: the extra state of linear layers is about formats of 8 bits."""
-    state = model.sharded_state_dict(metadata=_sharding())
-    return {name: v for name, v in state.items() if not name.endswith("_extra_state")}
-
-
-def _sharding() -> dict[str, Any]:
-    return {
-        # The only form that another layout can load with the distributed optimizer.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def _numbered(shards: Iterable[ShardedTensor]) -> dict[str, ShardedTensor]:
+    """As Megatron wants them; it stores them under their own keys."""
+    return {str(number): shard for number, shard in enumerate(shards)}
 
 
 # ---- random states --------------------------------------------------------------------------
@@ -240,7 +204,7 @@ def _sharding() -> dict[str, Any]:
 
 def _save_rng(directory: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # this rank is on a GPU
         states["cuda"] = torch.cuda.get_rng_state()
     states |= {f"tracker.{k}": v.cpu() for k, v in get_cuda_rng_tracker().get_states().items()}
     save_file({k: v.clone() for k, v in states.items()}, _rng_file(directory))
@@ -250,7 +214,7 @@ def load_rng(directory: Path) -> None:
     """Continue the random states of the rank that had this number."""
     states = load_file(_rng_file(directory))
     torch.set_rng_state(states.pop("cpu"))
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
     prefix = "tracker."
     get_cuda_rng_tracker().set_states(

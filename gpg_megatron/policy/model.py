@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +11,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -20,13 +21,21 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpg_megatron.config.sections import MIB, PolicyConfig
-from gpg_megatron.errors import UserError
-from gpg_megatron.host.device import Device, has_transformer_engine
+from gpg_megatron.host.device import Device, send
 from gpg_megatron.model.shape import padded_vocab_size
-from gpg_megatron.policy.attention import SegmentParams, ranges_of, row_share, spans_of
+from gpg_megatron.policy.attention import (
+    LossPositions,
+    RowShare,
+    SegmentParams,
+    own_positions,
+    row_order,
+)
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 from gpg_megatron.policy.modules import layer_spec
-from gpg_megatron.types import MicroBatch, ModelShape
+from gpg_megatron.policy.rope import inverse_frequencies
+from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
+from gpg_megatron.types import MicroBatch, ModelShape, YarnScaling
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
@@ -48,29 +57,18 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
     def _preprocess(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Rotary embeddings of each token's own position, where Megatron does not cut the row.
-
-        With Transformer Engine it does, and counts positions from the start of each sequence.
-        """
+        """Rotary embeddings of each token's own position."""
         embedded, rotary, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
-        if isinstance(kwargs["packed_seq_params"], SegmentParams):
-            rotary = rotary[position_ids[0]]
-        return embedded, rotary, *rest
+        return embedded, rotary[position_ids[0]], *rest
 
     def _postprocess(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        labels: torch.Tensor,
-        loss_mask: torch.Tensor,
-        packed_seq_params: PackedSeqParams,
-        **_: object,
+        self, hidden_states: torch.Tensor, *, packed_seq_params: SegmentParams, **_: object
     ) -> torch.Tensor:
-        """hidden [T, 1, H], labels and mask [1, T] -> fp32 [number of masked-in positions], or
-        two rows of them, with_entropy.
+        """hidden [T, 1, H] -> fp32 [number of positions with loss], or two rows of them,
+        with_entropy.
 
         Stages before the last return the hidden states. A rank has T / cp of them, and under
-        sequence parallelism T / cp / tp; labels, mask and result are those of the whole row.
+        sequence parallelism T / cp / tp; the result is that of the whole row.
         """
         if not self.post_process:
             return hidden_states
@@ -84,21 +82,17 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        share = getattr(packed_seq_params, "share", None)
-        labels_T, mask_T = labels[0], loss_mask[0]
-        own_labels_T, own_mask_T = (
-            (x if share is None else x[share.own_T]) for x in (labels_T, mask_T)
-        )
+        loss, share = packed_seq_params.loss, packed_seq_params.share
         rows = vocab_parallel_logprobs(
-            hidden_states[own_mask_T, 0],
+            hidden_states[:, 0].index_select(0, loss.own_N),
             weight,
-            own_labels_T[own_mask_T],
+            loss.labels_N,
             self._vocab_shard(len(weight)),
             with_entropy=self.with_entropy,
         )
         chosen = [row for row in rows if row is not None]
         if share is not None:
-            chosen = [share.gather_chosen(row, own_mask_T)[mask_T] for row in chosen]
+            chosen = [share.gather_chosen(row, loss) for row in chosen]
         return torch.stack(chosen) if self.with_entropy else chosen[0]
 
     def _vocab_shard(self, n_rows: int) -> VocabShard:
@@ -124,17 +118,10 @@ def build_model(
     device: Device,
     temperature: float,
 ) -> DistributedDataParallel:
-    """This rank's part of the model inside Megatron's DDP. Weights are not loaded yet.
-
-    Raises:
-        UserError: the attention at hand cannot do what the configuration asks for.
-    """
-    if config.context_parallel_size > 1 and has_transformer_engine():
-        raise UserError(
-            f"policy.context_parallel_size={config.context_parallel_size} does not work with "
-            f"Transformer Engine's attention, which is installed here; expected 1"
-        )
+    """This rank's part of the model inside Megatron's DDP. Weights are not loaded yet."""
     megatron_config = _transformer_config(shape, config, dtype, device)
+    if isinstance(shape.rope_scaling, YarnScaling):
+        _scale_cosine_and_sine(megatron_config, shape.rope_scaling.attention_factor)
     model = PolicyModel(
         config=megatron_config,
         transformer_layer_spec=layer_spec(megatron_config, qk_norm=shape.qk_norm),
@@ -144,11 +131,13 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
     )
     _mark_tensor_parallel(model)
     # It would choose this rank's positions; _preprocess takes each token's own.
     model.rotary_pos_emb.cp_group = None
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(
+        shape.rope_theta, shape.head_dim, shape.rope_scaling
+    ).to(device)
     model.real_vocab_size = shape.vocab_size
     model.temperature = temperature
     model.logits_chunk_bytes = config.logits_chunk_mb * MIB
@@ -164,6 +153,13 @@ def build_model(
     if config.overlap_grad_reduce:
         megatron_config.no_sync_func = ddp.no_sync
     return ddp
+
+
+def _scale_cosine_and_sine(config: TransformerConfig, factor: float) -> None:
+    """Megatron multiplies both by (0.1 m ln s + 1) / (0.1 n ln s + 1) of attributes s, m and n that
+    dense models' configuration does not declare."""
+    config.yarn_rotary_scaling_factor = math.exp(10.0)
+    config.yarn_mscale, config.yarn_mscale_all_dim = factor - 1.0, 0.0
 
 
 def _mark_tensor_parallel(model: PolicyModel) -> None:
@@ -229,7 +225,10 @@ def _transformer_config(
         batch_p2p_comm=device == "cuda",
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        # One kernel for the gated linear unit, which keeps its input alone, and, of Transformer
+        # Engine, one for rotary embeddings. Both round in other places than the CPU's.
+        bias_activation_fusion=device == "cuda",
+        apply_rope_fusion=device == "cuda" and has_transformer_engine(),
         bias_dropout_fusion=False,
     )
 
@@ -260,55 +259,76 @@ def _expert_options(shape: ModelShape, config: PolicyConfig) -> dict[str, Any]:
     }
 
 
-def forward_arguments(batch: MicroBatch, device: Device, *, multiple: int) -> dict[str, object]:
-    """The keyword arguments of PolicyModel.forward for one packed micro-batch.
+def forward_arguments(
+    batch: MicroBatch, device: Device, *, multiple: int, flash: bool
+) -> dict[str, object]:
+    """The keyword arguments of PolicyModel.forward for one packed micro-batch. All of it is laid
+    out on the host and sent; nothing waits for the device.
 
     Args:
         multiple: the row is filled up to a multiple of it with a sequence of tokens without
             loss, because sequence and context parallelism divide the tokens among ranks.
+        flash: attention is one call for the row; see attention.flash_takes.
     """
     n_filler = -len(batch.input_ids_T) % multiple
+    n_tokens = len(batch.input_ids_T) + n_filler
+    group = parallel_state.get_context_parallel_group()
+    own_T = own_positions(n_tokens, group.rank(), group.size())
 
-    def row(values_T: torch.Tensor) -> torch.Tensor:
-        return F.pad(values_T, (0, n_filler)).unsqueeze(0).to(device)
+    def own_row(values_T: torch.Tensor) -> torch.Tensor:
+        return send(F.pad(values_T, (0, n_filler))[own_T].unsqueeze(0), device)
 
-    params = _packed_seq_params(batch, device, n_filler)
-    tokens, positions = row(batch.input_ids_T), row(batch.position_ids_T)
-    if (share := getattr(params, "share", None)) is not None:
-        tokens, positions = tokens[:, share.own_T], positions[:, share.own_T]
     return {
-        "input_ids": tokens,
-        "position_ids": positions,
+        "input_ids": own_row(batch.input_ids_T),
+        "position_ids": own_row(batch.position_ids_T),
         "attention_mask": None,
-        "labels": row(batch.labels_T),
-        "loss_mask": row(batch.loss_mask_T),
-        "packed_seq_params": params,
+        "packed_seq_params": _segment_params(batch, device, n_filler, own_T, flash),
     }
 
 
-def _packed_seq_params(batch: MicroBatch, device: Device, n_filler: int) -> PackedSeqParams:
-    """Where the segments lie: for the project's attention, or for Transformer Engine's."""
+def _segment_params(
+    batch: MicroBatch, device: Device, n_filler: int, own_T: torch.Tensor, flash: bool
+) -> SegmentParams:
+    """Where the segments and the positions with loss lie."""
     bounds, prompts = batch.cu_seqlens_S1, batch.prompt_S
     if n_filler:
         bounds = F.pad(bounds, (0, 1), value=int(bounds[-1]) + n_filler)
         prompts = F.pad(prompts, (0, 1), value=-1)
-    if not has_transformer_engine():
-        n_positions = int(batch.position_ids_T.max()) + 1
-        n_tokens, group = int(bounds[-1]), parallel_state.get_context_parallel_group()
-        ranges = ranges_of(n_tokens, group.rank(), group.size())
-        return SegmentParams(
-            spans=spans_of(bounds.tolist(), prompts.tolist(), ranges),
-            share=row_share(n_tokens, group, device),
-            max_seqlen_q=n_positions,
-            max_seqlen_kv=n_positions,
-        )
-    assert (prompts < 0).all(), "Transformer Engine's attention knows no shared prompts"
-    longest = int((bounds[1:] - bounds[:-1]).max())
-    bounds = bounds.to(device)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    n_tokens, n_positions = int(bounds[-1]), int(batch.position_ids_T.max()) + 1
+    group = parallel_state.get_context_parallel_group()
+    ranges = ranges_of(n_tokens, group.rank(), group.size())
+    spans = spans_of(bounds.tolist(), prompts.tolist(), ranges)
+    share = None
+    if group.size() > 1:
+        share = RowShare(order_T=send(row_order(n_tokens, group.size()), device), group=group)
+    return SegmentParams(
+        spans=spans,
+        varlen=_sent(varlen_of(spans, n_tokens), device) if flash else None,
+        share=share,
+        loss=_loss_positions(batch, device, n_filler, own_T),
+        max_seqlen_q=n_positions,
+        max_seqlen_kv=n_positions,
+    )
+
+
+def _loss_positions(
+    batch: MicroBatch, device: Device, n_filler: int, own_T: torch.Tensor
+) -> LossPositions:
+    mask_T = F.pad(batch.loss_mask_T, (0, n_filler))
+    (own_N,) = mask_T[own_T].nonzero(as_tuple=True)
+    return LossPositions(
+        row_N=send(mask_T.nonzero().squeeze(1), device),
+        own_N=send(own_N, device),
+        labels_N=send(batch.labels_T[own_T[own_N]], device),
+    )
+
+
+def _sent(varlen: Varlen, device: Device) -> Varlen:
+    return replace(
+        varlen,
+        cu_q_B1=send(varlen.cu_q_B1, device),
+        cu_k_B1=send(varlen.cu_k_B1, device),
+        keys_M=None if varlen.keys_M is None else send(varlen.keys_M, device),
+        copies_M=send(varlen.copies_M, device),
+        first_copy_T1=send(varlen.first_copy_T1, device),
     )

@@ -2,7 +2,7 @@
 
 Megatron's local spec has a norm that refuses sequence parallelism and an attention that knows
 no packed sequences. The norm is replaced here, the attention in attention.py. Transformer
-Engine, where present, brings its own spec.
+Engine, where present, brings its own norms and matrix products.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from gpg_megatron.host.device import has_transformer_engine
 from gpg_megatron.policy.attention import PackedAttention
+from gpg_megatron.policy.transformer_engine import has_transformer_engine
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467).
+    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467): on
+    CUDA one kernel, which keeps its input in the model's type.
 
     The product with the weight is taken after the cast back, as Hugging Face and vLLM do.
     """
@@ -52,19 +53,22 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def layer_spec(
     config: TransformerConfig, *, qk_norm: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's modules where it is present, else ours."""
+    """This stage's layers: Transformer Engine's norms and products where it is present, else
+    ours. Attention is always the project's: Transformer Engine's knows no shared prompts."""
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=qk_norm,
         )
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        return layer
     layer = _own_layer(
         head_norm=RMSNorm if qk_norm else IdentityOp,
         mlp=_EXPERTS if config.num_moe_experts else _MLP,

@@ -1,10 +1,11 @@
-"""Every redirection that Megatron-Core needs on a machine without a GPU.
+"""Every redirection that Megatron-Core needs where the policy is on CPU.
 
 Megatron-Core 0.16 names CUDA in a few dozen lines that have nothing to do with CUDA kernels:
-factories with device="cuda", tensor-type comparisons, the random-number tracker. On a machine
-with a GPU this module changes nothing but for a name that Megatron lacks where Transformer Engine
-is missing. Without a GPU, `redirect_megatron_to_cpu` points those lines at the CPU, once per
-process, before any Megatron object is made. No other file of the project patches anything.
+factories with device="cuda", tensor-type comparisons, the random-number tracker. In a process
+whose policy is on a GPU this module changes nothing but for a name that Megatron lacks where
+Transformer Engine is missing. In one whose policy is on CPU, whether the machine has a GPU or not,
+`redirect_megatron_to_cpu` points those lines at the CPU, once, before any Megatron object is made.
+No other file of the project patches anything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 import types
 import warnings
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.host.device import has_transformer_engine
+from gpg_megatron.policy.transformer_engine import PACKAGE, has_transformer_engine
 
 
 def quiet_megatron() -> None:
@@ -33,6 +35,16 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+
+
+def hide_gpu_libraries() -> None:
+    """Make libraries of kernels for GPUs absent in this process, whose policy is on CPU.
+
+    Megatron takes their optimizer and norms wherever they can be imported. To be called before
+    Megatron is imported.
+    """
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys((PACKAGE, "apex", "amp_C")))
 
 
 @functools.cache
@@ -71,9 +83,8 @@ _MODULES_NAMING_CUDA = (
 
 @functools.cache
 def redirect_megatron_to_cpu() -> None:
-    """Make Megatron-Core 0.16 run on a machine without CUDA. Idempotent; no-op with CUDA."""
-    if torch.cuda.is_available():
-        return
+    """Make Megatron-Core 0.16 run on CPU in this process. Idempotent."""
+    assert not has_transformer_engine(), "hide_gpu_libraries comes before Megatron's import"
     cuda: Any = torch.cuda
     # RoPE, the schedules and the layers ask for "the current device" of their factories.
     cuda.current_device = lambda: torch.device("cpu")

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 
 from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, objective
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.host.device import send
 from gpg_megatron.types import MicroBatch
 
 Output = tuple[torch.Tensor, torch.Tensor, Any]
@@ -33,15 +34,15 @@ def objective_output(
     logprobs, entropy = output if output.dim() == 2 else (output, None)
 
     def chosen(values_T: torch.Tensor) -> torch.Tensor:
-        return values_T[batch.loss_mask_T].to(device)
+        return send(values_T[batch.loss_mask_T], device)
 
     tokens = Tokens(
         advantages=chosen(batch.advantages_T),
         weights=chosen(batch.weights_T),
         rollout=chosen(batch.rollout_logprobs_T),
         responses=chosen(batch.responses_T),
-        old=None if old is None else old.to(device),
-        reference=None if reference is None else reference.to(device),
+        old=None if old is None else send(old, device),
+        reference=None if reference is None else send(reference, device),
     )
     loss, statistics = objective(logprobs, entropy, tokens, config)
     return loss, torch.zeros((), dtype=torch.int, device=device), statistics

@@ -24,6 +24,7 @@ from megatron.core.utils import get_model_config
 from gpg_megatron.algorithm.objective import metrics as objective_metrics
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device
+from gpg_megatron.policy.attention import flash_takes
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model, forward_arguments
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
@@ -61,7 +62,8 @@ class Policy:
         The default process group must exist (platform.init_process_group).
         """
         define_missing_names()
-        redirect_megatron_to_cpu()
+        if device == "cpu":
+            redirect_megatron_to_cpu()
         p = config.policy
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=p.tensor_model_parallel_size,
@@ -75,14 +77,19 @@ class Policy:
         self.device = device
         self.position = _position()
         self.version = 0
+        dtype = DTYPES[config.model.dtype]
+        self._flash = flash_takes(device, dtype, shape.head_dim)
+        if device == "cuda":
+            # For heads that flash does not take. cuDNN builds a graph for every new shape.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._ddp = build_model(
             shape,
             p,
-            dtype=DTYPES[config.model.dtype],
+            dtype=dtype,
             device=device,
             temperature=config.rollout.temperature,
         )
-        self._algorithm = config.algorithm
+        self._algorithm = config.objective
         self._ddp.module.with_entropy = config.algorithm.entropy_coef > 0.0
         self._reference: FrozenShards | None = None
         megatron_config = get_model_config(self._ddp)
@@ -92,7 +99,7 @@ class Policy:
             self._row_multiple *= 2 * p.context_parallel_size
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
-        self._optimizer = build_optimizer(p, self._ddp, DTYPES[config.model.dtype], device)
+        self._optimizer = build_optimizer(p, self._ddp, dtype, device)
         self._scheduler = build_scheduler(p, self._optimizer, config.trainer.total_updates)
         self._residence = Residence(self._ddp, self._optimizer, device)
 
@@ -134,7 +141,7 @@ class Policy:
             same_ranks: the checkpoint was written under this very layout, so that each rank can
                 also continue its random states.
         """
-        load_all(self._ddp.module, self._optimizer, directory)
+        load_all(self._ddp.module, self._optimizer, directory, n_steps=version)
         if same_ranks:
             load_rng(directory)
         # The schedule is a function of the step; its settings are those of this configuration.
@@ -162,7 +169,7 @@ class Policy:
         first update's own log-probs are those of the policy before it."""
         old: list[tuple[torch.Tensor, ...]] = [()] * len(batches)
         reference = list(old)
-        if self._algorithm.loss == "clip" and self._algorithm.old_logprobs == "policy":
+        if self._algorithm.needs_old_policy:
             old[1:] = [self._fixed(batch) for batch in batches[1:]]
         if self._algorithm.kl_coef:
             assert self._reference is not None, "keep_reference was not called"
@@ -239,7 +246,9 @@ class Policy:
             batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Output]]:
             number, batch = next(batches)
-            arguments = forward_arguments(batch, self.device, multiple=self._row_multiple)
+            arguments = forward_arguments(
+                batch, self.device, multiple=self._row_multiple, flash=self._flash
+            )
             old = anchors.old[number] if anchors.old else None
             reference = anchors.reference[number] if anchors.reference else None
             return model(**arguments), partial(output, batch, old, reference)

@@ -20,17 +20,19 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from gpg_megatron.host.device import Device
+from gpg_megatron.host.pinned import HostBuffer
 from gpg_megatron.types import PolicyPart
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Away:
-    """A storage without bytes, and where its content is."""
+    """The storages of a part, without their bytes, and where these are."""
 
-    storage: torch.UntypedStorage
-    n_bytes: int
-    host: torch.Tensor | None
-    """uint8 [n_bytes]; None: there is nothing to keep."""
+    storages: list[torch.UntypedStorage]
+    sizes: list[int]
+    """Bytes of each."""
+    host: HostBuffer | None
+    """All of them, one behind the other; None: there is nothing to keep."""
 
 
 class Residence:
@@ -42,9 +44,9 @@ class Residence:
         self._model = model
         self._optimizer = optimizer
         self._device = device
-        self._away: dict[PolicyPart, list[_Away]] = {}
+        self._away: dict[PolicyPart, _Away] = {}
         # Pinning memory takes longer than copying into it, so that pinned buffers stay.
-        self._pinned: dict[tuple[PolicyPart, int], torch.Tensor] = {}
+        self._pinned: dict[PolicyPart, HostBuffer] = {}
 
     def require(self, *parts: PolicyPart) -> None:
         """To be called before they are read: an offloaded tensor would end the process."""
@@ -54,12 +56,12 @@ class Residence:
     def offload(self, parts: Sequence[PolicyPart]) -> None:
         """Move parts to host memory and free them on the device."""
         self.require(*parts)
-        found = {part: self._storages(part) for part in parts}
-        for part, storages in found.items():
-            self._away[part] = [self._copy_out(part, i, s) for i, s in enumerate(storages)]
+        for part in parts:
+            self._away[part] = self._copy_out(part)
         self._synchronize()
-        for storage in chain.from_iterable(found.values()):
-            storage.resize_(0)
+        for part in parts:
+            for storage in self._away[part].storages:
+                storage.resize_(0)
         if self._device == "cuda":
             # Torch would keep the memory for this process.
             torch.cuda.empty_cache()
@@ -68,30 +70,30 @@ class Residence:
         """Bring parts back, bit by bit as they were; gradients come back as zeros."""
         for part in parts:
             assert part in self._away, f"{part} of the policy are not offloaded"
-            for away in self._away.pop(part):
-                away.storage.resize_(away.n_bytes)
-                content = _bytes(away.storage)
+            away = self._away.pop(part)
+            for storage, n_bytes in zip(away.storages, away.sizes, strict=True):
+                storage.resize_(n_bytes)
                 if away.host is None:
-                    content.zero_()
-                else:
-                    content.copy_(away.host, non_blocking=True)
+                    _bytes(storage).zero_()
+            for content, host in _pairs(away):
+                content.copy_(host, non_blocking=True)
         self._synchronize()
 
-    def _copy_out(self, part: PolicyPart, index: int, storage: torch.UntypedStorage) -> _Away:
-        n_bytes = storage.nbytes()
-        if part == "gradients":
-            return _Away(storage, n_bytes, None)
-        host = self._host_buffer(part, index, n_bytes)
-        host.copy_(_bytes(storage), non_blocking=True)
-        return _Away(storage, n_bytes, host)
+    def _copy_out(self, part: PolicyPart) -> _Away:
+        storages = self._storages(part)
+        sizes = [storage.nbytes() for storage in storages]
+        buffer = None if part == "gradients" else self._host_buffer(part, sum(sizes))
+        away = _Away(storages, sizes, buffer)
+        for content, host in _pairs(away):
+            host.copy_(content, non_blocking=True)
+        return away
 
-    def _host_buffer(self, part: PolicyPart, index: int, n_bytes: int) -> torch.Tensor:
+    def _host_buffer(self, part: PolicyPart, n_bytes: int) -> HostBuffer:
         if self._device == "cpu":
-            return torch.empty(n_bytes, dtype=torch.uint8)
-        kept = self._pinned.get((part, index))
-        if kept is None or kept.numel() != n_bytes:
-            kept = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-            self._pinned[part, index] = kept
+            return HostBuffer(n_bytes, self._device)
+        kept = self._pinned.get(part)
+        if kept is None or kept.n_bytes != n_bytes:
+            kept = self._pinned[part] = HostBuffer(n_bytes, self._device)
         return kept
 
     def _synchronize(self) -> None:
@@ -138,3 +140,16 @@ def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     """All of a storage, uint8 [bytes]."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _pairs(away: _Away) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The bytes on the device and their places on the host; none where nothing is kept."""
+    if away.host is None:
+        return
+    begin = 0
+    for storage, n_bytes in zip(away.storages, away.sizes, strict=True):
+        content, done = _bytes(storage), 0
+        for host in away.host.views(begin, begin + n_bytes):
+            yield content[done : done + len(host)], host
+            done += len(host)
+        begin += n_bytes

@@ -12,13 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gpg_megatron.config.sections import GIB, RolloutConfig
+from gpg_megatron.rollout.engine_args import engine_args
 from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
+from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import EnginePart
 
 T = TypeVar("T")
@@ -26,51 +26,24 @@ SleepLevel = Literal[1, 2]
 PauseMode = Literal["wait", "keep"]
 """What an update does with running requests: wait for their end, or hold them and go on with
 them on the new weights."""
-MIN_BATCHED_TOKENS = 8192
-"""Prompt and decode tokens in one engine step on CPU."""
 # torchrun's variables would make vLLM's workers believe that they are policy ranks.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
-    """What every engine of a fleet is started with: the section, and what only the caller knows."""
-
-    rollout: RolloutConfig
-    model_path: str
-    """A Hugging Face directory that every engine's host can read."""
-    random_weights: bool = False
-    """It has no weights; the first publish brings them."""
-    device: Literal["cpu", "cuda"]
-    max_model_len: int
-    """Longest prompt plus response, in tokens."""
-    gives_memory_back: bool = False
-    """It will be put to sleep; a GPU's workers have to know."""
-    worker_extension: str
-    """Dotted path of the class whose methods call_workers reaches."""
-    weight_transfer: str | None = None
-    """vLLM's name of the weight-transfer engine that the extension's module registers; None: the
-    weights stay as they are."""
-    scratch: Path
-    """Folder for sockets and temporary files of Ray and vLLM; at most 40 characters, since Unix
-    sockets lie 62 characters below it. The caller removes it. Another host may have one of its
-    own (GPG_SCRATCH)."""
-
-    @property
-    def gpus(self) -> int:
-        """Of each engine."""
-        return self.rollout.tensor_model_parallel_size if self.device == "cuda" else 0
+# For Megatron's overlap; vLLM's copies and kernels would queue behind each other.
+_POLICY_ONLY = ("CUDA_DEVICE_MAX_CONNECTIONS",)
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_NO_DEVICES = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
 def sanitize_environment(spec: EngineSpec) -> None:
     """Make os.environ fit for vLLM; it reads these at import and hands them to its processes."""
     for name in list(os.environ):
-        if name in _TORCHRUN or name.startswith(_TORCHRUN_PREFIXES):
+        if name in (*_TORCHRUN, *_POLICY_ONLY) or name.startswith(_TORCHRUN_PREFIXES):
             del os.environ[name]
     # An allocator setting for the policy that breaks vLLM's memory pools.
-    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+    for name in _ALLOCATOR:
+        if "expandable_segments" in os.environ.get(name, ""):
+            del os.environ[name]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     tp, count = spec.rollout.tensor_model_parallel_size, spec.rollout.num_engines
@@ -90,6 +63,18 @@ def sanitize_environment(spec: EngineSpec) -> None:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
+def take_devices() -> None:
+    """Inside an actor: the GPUs that Ray has booked for it are those that it sees.
+
+    A user's shell may tell Ray not to say so; then every engine would use the first GPU.
+    """
+    if _NO_DEVICES in os.environ:
+        import ray
+
+        del os.environ[_NO_DEVICES]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ray.get_gpu_ids()))
+
+
 class Engine:
     """The actor's class; Fleet wraps it with ray.remote."""
 
@@ -102,6 +87,7 @@ class Engine:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         os.close(fd)
+        take_devices()
         sanitize_environment(spec)
 
     async def placed(self) -> str:
@@ -114,8 +100,9 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_args(self._spec)))
-        added = self._llm.get_tokenizer().added_tokens_decoder
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
+        tokenizer: Any = self._llm.get_tokenizer()
+        added = tokenizer.added_tokens_decoder
         self._special = {x.content: i for i, x in added.items() if x.special}
         self._serial = 0
         self._whole = True
@@ -245,36 +232,3 @@ class Engine:
             raise EngineDied("its core process is gone") from None
         finally:
             task.cancel()
-
-
-def _engine_args(spec: EngineSpec) -> dict[str, Any]:
-    r = spec.rollout
-    args: dict[str, Any] = {
-        "model": spec.model_path,
-        "load_format": "dummy" if spec.random_weights else "auto",
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[r.dtype],
-        "tensor_parallel_size": r.tensor_model_parallel_size,
-        "max_model_len": spec.max_model_len,
-        "max_num_seqs": r.max_num_seqs,
-        "enforce_eager": r.enforce_eager,
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",  # the model's own would alter the sampling distribution
-        "worker_extension_cls": spec.worker_extension,
-        "seed": 0,
-    }
-    if spec.weight_transfer:
-        args["weight_transfer_config"] = {"backend": spec.weight_transfer}
-    if spec.device == "cpu":
-        args["kv_cache_memory_bytes"] = int(r.kv_cache_gb * GIB)
-        # A prompt cut in two makes vLLM rewind the request's random generator, and torch's CPU
-        # generators cannot: the engine core would die.
-        args["enable_chunked_prefill"] = False
-        args["max_num_batched_tokens"] = max(spec.max_model_len, MIN_BATCHED_TOKENS)
-        in_core = r.tensor_model_parallel_size == 1
-        args["distributed_executor_backend"] = "uni" if in_core else "mp"
-    else:
-        args["gpu_memory_utilization"] = r.gpu_memory_utilization
-        args["enable_sleep_mode"] = spec.gives_memory_back  # refused on CPU
-    return args

@@ -14,9 +14,10 @@ from typing import Any
 
 from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
 from gpg_megatron.rollout.dispatch import sample
-from gpg_megatron.rollout.engine import Engine, EngineSpec, PauseMode, SleepLevel
+from gpg_megatron.rollout.engine import Engine, PauseMode, SleepLevel
 from gpg_megatron.rollout.ray_session import open_ray
 from gpg_megatron.rollout.sampling import SamplingRequest, to_completion
+from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, EnginePart
 
 PLACEMENT_TIMEOUT_S = 120.0
@@ -120,7 +121,7 @@ class Fleet:
             lambda engine, part: self._actors[engine].generate.remote(part, self._version),
             self._pending("generating a rollout batch", {}),
             num_engines=self.num_engines,
-            max_num_seqs=self._spec.rollout.max_num_seqs,
+            max_num_seqs=self._spec.max_num_seqs,
             timeout_s=self._spec.rollout.generate_timeout_s,
         )
         return [

@@ -6,10 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.rollout.ray_session import OBJECT_STORE_BYTES
+from gpg_megatron.rollout.ray_session import OBJECT_STORE_BYTES, VISIBLE
 
 START_TIMEOUT_S = 180.0
 
@@ -21,7 +22,7 @@ def start_ray_host(
     own_address: str,
     scratch_dir: Path,
     engine_places: int,
-    with_gpus: bool,
+    devices: Sequence[str],
 ) -> None:
     """Start Ray's daemons on this host; they outlive this call, and the run's reaper ends them.
 
@@ -31,7 +32,9 @@ def start_ray_host(
         cluster: host:port of the head.
         own_address: of this host.
         scratch_dir: for sockets and logs; at most 40 characters.
-        engine_places: how many engines may be placed here, as far as CPUs decide.
+        engine_places: how many engines may be placed here.
+        devices: their GPUs, as CUDA_VISIBLE_DEVICES spells them; Ray would take all that it finds,
+            those of the policy ranks too.
 
     Raises:
         UserError: Ray refused; its last line is in the message.
@@ -45,8 +48,7 @@ def start_ray_host(
     # An engine asks for one CPU; Ray keeps an idle Python process for each.
     command += ["--num-cpus", str(engine_places)]
     command += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
-    if not with_gpus:
-        command += ["--num-gpus", "0"]
+    command += ["--num-gpus", str(len(devices))]
     if is_head:
         port = cluster.rpartition(":")[2]
         command += ["--head", "--port", port, "--include-dashboard", "false"]
@@ -55,6 +57,7 @@ def start_ray_host(
         command += ["--address", cluster]
     # The shell's own Ray, if there is one, is not this run's.
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment[VISIBLE] = ",".join(devices)
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     environment.setdefault("RAY_worker_niceness", "0")  # as in ray_session.py
     log = scratch_dir / "ray_start.log"
@@ -67,12 +70,15 @@ def start_ray_host(
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"waited {START_TIMEOUT_S:g} s for Ray to start") from None
     if done.returncode != 0:
-        said = (line.strip() for line in log.read_text().splitlines())
-        errors = [line for line in said if line and " INFO " not in line]
         raise UserError(
             f"Ray did not start {'its head' if is_head else 'a node'} at {own_address} for the "
-            f"cluster {cluster}: {errors[-1] if errors else f'exit code {done.returncode}'}"
+            f"cluster {cluster}: {_last_error(log) or f'exit code {done.returncode}'}"
         )
+
+
+def _last_error(log: Path) -> str:
+    said = [line.strip() for line in log.read_text().splitlines()]
+    return next((line for line in reversed(said) if line and " INFO " not in line), "")
 
 
 def _free_port() -> int:

@@ -56,6 +56,7 @@ def open_ray(
                     num_gpus=None if devices is None else len(devices),
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
                     _temp_dir=str(scratch_dir),
                     **quiet,
                 )

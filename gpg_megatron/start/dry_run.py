@@ -16,22 +16,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpg_megatron.bridge.engine_layout import Engine
-from gpg_megatron.bridge.forecast import Forecast, forecast, worker_elements
+from gpg_megatron.bridge.forecast import Forecast, forecast, worker_parameters
+from gpg_megatron.bridge.links import Links, Seat
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes, local_shapes, policy_grid
+from gpg_megatron.loop.inputs import model_files
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
+    EngineLimits,
     EngineMemory,
     PolicyMemory,
+    engine_limits,
     engine_memory,
     gpu_states,
     policy_memory,
 )
+from gpg_megatron.rollout.engine_args import check_engine_args
+from gpg_megatron.start.host_memory import HostMemory, rank_host_memory
 from gpg_megatron.types import ModelShape
-
-DEFAULT_GPU_GIB = 80.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,10 @@ class Stage:
     layers: tuple[int, ...]
     n_parameters: int
     """Of each rank."""
+    n_in_experts: int
+    """Of these."""
+    largest: int
+    """Elements of a rank's largest parameter."""
     memory: PolicyMemory
 
 
@@ -56,13 +64,15 @@ class RunPlan:
     """Of the model."""
     stages: tuple[Stage, ...]
     engine: EngineMemory
+    limits: EngineLimits
     publish: Forecast
     n_rows: int | None
     """Training rows, before over-long prompts are left out; None: the files cannot be counted."""
     device_bytes: int | None
     """Of each GPU; None: on CPU."""
     host_bytes: int
-    """Of this machine."""
+    """Of each host's memory; on CPU that of this machine."""
+    gpus_per_host: int
 
     @property
     def longest(self) -> int:
@@ -90,6 +100,27 @@ class RunPlan:
         }
 
     @property
+    def hosts(self) -> list[HostMemory]:
+        """Of each host: its GPUs are numbered on from those of the host before."""
+        p, per_host = self.config.policy, self.gpus_per_host
+        asleep = self.engine.parameters if self.config.trainer.placement == "colocated" else 0
+        n_hosts = math.ceil(max(p.world_size, self.engine_gpus.stop) / per_host)
+        found = [HostMemory() for _ in range(n_hosts)]
+        for gpu in self.engine_gpus:
+            found[gpu // per_host] += HostMemory(asleep=asleep)
+        for stage in self.stages:
+            for rank in stage.ranks:
+                found[rank // per_host] += rank_host_memory(
+                    self.config,
+                    stage.memory,
+                    n_parameters=stage.n_parameters,
+                    n_in_experts=stage.n_in_experts,
+                    largest=stage.largest,
+                    replica=(rank - stage.ranks[0]) // p.tensor_model_parallel_size,
+                )
+        return found
+
+    @property
     def peaks(self) -> dict[int, tuple[str, int, int]]:
         """GPU -> the state in which most is on it, with its policy and engine bytes."""
         return {
@@ -98,46 +129,90 @@ class RunPlan:
         }
 
 
-def plan_run(config: Config, *, device: str, gpu_gib: float = DEFAULT_GPU_GIB) -> RunPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A host with GPUs, as far as memory goes; a DGX H100 unless something else is said."""
+
+    gpu_gib: float = 80.0
+    """Of each GPU."""
+    gpus: int = 8
+    host_gib: float = 2048.0
+
+
+def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> RunPlan:
     """Plan a run.
 
     Args:
         device: cpu or cuda.
-        gpu_gib: memory of each GPU.
+        machine: each of the hosts with GPUs; unused on CPU.
 
     Raises:
         UserError: the model's config.json is missing or unsupported, or the parallel sizes do
             not fit it.
     """
-    shape = load_model_shape(config.model.path, need_weights=False)
+    shape = load_model_shape(model_files(config), need_weights=False)
     check_layout(config, shape)
+    check_engine_args(config.rollout)
     r = config.rollout
     grid = policy_grid(config.policy, shape)
     engine = Engine(model=shape, tp_size=r.tensor_model_parallel_size)
-    device_bytes = int(gpu_gib * GIB) if device == "cuda" else None
-    workers = [worker_elements(engine, worker) for worker in range(engine.tp_size)]
+    machine = machine or Machine()
+    on_gpus = device == "cuda"
+    device_bytes = int(machine.gpu_gib * GIB) if on_gpus else None
+    n_parameters = worker_parameters(shape, engine.tp_size)
+    memory = engine_memory(config, shape, n_parameters=n_parameters, device_bytes=device_bytes)
     return RunPlan(
         config=config,
         shape=shape,
         n_parameters=_count(hf_shapes(shape)),
         stages=tuple(_stage(config, shape, grid, number) for number in range(grid.pp_size)),
-        engine=engine_memory(config, shape, n_parameters=max(workers), device_bytes=device_bytes),
-        publish=forecast(grid, engine, r.num_engines),
+        engine=memory,
+        limits=engine_limits(config, memory, on_gpu=on_gpus),
+        publish=forecast(grid, engine, planned_links(config, device, machine.gpus)),
         n_rows=count_rows(config.data.train_files),
         device_bytes=device_bytes,
-        host_bytes=psutil.virtual_memory().total,
+        host_bytes=int(machine.host_gib * GIB) if on_gpus else psutil.virtual_memory().total,
+        gpus_per_host=machine.gpus,
     )
 
 
 def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> Stage:
     shapes = local_shapes(shape, grid, grid.rank(tp=0, dp=0, pp=number))
     n_parameters = _count(shapes)
+    n_in_experts = _count({name: x for name, x in shapes.items() if ".experts." in name})
     return Stage(
         number=number,
         ranks=grid.holders(number, None, None),
         layers=tuple(i for i, stage in enumerate(grid.stage_of_layer) if stage == number),
         n_parameters=n_parameters,
-        memory=policy_memory(config, shape, n_parameters=n_parameters, stage=number),
+        n_in_experts=n_in_experts,
+        largest=max(map(math.prod, shapes.values())),
+        memory=policy_memory(
+            config, shape, n_parameters=n_parameters, n_in_experts=n_in_experts, stage=number
+        ),
+    )
+
+
+def planned_links(config: Config, device: str, gpus_per_host: int) -> Links:
+    """Rank r on GPU r, the engines' workers one after the other on theirs; an engine's workers see
+    each other's GPUs. On CPU everything is on this host."""
+    r = config.rollout
+    n_ranks, tp = config.policy.world_size, r.tensor_model_parallel_size
+    first = first_engine_device(config.trainer.placement, n_ranks)
+
+    def seat(gpu: int, seen: range = range(0)) -> Seat:
+        if device == "cpu":
+            return Seat(host="0")
+        host = gpu // gpus_per_host
+        peers = frozenset(str(g) for g in seen if g // gpus_per_host == host and g != gpu)
+        return Seat(host=str(host), gpu=str(gpu), peers=peers)
+
+    gpus = range(first, first + r.num_engines * tp)
+    return Links(
+        transport=config.bridge.transport,
+        ranks=tuple(seat(rank) for rank in range(n_ranks)),
+        workers=tuple(seat(g, gpus[i - i % tp : i - i % tp + tp]) for i, g in enumerate(gpus)),
+        n_workers=tp,
     )
 
 
@@ -200,7 +275,25 @@ def problems(plan: RunPlan) -> list[str]:
             f"rollout.gpu_memory_utilization or policy.max_tokens_per_micro_batch, or raise the "
             f"parallel sizes"
         )
-    return found
+    return found + _host_problems(plan)
+
+
+def _host_problems(plan: RunPlan) -> list[str]:
+    """Of the host with GPUs that needs the most; a run that never saves needs nothing for it."""
+    saving = plan.config.checkpoint.save_freq > 0 or plan.config.checkpoint.hf_export != "never"
+    states = [
+        (needed, state, number)
+        for number, host in enumerate(plan.hosts)
+        for state, needed in host.states.items()
+        if saving or state != "saving"
+    ]
+    needed, state, number = max(states)
+    if needed <= plan.host_bytes:
+        return []
+    return [
+        f"host {number} needs {gib(needed)} of memory while {state}, it has "
+        f"{gib(plan.host_bytes)}; use more hosts, or policy.use_distributed_optimizer"
+    ]
 
 
 def gib(n_bytes: float) -> str:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
+from gpg_megatron.bridge.links import Distance
+from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
 from gpg_megatron.start.dry_run import RunPlan, gib, problems
+from gpg_megatron.start.host_memory import HostMemory
 from gpg_megatron.types import DTYPES
+
+_FROM = {
+    Distance.GPU: "the worker's own GPU",
+    Distance.PEER: "a GPU of its engine",
+    Distance.HOST: "its host",
+    Distance.NETWORK: "other hosts",
+}
 
 
 def lines(plan: RunPlan) -> list[str]:
@@ -61,6 +73,7 @@ rollout    {batch:,} prompts x {n} = {batch * n:,} responses of at most \
 {c.rollout.max_response_length:,} tokens
 updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = {update * n:,} responses \
 each; {t.total_updates:,} in {t.total_training_steps:,} steps
+           {summary(c.objective, c.sampled)}
            at most {micro_batches_per_update(c)} micro-batches of \
 {c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update
 epoch      {epoch}
@@ -68,7 +81,9 @@ epoch      {epoch}
 
 
 def _memory(plan: RunPlan) -> str:
-    names = ("parameters", "gradients", "optimizer", "activations", "logits", "total")
+    names = (
+        "parameters", "gradients", "optimizer", "activations", "logits", "projection", "total",
+    )  # fmt: skip
     text = f"memory     {'GiB per rank':<16}" + "".join(f"{name:>12}" for name in names) + "\n"
     for stage in plan.stages:
         numbers = "".join(f"{getattr(stage.memory, name) / GIB:12.2f}" for name in names)
@@ -78,29 +93,44 @@ def _memory(plan: RunPlan) -> str:
            engine worker: {gib(e.reserved)} = parameters {gib(e.parameters)} + \
 KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {e.kv_tokens // plan.longest:,} sequences of full length
+           engine step: at most {plan.limits.max_num_seqs:,} sequences and \
+{plan.limits.max_num_batched_tokens:,} tokens
 """
-    if plan.device_bytes is None or plan.config.trainer.placement != "colocated":
+    if plan.device_bytes is None:
         return text
-    fullest = max(plan.peaks, key=lambda gpu: sum(plan.peaks[gpu][1:]))
-    states = plan.memory_by_gpu[fullest].items()
-    held = ", ".join(f"{state} {gib(sum(parts))}" for state, parts in states)
-    ranks = sum(len(s.ranks) * (s.memory.parameters + s.memory.optimizer) for s in plan.stages)
-    return f"""{text}\
-           GPU {fullest} by state: {held}
-           host memory of all ranks: {gib(ranks)} for what is offloaded; and \
-{gib(len(plan.engine_gpus) * e.parameters)} for the engines' weights while the policy is saved
-"""
+    if plan.config.trainer.placement == "colocated":
+        fullest = max(plan.peaks, key=lambda gpu: sum(plan.peaks[gpu][1:]))
+        states = plan.memory_by_gpu[fullest].items()
+        held = ", ".join(f"{state} {gib(sum(parts))}" for state, parts in states)
+        text += f"           GPU {fullest} by state: {held}\n"
+    return text + _hosts(plan)
+
+
+def _hosts(plan: RunPlan) -> str:
+    parts = ("offloaded", "reference", "asleep", "written")
+    head = "".join(f"{name:>12}" for name in (*parts, *HostMemory().states))
+    text = f"hosts      {'GiB per host':<16}{head}\n"
+    for host, alike in groupby(enumerate(plan.hosts), key=itemgetter(1)):
+        values = (*(getattr(host, name) for name in parts), *host.states.values())
+        numbers = "".join(f"{value / GIB:12.2f}" for value in values)
+        name = f"host {_span([number for number, _ in alike])}"
+        text += f"           {name:<16}{numbers}\n"
+    return text
 
 
 def _bridge(plan: RunPlan) -> str:
     f, r = plan.publish, plan.config.rollout
     item = DTYPES[r.dtype].itemsize
+    ways = ", ".join(
+        f"{gib(n * item)} {way} from {_FROM[distance]}" for (distance, way), n in f.by_way.items()
+    )
     return f"""\
 bridge     {plan.config.bridge.transport}: {gib(f.sent * item)} per publish \
 (bound {gib(f.bound * item)}), {gib(f.sent * item / r.num_engines)} to each engine in \
 {f.n_routes:,} rectangles
            {f.n_senders} ranks send, the most {gib(f.most_sent * item)} \
 ({f.most_sent / f.share:.2f} of an equal share); a worker receives at most {gib(f.received * item)}
+           {ways}
 """
 
 

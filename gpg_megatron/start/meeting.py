@@ -36,7 +36,7 @@ class Hosts:
     rank: int = 0
     """Of this host; policy rank 0 is on host 0."""
     ranks_here: int | None = None
-    """Policy ranks of this host; None: all of them, shared evenly among the hosts."""
+    """Policy ranks of this host, 0 for engines only; None: as placement/hosts.py shares them."""
     address: str = "localhost"
     """Of host 0."""
     port: int = 29500
@@ -44,16 +44,11 @@ class Hosts:
     ray_port: int = 6379
     """On host 0."""
 
-    def local_ranks(self, world_size: int) -> int:
-        """How many policy ranks this host starts. Raises UserError."""
-        if self.ranks_here is not None:
-            return self.ranks_here
-        if world_size % self.count:
-            raise UserError(
-                f"--nnodes {self.count}: the {world_size} policy ranks (TP x CP x PP x DP) cannot "
-                "be shared evenly; expected a divisor of them, or --nproc-per-node on each host"
-            )
-        return world_size // self.count
+    def ranks_of_a_host(self, world_size: int) -> int:
+        """Policy ranks of this host, before the hosts have shared them: as many as it is told, or
+        an equal part."""
+        even = -(-world_size // self.count)
+        return even if self.ranks_here is None else self.ranks_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +151,11 @@ class Meeting:
         if not _until(lambda: self._store.check([what]), self._limit_s):
             raise UserError(f"waited {self._limit_s:g} s to hear {what}")
         return str(self._store.get(what).decode())
+
+    def wait_for_the_end(self) -> None:
+        """Return when host 0 has left: what a host without ranks does meanwhile is Ray's."""
+        while not self._store.check(["left/0"]):
+            time.sleep(BEAT_S / 2)
 
     def watch(self) -> None:
         """From now on SIGTERM comes to this process when another host fails or is silent."""

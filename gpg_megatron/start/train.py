@@ -6,22 +6,21 @@ Under torchrun it joins that world instead.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from gpg_megatron.config.loading import load_config
-from gpg_megatron.config.rules import config_warnings
-from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import RunError, UserError, exit_codes, torchrun_rank
-from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
-from gpg_megatron.loop.inputs import check_model, model_files
-from gpg_megatron.model.shape import shape_warnings
-from gpg_megatron.start.launcher import add_host_options, hosts_of, launch
+
+if TYPE_CHECKING:
+    import argparse
+
+    from gpg_megatron.config.sections import Config
 
 RANK0_GRACE_S = 30.0
 
@@ -29,8 +28,46 @@ RANK0_GRACE_S = 30.0
 @exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad input or configuration, 1 anything else."""
+    rank = torchrun_rank()
+    if rank is not None:
+        # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Here, because they take seconds, and Ctrl-C is one line then, too.
+    from gpg_megatron.config.loading import load_config
+    from gpg_megatron.model.hub import fetched, shape_directory
+    from gpg_megatron.start.launcher import hosts_of, launch
+
+    arguments = _parser().parse_intermixed_args(argv)
+    config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
+    if arguments.dry_run:
+        directory = shape_directory(config.model)
+        config = replace(config, model=replace(config.model, path=str(directory), revision=None))
+    elif rank is None:
+        config = replace(config, model=fetched(config.model))
+    if not rank and hosts.rank == 0:
+        _warn(config)
+    if arguments.dry_run:
+        return dry_run(config, arguments)
+    if rank is not None:
+        return run_rank(config)
+    if arguments.check:
+        return check(config, hosts.ranks_of_a_host(config.policy.world_size))
+    given = [f"--config={arguments.config}", *arguments.overrides]
+    if config.model.revision:
+        given.append(f"model.revision={config.model.revision}")
+    return launch(config, given, hosts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    from gpg_megatron import __version__
+    from gpg_megatron.start.launcher import add_host_options
+
     parser = argparse.ArgumentParser(prog="gpg-train", description="Train a model with GPG.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument("--version", action="version", version=__version__)
+    text = "YAML, or the name of one that comes with the package"
+    parser.add_argument("--config", required=True, metavar="FILE", help=text)
     parser.add_argument(
         "--check", action="store_true", help="say what would keep the run from starting"
     )
@@ -40,24 +77,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpu-memory-gb", type=float, default=80.0, help="of each GPU, GiB, for --dry-run"
     )
+    parser.add_argument(
+        "--host-memory-gb", type=float, default=2048.0, help="of each host, GiB, for --dry-run"
+    )
+    parser.add_argument(
+        "--gpus-per-host", type=int, default=8, help="GPUs of each host, for --dry-run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a key")
     add_host_options(parser)
-    arguments = parser.parse_intermixed_args(argv)
-    config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
-    rank = torchrun_rank()
-    if not rank and hosts.rank == 0 and RUN_ID_VARIABLE not in os.environ:
-        for line in config_warnings(config):
+    return parser
+
+
+def _warn(config: Config) -> None:
+    """What is legal and yet likely not meant, once for a run."""
+    from gpg_megatron.config.rules import config_warnings
+    from gpg_megatron.host.reaper import RUN_ID_VARIABLE
+    from gpg_megatron.loop.inputs import model_files
+    from gpg_megatron.model.shape import shape_warnings
+
+    if RUN_ID_VARIABLE not in os.environ:
+        for line in (*config_warnings(config), *shape_warnings(model_files(config))):
             print(f"warning: {line}", file=sys.stderr)
-        for line in shape_warnings(model_files(config)):
-            print(f"warning: {line}", file=sys.stderr)
-    if arguments.dry_run:
-        return dry_run(config, arguments.gpu_memory_gb)
-    if rank is not None:
-        return run_rank(config)
-    if arguments.check:
-        return check(config, hosts.local_ranks(config.policy.world_size))
-    given = [f"--config={arguments.config}", *arguments.overrides]
-    return launch(config, given, hosts)
 
 
 def check(config: Config, n_ranks: int) -> int:
@@ -69,16 +109,23 @@ def check(config: Config, n_ranks: int) -> int:
     return 0
 
 
-def dry_run(config: Config, gpu_gib: float) -> int:
+def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     """Print the plan of a run. Without a GPU here, trainer.device=auto is planned for CPU."""
     from gpg_megatron.host.device import resolve_device
-    from gpg_megatron.start.dry_run import plan_run
+    from gpg_megatron.start.dry_run import Machine, plan_run
     from gpg_megatron.start.dry_run_text import lines
 
     device = config.trainer.device
     if device == "auto":
         device = resolve_device("auto")
-    print("\n".join(lines(plan_run(config, device=device, gpu_gib=gpu_gib))))
+    if arguments.gpus_per_host < 1:
+        raise UserError(f"--gpus-per-host is {arguments.gpus_per_host}; expected at least 1")
+    machine = Machine(
+        gpu_gib=arguments.gpu_memory_gb,
+        gpus=arguments.gpus_per_host,
+        host_gib=arguments.host_memory_gb,
+    )
+    print("\n".join(lines(plan_run(config, device=device, machine=machine))))
     return 0
 
 
@@ -94,14 +141,16 @@ def run_rank(config: Config) -> int:
         set_threads,
     )
     from gpg_megatron.host.lock import locked
-    from gpg_megatron.policy.on_cpu import quiet_megatron
+    from gpg_megatron.policy.on_cpu import hide_gpu_libraries, quiet_megatron
 
+    device = resolve_device(config.trainer.device)
     quiet_megatron()
+    if device == "cpu":
+        hide_gpu_libraries()
     from gpg_megatron.loop.build import build_run
+    from gpg_megatron.loop.inputs import check_model
     from gpg_megatron.loop.trainer import train
 
-    # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     set_threads(config.policy.num_threads)
     world = int(os.environ["WORLD_SIZE"])
     if world != config.policy.world_size:
@@ -109,7 +158,6 @@ def run_rank(config: Config) -> int:
             f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
             f"{config.policy.world_size}; expected equal numbers"
         )
-    device = resolve_device(config.trainer.device)
     shape = check_model(config)
     init_process_group(device, config.policy.timeout_s)
     try:
@@ -135,6 +183,8 @@ def run_rank(config: Config) -> int:
 
 def _own_run() -> str:
     """The run that the launcher opened, or, under somebody else's torchrun, a new one."""
+    from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
+
     if RUN_ID_VARIABLE not in os.environ:
         os.environ[RUN_ID_VARIABLE] = new_run_id()
         start_reaper(os.environ[RUN_ID_VARIABLE])

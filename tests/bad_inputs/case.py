@@ -125,7 +125,7 @@ def _no_process() -> Iterator[None]:
     """A reaper is the first process of every run."""
     started = AssertionError("a process was started")
     with contextlib.ExitStack() as patches:
-        for module in ("start.launcher", "start.train", "host.reaper"):
+        for module in ("start.world", "host.reaper"):
             name = f"gpg_megatron.{module}.start_reaper"
             patches.enter_context(mock.patch(name, side_effect=started))
         yield

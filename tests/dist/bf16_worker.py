@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches
 from gpg_megatron.config.sections import Config, ModelConfig
-from gpg_megatron.host.device import init_process_group
+from gpg_megatron.host.device import Device, init_process_group
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
@@ -33,14 +33,19 @@ N_UPDATES = 16
 def main() -> None:
     """Train with and without the distributed optimizer; compare the first gradient with fp32's."""
     folder = Path(sys.argv[1])
+    # As on a machine with a GPU: what counts is the policy's device.
+    torch.cuda.is_available = lambda: True
     init_process_group("cpu", 120)
-    seen = {name: _train(folder / "model", name) for name in ("plain", "distributed")}
+    layout = Layout(dp=2)
+    seen = {name: train(folder / "model", name, layout, "cpu") for name in ("plain", "distributed")}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 
-def _train(model: Path, optimizer: str) -> dict[str, float | list[str]]:
-    layout = Layout(dp=2)
+def train(
+    model: Path, optimizer: str, layout: Layout, device: Device
+) -> dict[str, float | list[str]]:
+    """What a rank sees with this optimizer: plain or distributed."""
     config = config_of(PROBLEMS[0], layout, model)
     config = replace(
         config,
@@ -52,9 +57,9 @@ def _train(model: Path, optimizer: str) -> dict[str, float | list[str]]:
             use_distributed_optimizer=optimizer == "distributed",
         ),
     )
-    gradient, _ = _first_gradient(config, model)
+    gradient, _ = _first_gradient(config, model, device)
     low = replace(config, model=ModelConfig(path=str(model), dtype="bf16"))
-    low_gradient, policy = _first_gradient(low, model, updates=N_UPDATES)
+    low_gradient, policy = _first_gradient(low, model, device, updates=N_UPDATES)
     ddp, matrix = policy._ddp, "decoder.layers.0.mlp.linear_fc1.weight"
     weight = policy.named_shards()[matrix]
     (start,) = [x for name, x in _start(policy, model).items() if name == matrix]
@@ -75,11 +80,13 @@ def _train(model: Path, optimizer: str) -> dict[str, float | list[str]]:
     return seen
 
 
-def _first_gradient(config: Config, model: Path, updates: int = 1) -> tuple[torch.Tensor, Policy]:
+def _first_gradient(
+    config: Config, model: Path, device: Device, updates: int = 1
+) -> tuple[torch.Tensor, Policy]:
     """The gradient of the first update, all ranks' parts of it, and the policy after all."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    policy = Policy(config, load_model_shape(model), device="cpu")
+    policy = Policy(config, load_model_shape(model), device)
     _start(policy, model)
     policy.weights_loaded()
     batch = _batch(config, policy)

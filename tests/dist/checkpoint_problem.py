@@ -33,6 +33,10 @@ CHANGED: tuple[tuple[Variant, Variant], ...] = (
     ((Layout(), True), (Layout(tp=2, dp=2), True)),
     ((Layout(dp=2), False), (Layout(tp=4), False)),
     ((Layout(dp=2, ep=2), False), (Layout(tp=2, dp=2, ep=2), False)),
+    # Whether the optimizer is distributed, and whether experts are, may change.
+    ((Layout(dp=2), True), (Layout(tp=2, pp=2), False)),
+    ((Layout(dp=2), False), (Layout(tp=2, dp=2), True)),
+    ((Layout(dp=2, ep=2), False), (Layout(), True)),
 )
 """A whole run of EXACT, and the variant that goes on from the middle of it."""
 

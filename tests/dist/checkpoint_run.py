@@ -12,6 +12,7 @@ from gpg_megatron.batching.updates import make_batches
 from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.collectives import on_rank0
+from gpg_megatron.host.device import Device
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of, saving_of
 from gpg_megatron.model.flops import token_costs
@@ -24,10 +25,10 @@ from tests.dist.problem import plan_of
 class PolicyRun:
     """Collective over the ranks of an initialised world."""
 
-    def __init__(self, config: Config, samples: list[Any]) -> None:
+    def __init__(self, config: Config, samples: list[Any], device: Device = "cpu") -> None:
         shape = load_model_shape(config.model.path)
         self.config = config
-        self.policy = Policy(config, shape, "cpu")
+        self.policy = Policy(config, shape, device)
         self.saving = saving_of(config, shape)
         self.checkpoints = RunCheckpoints(self.saving, on_rank0, lambda: {"step": self.step})
         point, self.warnings = on_rank0(lambda: find_resume_point(config, shape))

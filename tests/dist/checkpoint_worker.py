@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from gpg_megatron.host.device import init_process_group
+from gpg_megatron.host.device import Device, init_process_group
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.on_cpu import quiet_megatron
@@ -38,12 +38,15 @@ from tests.dist.problem import Layout, config_of, make_samples
 def main() -> None:
     folder = Path(sys.argv[1])
     quiet_megatron()
+    # As on a machine with a GPU: what counts is the policy's device.
+    torch.cuda.is_available = lambda: True
     init_process_group("cpu", 120)
     size = dist.get_world_size()
     if sys.argv[2] == "first":
         for variant in EXACT:
             if variant[0].world_size == size:
-                _exact(folder, variant)
+                verdict = exact(folder, variant, "cpu")
+                _write(folder, run_name(variant, "exact"), verdict)
         for layout in CONVERTED:
             if layout.world_size == size:
                 _converted(folder, layout)
@@ -54,7 +57,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _exact(folder: Path, variant: Variant) -> None:
+def exact(folder: Path, variant: Variant, device: Device) -> dict[str, Any]:
     """2N steps without a break, against N, a resume, and N more."""
     problem = problem_of(variant[0])
     samples = make_samples(problem)
@@ -62,7 +65,7 @@ def _exact(folder: Path, variant: Variant) -> None:
     def run(name: str, to_step: int) -> tuple[list[Any], list[Any], dict[str, Any], dict[str, Any]]:
         config = run_config(variant, problem, folder, run_name(variant, name))
         torch.manual_seed(3)
-        run = PolicyRun(config, samples)
+        run = PolicyRun(config, samples, device)
         begin = run.state() if run.step else {}
         draws = []
         results = run.advance(to_step, lambda _: draws.append(torch.rand(1).item()))
@@ -74,7 +77,7 @@ def _exact(folder: Path, variant: Variant) -> None:
     right, right_draws, _, whole = run("whole", N_STEPS)
     _, _, _, saved = run("cut", HALF)
     found, draws, begin, resumed = run("cut", N_STEPS)
-    verdict = {
+    return {
         "resumed_at": N_STEPS - len(found),
         "restored": _different(saved, begin),
         "end": _different(whole, resumed),
@@ -84,7 +87,6 @@ def _exact(folder: Path, variant: Variant) -> None:
         "version": found[-1].version,
         "second_half": _numbers(right[HALF:]),
     }
-    _write(folder, run_name(variant, "exact"), verdict)
 
 
 def _converted(folder: Path, layout: Layout) -> None:

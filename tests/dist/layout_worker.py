@@ -1,9 +1,10 @@
 """One rank: solve the problems in every layout of this world size and compare.
 
-    torchrun ... -m tests.dist.layout_worker FOLDER
+    torchrun ... -m tests.dist.layout_worker FOLDER cpu|cuda [LAYOUT]
 
 FOLDER/<problem>/ holds the model and reference.pt; the rank's verdicts go to
-FOLDER/<layout>/<problem>/rank<r>.json.
+FOLDER/<layout>/<problem>/rank<r>.json. LAYOUT: this one only, and of its problems those of which
+there is a model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches, pack
 from gpg_megatron.config.sections import Config
-from gpg_megatron.host.device import init_process_group
+from gpg_megatron.host.device import Device, init_process_group
 from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.hf_io import load_hf
@@ -75,11 +77,14 @@ class Verdict:
 
 def main() -> None:
     """Join the world and write the verdicts."""
-    folder = Path(sys.argv[1])
-    init_process_group("cpu", COLLECTIVE_LIMIT_S)
+    folder, device = Path(sys.argv[1]), cast(Device, sys.argv[2])
+    init_process_group(device, COLLECTIVE_LIMIT_S)
     for layout in (x for x in LAYOUTS if x.world_size == dist.get_world_size()):
-        for problem in problems_of(layout):
-            verdict = _solve(layout, problem, folder / problem.name)
+        problems = problems_of(layout)
+        if only := sys.argv[3:]:
+            problems = [p for p in problems if layout.name in only and (folder / p.name).exists()]
+        for problem in problems:
+            verdict = solve(layout, problem, folder / problem.name, device)
             parallel_state.destroy_model_parallel()
             path = folder / layout.name / problem.name / f"rank{dist.get_rank()}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +92,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _solve(layout: Layout, problem: Problem, directory: Path) -> Verdict:
+def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> Verdict:
     """The log-probs, then every update, each compared with the reference."""
     config, shape = config_of(problem, layout, directory), load_model_shape(directory)
-    policy = Policy(config, shape, device="cpu")
+    policy = Policy(config, shape, device)
     at = policy.position
     n_stages = parallel_state.get_pipeline_model_parallel_world_size()
     assert (at.tp_size, n_stages, at.dp_size) == (layout.tp, layout.pp, layout.dp)
@@ -213,7 +218,8 @@ class Comparison:
         """Hugging Face name -> error of the part that this rank holds."""
         worst: dict[str, float] = {}
         at = self._policy.position
-        for name, tensor in shards.items():
+        for name, on_device in shards.items():
+            tensor = on_device.cpu()
             padding = tensor.clone()
             shard = Shard(tuple(tensor.shape), at.tp_rank, at.tp_size)
             for piece in pieces_of(name, shard, self._shape):

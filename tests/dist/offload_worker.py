@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.config.sections import Config, ModelConfig
-from gpg_megatron.host.device import init_process_group
+from gpg_megatron.host import pinned
+from gpg_megatron.host.device import Device, init_process_group
 from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import PolicyPart, StepResult
@@ -28,6 +30,8 @@ from tests.dist.checkpoint_run import PolicyRun
 from tests.dist.problem import Layout, make_samples
 
 PARTS: tuple[PolicyPart, ...] = ("parameters", "gradients", "optimizer")
+PIECE_BYTES = 9_001
+"""Of a piece of host memory: no multiple of any tensor's size, so that tensors are cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +64,19 @@ def main() -> None:
     folder = Path(sys.argv[1])
     quiet_megatron()
     init_process_group("cpu", 120)
+    pinned.PIECE_BYTES = PIECE_BYTES
     for case in (case for case in CASES if case.layout.world_size == dist.get_world_size()):
         path = folder / f"{case.name}-rank{dist.get_rank()}.json"
-        path.write_text(json.dumps(_compare(folder, case)))
+        path.write_text(json.dumps(compare(folder, case, "cpu")))
     dist.destroy_process_group()
 
 
-def _compare(folder: Path, case: Case) -> dict[str, Any]:
-    staying, results, right = _run(folder, case, "staying", _save)
+def compare(folder: Path, case: Case, device: Device) -> dict[str, Any]:
+    """What a policy that moves does otherwise than one that stays."""
+    staying, results, right = _run(folder, case, device, "staying", _save)
     parallel_state.destroy_model_parallel()
     seen: dict[str, Any] = {}
-    moving, found, state = _run(folder, case, "moving", lambda run: _hand_over(run, seen))
+    moving, found, state = _run(folder, case, device, "moving", lambda run: _hand_over(run, seen))
     try:
         moving.policy.offload(PARTS)
         moving.policy.train(moving.batch_of(1))
@@ -78,7 +84,8 @@ def _compare(folder: Path, case: Case) -> dict[str, Any]:
     except AssertionError as error:
         seen["refusal"] = str(error)
     parallel_state.destroy_model_parallel()
-    resumed = PolicyRun(_config(folder, case, "moving"), make_samples(problem_of(case.layout)))
+    samples = make_samples(problem_of(case.layout))
+    resumed = PolicyRun(_config(folder, case, "moving"), samples, device)
     saved = _state(resumed)
     parallel_state.destroy_model_parallel()
     return seen | {
@@ -98,10 +105,10 @@ def _config(folder: Path, case: Case, name: str) -> Config:
 
 
 def _run(
-    folder: Path, case: Case, name: str, between: Callable[[PolicyRun], None]
+    folder: Path, case: Case, device: Device, name: str, between: Callable[[PolicyRun], None]
 ) -> tuple[PolicyRun, list[StepResult], dict[str, torch.Tensor]]:
     """Train with `between` after every step, which also saves; the run, its results, its end."""
-    run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)))
+    run = PolicyRun(_config(folder, case, name), make_samples(problem_of(case.layout)), device)
     results = []
     while run.step < N_STEPS:
         run.step += 1
@@ -135,7 +142,8 @@ def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
     before = {name: shard.clone() for name, shard in policy.named_shards().items()}
     aliases = policy.named_shards()  # as the bridge holds them
     resident = _bytes_by_part(policy)
-    policy.offload(("gradients", "optimizer"))
+    with _allocations() as pieces:
+        policy.offload(("gradients", "optimizer"))
     published = _different(before, aliases)
     policy.offload(("parameters",))
     left = _bytes_by_part(policy)
@@ -146,9 +154,26 @@ def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
     policy.load(PARTS)
     seen.setdefault("published", []).extend(published)
     seen.setdefault("changed_by_moving", []).extend(_different(before, aliases))
-    seen["resident"], seen["left"] = resident, left
+    seen["resident"], seen["left"], seen["pieces"] = resident, left, pieces
     gradients = [p.main_grad for p in policy._ddp.module.parameters()]
     seen["gradients_left"] = any(bool(gradient.any()) for gradient in gradients)
+
+
+@contextmanager
+def _allocations() -> Iterator[list[int]]:
+    """Sizes of the pieces of host memory that are allocated meanwhile."""
+    sizes: list[int] = []
+    allocate = pinned.host_piece
+
+    def noted(n_bytes: int, device: Device) -> torch.Tensor:
+        sizes.append(n_bytes)
+        return allocate(n_bytes, device)
+
+    pinned.host_piece = noted
+    try:
+        yield sizes
+    finally:
+        pinned.host_piece = allocate
 
 
 def _bytes_by_part(policy: Policy) -> dict[str, int]:

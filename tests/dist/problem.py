@@ -8,9 +8,10 @@ micro-batches of several data-parallel ranks.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.config.algorithm import AlgorithmConfig
@@ -122,6 +123,8 @@ class Problem:
     recompute: Literal["none", "attention", "layers"] = "none"
     experts: bool = False
     """In every layer, two for each token; Qwen2Moe also has a shared one."""
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json says of the rotary angles, beside their base."""
     seed: int = 14
     """Of the weights. With experts one where every expert is chosen, and never by a hair."""
 
@@ -133,7 +136,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=301,
         head_dim=8,
-        algorithm=AlgorithmConfig(),
+        algorithm=from_preset("paper"),
         temperature=1.0,
         clip_grad=0.5,
     ),
@@ -158,9 +161,10 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset("grpo", old_logprobs="policy"),
+        algorithm=from_preset("gspo", old_logprobs="policy"),
         temperature=1.3,
         clip_grad=1000.0,
+        rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
         sequence_parallel=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
@@ -177,6 +181,13 @@ PROBLEMS = (
         ),
         temperature=1.0,
         clip_grad=0.5,
+        rope={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
         share_prompts=False,
         use_distributed_optimizer=True,
     ),
@@ -189,6 +200,7 @@ PROBLEMS = (
         algorithm=from_preset("dapo", old_logprobs="rollout"),
         temperature=1.0,
         clip_grad=1000.0,
+        rope={"rope_type": "linear", "factor": 2.0},
     ),
     Problem(
         name="qwen3moe-tied",
@@ -196,7 +208,9 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset("rloo", correction="mask-token", correction_max=9.0),
+        algorithm=from_preset(
+            "rloo", correction="mask-token", correction_max=9.0, old_logprobs="policy"
+        ),
         temperature=1.3,
         clip_grad=1000.0,
         recompute="layers",
@@ -369,6 +383,7 @@ def make_model(problem: Problem, directory: Path) -> None:
         max_position_embeddings=64,
         tie_word_embeddings=problem.tied,
         sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **problem.rope},
         **(experts if problem.experts else {}),
     )
     torch.manual_seed(problem.seed)

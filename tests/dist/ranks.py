@@ -6,18 +6,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 400
+Device = Literal["cpu", "cuda"]
 
 
-def run_ranks(folder: Path, module: str, world_size: int, *arguments: str) -> str:
+def run_ranks(
+    folder: Path, module: str, world_size: int, *arguments: str, device: Device = "cpu"
+) -> str:
     """Run `python -m module FOLDER arguments` on every rank to its end; what they printed."""
     log = folder / f"{'-'.join(('world', str(world_size), *arguments))}.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", "-m", module, str(folder), *arguments]
-    # Without a visible GPU the CPU path is what runs, on every machine.
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if device == "cpu":
+        # Without a visible GPU the CPU path is what runs, on every machine.
+        own["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT

@@ -175,17 +175,21 @@ def _sample_loss(
     model: torch.nn.Module, config: Config, sample: TrainSample, start: torch.Tensor
 ) -> torch.Tensor:
     """The sum over the tokens of one sample, without its aggregation weight."""
-    a, advantage = config.algorithm, sample.advantage
+    a, advantage = config.objective, sample.advantage
     logprobs, entropy = _distribution(model, sample, config.rollout.temperature)
     if not len(logprobs):
         return logprobs.sum()
     engine = torch.tensor(sample.rollout_logprobs, dtype=torch.float64)
     if a.loss == "gpg":
-        factor = _correction(a, logprobs.detach() - engine)
+        old = start if a.old_logprobs == "policy" else engine
+        factor = _correction(a, logprobs.detach() - old)
         gradient = logprobs * advantage
     else:
         factor = _correction(a, start - engine)
-        ratio = torch.exp(logprobs - (engine if a.old_logprobs == "rollout" else start))
+        log_ratio = logprobs - (engine if a.old_logprobs == "rollout" else start)
+        if a.loss == "clip-sequence":  # its value for every token, the gradient of its own
+            log_ratio = log_ratio.detach().mean() + logprobs - logprobs.detach()
+        ratio = torch.exp(log_ratio)
         clipped = ratio.clamp(1 - a.clip_low, 1 + a.clip_high)
         gradient = torch.minimum(ratio * advantage, clipped * advantage)
     behind = start - logprobs

@@ -71,7 +71,7 @@ def verdicts(folder: Path) -> Verdicts:
     run_world = functools.cache(functools.partial(run_ranks, folder, "tests.dist.layout_worker"))
 
     def read(layout: Layout, problem: Problem) -> list[dict[str, Any]]:
-        output = run_world(layout.world_size)
+        output = run_world(layout.world_size, "cpu")
         place = folder / layout.name / problem.name
         paths = [place / f"rank{rank}.json" for rank in range(layout.world_size)]
         assert all(path.exists() for path in paths), output

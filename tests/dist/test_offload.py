@@ -16,7 +16,7 @@ from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.memory import policy_memory
 from gpg_megatron.types import DTYPES
 from tests.dist.checkpoint_problem import N_STEPS, problem_of, run_config
-from tests.dist.offload_worker import CASES, PARTS, Case
+from tests.dist.offload_worker import CASES, PARTS, PIECE_BYTES, Case
 from tests.dist.problem import N_LAYERS, Layout, make_model
 from tests.dist.ranks import run_ranks
 
@@ -62,6 +62,15 @@ def test_while_it_is_away_no_storage_has_a_byte(verdicts: Verdicts, case: Case) 
         assert verdict["left"] == dict.fromkeys(PARTS, 0)
         assert min(verdict["resident"].values()) > 0
         assert not verdict["gradients_left"], "they are dropped"
+
+
+@each_case
+def test_a_part_is_packed_into_whole_pieces(verdicts: Verdicts, case: Case) -> None:
+    """Of the optimizer, whose tensors are many; gradients take nothing on the host."""
+    for verdict in verdicts(case):
+        *whole, rest = verdict["pieces"]
+        assert len(whole) > 5 and set(whole) == {PIECE_BYTES}
+        assert sum(verdict["pieces"]) == verdict["resident"]["optimizer"] and rest <= PIECE_BYTES
 
 
 @each_case

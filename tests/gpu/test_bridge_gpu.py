@@ -15,7 +15,7 @@ GAP = 0.1
 """bf16 on both sides, kernels that differ."""
 
 
-@pytest.mark.parametrize("transport", ["shm", "cuda_ipc"])
+@pytest.mark.parametrize("transport", ["auto", "shm", "cuda_ipc"])
 def test_published_weights_are_what_the_engine_computes_with(
     transport: str, tmp_path: Path
 ) -> None:

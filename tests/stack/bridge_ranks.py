@@ -39,9 +39,9 @@ from gpg_megatron.layout.topology import policy_grid  # noqa: E402
 from gpg_megatron.loop.agreement import canary_sample  # noqa: E402
 from gpg_megatron.model.shape import load_model_shape  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
-from gpg_megatron.rollout.engine import EngineSpec  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
+from gpg_megatron.rollout.spec import EngineSpec  # noqa: E402
 from gpg_megatron.types import (  # noqa: E402
     DTYPES,
     Completion,
@@ -102,6 +102,8 @@ class Fleets:
                 model_path=job["checkpoints"][0],
                 device=device_of(job),
                 max_model_len=128,
+                max_num_seqs=16,
+                max_num_batched_tokens=8192,
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,
                 scratch=scratch,
@@ -189,7 +191,7 @@ def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) ->
         group=world,
     )
     engine = Engine(model=shape, tp_size=config.rollout.tensor_model_parallel_size)
-    needed = forecast(side.grid, engine, config.rollout.num_engines).bound
+    needed = forecast(side.grid, engine, bridge.links).bound
     item = DTYPES[config.rollout.dtype].itemsize
     results = []
     # The engine starts with the first checkpoint: only the others show that something arrived.
@@ -197,7 +199,7 @@ def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) ->
     for number, checkpoint in enumerate((*others, first), start=1):
         load_hf(checkpoint, policy.named_shards(), shape, policy.position)
         bridge.publish(number)
-        sent = item * sum(bucket_elements(message.bucket) for message in bridge._messages)
+        sent = item * sum(bucket_elements(message.bucket) for message in bridge.messages)
         results.append(compare(name, number, policy, shape, fleet, sent, item * needed))
     bridge.close()
     return results

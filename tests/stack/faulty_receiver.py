@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gpg_megatron.bridge.receiver import BridgeReceiver, Source
+from gpg_megatron.bridge.receiver import Source
+from gpg_megatron.bridge.vllm_worker import BridgeReceiver
 
 AT_BUCKET = 2
 
@@ -17,7 +18,7 @@ class FaultyReceiver(BridgeReceiver):
 
     def fault(self: Any, kind: str, seconds: float = 0.0) -> None:
         """What goes wrong at the third bucket of the next update: raise, damage, or sleep."""
-        engine = self.weight_transfer_engine
+        engine = self.weight_transfer_engine.receiver
         install = type(engine)._install
         seen = 0
 
@@ -37,4 +38,4 @@ class FaultyReceiver(BridgeReceiver):
 
     def heal(self: Any) -> None:
         """Work as usual again."""
-        del self.weight_transfer_engine._install
+        del self.weight_transfer_engine.receiver._install

@@ -46,7 +46,7 @@ class Case:
     tied: bool
     engine_tp: int
     num_engines: int = 1
-    transport: str = "shm"
+    transport: str = "auto"
     dtype: str = "fp32"
 
     @property
@@ -57,7 +57,7 @@ class Case:
         tied = "tied" if self.tied else "untied"
         extra = "".join(
             f"-{value}"
-            for value, usual in ((self.transport, "shm"), (self.dtype, "fp32"))
+            for value, usual in ((self.transport, "auto"), (self.dtype, "fp32"))
             if value != usual
         )
         engines = f"-{self.num_engines}engines" if self.num_engines > 1 else ""

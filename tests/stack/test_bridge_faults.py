@@ -30,7 +30,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Notes:
         "checkpoints": checkpoints,
         "engine_tp": 1,
         "num_engines": 1,
-        "transport": "shm",
+        "transport": "auto",
         "dtype": "fp32",
         "extension": "tests.stack.faulty_receiver.FaultyReceiver",
         "bridge_timeout_s": BRIDGE_LIMIT_S,

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -39,17 +39,19 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def two_hosts(place: Path, name: str, *overrides: str) -> Iterator[tuple[Job, Job]]:
-    """The script on both; two of the four ranks and one of the two engines on each."""
+def two_hosts(
+    place: Path, name: str, *overrides: str, ranks: Sequence[int] = (2, 2)
+) -> Iterator[tuple[Job, Job]]:
+    """The script on both; one of the two engines on each, and so many of the four ranks."""
     port, ray_port = _free_ports(2)
     output = place / name
     with ExitStack() as stack:
         jobs: list[Job] = []
-        for rank in range(2):
+        for rank, n_ranks in enumerate(ranks):
             environment = flagship.environment(
                 place / "model", place / "raw", place, output,
-                NNODES="2", NODE_RANK=str(rank), NPROC_PER_NODE="2", MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port), RAY_PORT=str(ray_port),
+                NNODES="2", NODE_RANK=str(rank), NPROC_PER_NODE=str(n_ranks),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RAY_PORT=str(ray_port),
             )  # fmt: skip
             command: list[str | Path] = [
                 SCRIPT,
@@ -82,6 +84,20 @@ def test_two_hosts_train(place: Path) -> None:
         print(text)
     assert "step 2/2" in printed[0]
     assert "step" not in printed[1], "host 0 alone reports"
+    flagship.check_metrics(jobs[0].metrics())
+
+
+@pytest.mark.slow
+def test_a_host_with_engines_only(place: Path) -> None:
+    """It joins by the same command, has an engine and no rank, and ends with the others."""
+    with two_hosts(place, "engines_only", ranks=(4, 0)) as jobs:
+        jobs[0].wait_for_step(1)
+        assert jobs[0].is_running() and jobs[1].is_running()
+        assert jobs[0].ranks().keys() == {0, 1, 2, 3} and not jobs[1].ranks()
+        names = {process.name() for process in jobs[1].living()}
+        assert any(name.startswith("ray::Engine") for name in names), names
+        printed = _both_end(jobs, 0, START_LIMIT_S)
+    assert "step 2/2" in printed[0] and not printed[1]
     flagship.check_metrics(jobs[0].metrics())
 
 

@@ -152,12 +152,12 @@ def test_redraws_carry_groups_over_and_several_updates_are_corrected(job: Path) 
         "trainer.mini_batch_size=4",
         "algorithm.beta_th=1.0",
         "algorithm.max_redraws=8",
-        "algorithm.correction=truncate-token",
         "validation.before_train=false",
     )
     with started(job, "redrawn", *overrides) as run:
         printed = run.ends(0, limit_s=START_LIMIT_S)
-    assert "warning" not in printed, "the correction answers it"
+    assert "warning" not in printed
+    assert "truncate-token against the engines' log-probs (2 updates for each rollout" in printed
     steps = [row for row in run.metrics() if row["step"]]
     before = [{"group/carried_out": 0}, *steps]
     for last, row in zip(before, steps, strict=False):
@@ -178,7 +178,6 @@ def test_grpo_with_old_log_probs_a_reference_and_an_entropy_bonus(job: Path) -> 
         "trainer.mini_batch_size=4",
         "policy.lr=1e-6",  # so small that a divergence grows with the square of the steps
         "algorithm.preset=grpo",
-        "algorithm.old_logprobs=policy",
         "algorithm.kl_coef=0.01",
         "algorithm.entropy_coef=0.01",
         "validation.before_train=false",

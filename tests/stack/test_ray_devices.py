@@ -11,6 +11,7 @@ import pytest
 from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, scratch_directory
+from gpg_megatron.rollout.engine import take_devices
 from gpg_megatron.rollout.ray_session import open_ray
 
 
@@ -30,9 +31,16 @@ def run_id(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         cleanup_run(run_id)
 
 
-def test_engines_get_the_devices_that_they_were_given(run_id: str) -> None:
-    """Ray's own book-keeping, which needs no GPU to be there."""
+@pytest.mark.parametrize("untold", [False, True])
+def test_engines_get_the_devices_that_they_were_given(
+    run_id: str, untold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own book-keeping, which needs no GPU to be there; also where the user's shell has told
+    Ray not to set the variable."""
     import ray
+
+    if untold:
+        monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
 
     config = RolloutConfig(num_engines=2)
     scratch = scratch_directory(run_id)
@@ -41,6 +49,7 @@ def test_engines_get_the_devices_that_they_were_given(run_id: str) -> None:
 
     class Engine:
         def devices(self) -> str:
+            take_devices()
             return os.environ["CUDA_VISIBLE_DEVICES"]
 
     actor = ray.remote(num_cpus=1, num_gpus=1)(Engine)

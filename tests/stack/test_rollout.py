@@ -28,10 +28,10 @@ from gpg_megatron.host.reaper import (
     scratch_directory,
     start_reaper,
 )
-from gpg_megatron.rollout.engine import EngineSpec
 from gpg_megatron.rollout.failures import EngineDied, EngineError
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import SamplingRequest
+from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
 from tests.engine_processes import engine_processes
 from tests.shared_memory import abandoned_segments, all_segments
@@ -62,7 +62,6 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
     settings: dict[str, Any] = {
         "dtype": "fp32",
         "kv_cache_gb": 0.125,
-        "max_num_seqs": 64,
         "enforce_eager": True,
         "startup_timeout_s": 240,
         "generate_timeout_s": 120,
@@ -73,6 +72,8 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
         model_path=str(model),
         device="cpu",
         max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=changes.get("max_num_seqs", 64),
+        max_num_batched_tokens=8192,
         worker_extension="worker_ext.Extension",
         weight_transfer="none",
         scratch=scratch,
@@ -201,7 +202,7 @@ class TestOneEngine:
         from transformers import AutoTokenizer
 
         pad, newline = AutoTokenizer.from_pretrained(model).encode(f"{PAD}\n")
-        wanted = {"n": 32, "max_tokens": 200, "temperature": 1.0}
+        wanted: dict[str, Any] = {"n": 32, "max_tokens": 200, "temperature": 1.0}
         free = fleet.generate([request(**wanted)])
         assert any(pad in c.token_ids for c in free)
         stopped = fleet.generate([request(**wanted, stop=(PAD, "\n"))])

@@ -4,6 +4,9 @@
         builds one rank of a public model with tensors that have no memory, and its optimizer
     python -m tests.unit.meta_models kept TP
         runs a small model and adds up what autograd keeps for each layer
+    python -m tests.unit.meta_models waits
+        trains a small model on a device without values, where what needs one raises, and tells
+        which copies to it the host would wait for, and how often attention is called
 
 Prints JSON. The groups are torch's fake ones: any world size in one process, no communication.
 """
@@ -12,13 +15,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpg_megatron.policy.on_cpu import (
     define_missing_names,
@@ -35,9 +39,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from benchmarks.large_layouts import QWEN2_7B, QWEN25_72B  # noqa: E402
 from gpg_megatron.batching.updates import pack  # noqa: E402
+from gpg_megatron.config.algorithm import AlgorithmConfig  # noqa: E402
 from gpg_megatron.config.sections import PolicyConfig  # noqa: E402
+from gpg_megatron.host.device import Device  # noqa: E402
 from gpg_megatron.policy.model import build_model, forward_arguments  # noqa: E402
 from gpg_megatron.policy.optimizer import build_optimizer  # noqa: E402
+from gpg_megatron.policy.outputs import objective_output  # noqa: E402
 from gpg_megatron.types import ModelShape, TrainSample  # noqa: E402
 from tests.unit.meta_small import SMALL  # noqa: E402
 
@@ -100,26 +107,32 @@ def size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def small(layers: int) -> ModelShape:
+    return ModelShape(
+        architecture="Qwen2ForCausalLM", num_layers=layers, vocab_size=512, tied=False,
+        qkv_bias=True, qk_norm=False, rope_theta=1e4, rms_norm_eps=1e-6,
+        max_position_embeddings=1024, **SMALL,
+    )  # fmt: skip
+
+
+def sample(n_prompt: int, n_response: int) -> TrainSample:
+    return TrainSample(
+        prompt_id="p", group=0, index=0, prompt_token_ids=(1,) * n_prompt,
+        response_token_ids=(2,) * n_response, rollout_logprobs=(0.0,) * n_response, advantage=1.0,
+        version=0, live=True, score=1.0,
+    )  # fmt: skip
+
+
 def kept(tp: int, dtype: torch.dtype) -> float:
     """Bytes per token and layer that autograd keeps, from models of two and of six layers."""
     n_tokens = 512
     totals = []
     for layers in (2, 6):
         config = join(tp, 1, 0)
-        shape = ModelShape(
-            architecture="Qwen2ForCausalLM", num_layers=layers, vocab_size=512, tied=False,
-            qkv_bias=True, qk_norm=False, rope_theta=1e4, rms_norm_eps=1e-6,
-            max_position_embeddings=1024, **SMALL,
-        )  # fmt: skip
-        ddp = build_model(shape, config, dtype=dtype, device="cpu", temperature=1.0)
+        ddp = build_model(small(layers), config, dtype=dtype, device="cpu", temperature=1.0)
         for parameter in ddp.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        sample = TrainSample(
-            prompt_id="p", group=0, index=0, prompt_token_ids=(1,) * 128,
-            response_token_ids=(2,) * 128, rollout_logprobs=(0.0,) * 128, advantage=1.0, version=0,
-            live=True, score=1.0,
-        )  # fmt: skip
-        batch = pack([sample] * (n_tokens // 256), [1.0] * (n_tokens // 256))
+        batch = pack([sample(128, 128)] * (n_tokens // 256), [1.0] * (n_tokens // 256))
         weights = {p.untyped_storage().data_ptr() for p in ddp.parameters()}
         storages: dict[int, int] = {}
         alive: list[torch.Tensor] = []
@@ -130,9 +143,48 @@ def kept(tp: int, dtype: torch.dtype) -> float:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            ddp(**forward_arguments(batch, "cpu", multiple=1)).sum()
+            ddp(**forward_arguments(batch, "cpu", multiple=1, flash=False)).sum()
         totals.append(sum(n for key, n in storages.items() if key not in weights))
     return (totals[1] - totals[0]) / 4 / n_tokens
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations, and whether the host waits for those that cross devices."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.calls: dict[str, int] = {}
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.calls[str(func)] = self.calls.get(str(func), 0) + 1
+        out = func(*args, **kwargs)
+        devices = {x.device.type for x in (*args, out) if torch.is_tensor(x) and x.dim()}
+        if len(devices) > 1 and not kwargs.get("non_blocking"):
+            self.waits.append(str(func))
+        return out
+
+
+def waits() -> dict[str, Any]:
+    """Forward pass, objective and backward pass of two micro-batches."""
+    config = join(1, 1, 0)
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("meta")  # where Megatron puts what it makes itself
+    ddp = build_model(small(2), config, dtype=torch.bfloat16, device="cpu", temperature=1.0)
+    model, device = ddp.module.to("meta"), cast(Device, "meta")
+    model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to("meta")
+    samples = [sample(16, n) for n in (5, 7, 7)]
+    algorithm = AlgorithmConfig(correction="reject-sequence")
+    with Recorder() as recorder:
+        for share in (True, False):
+            batch = pack(samples, [1.0] * 3, share_prompts=share)
+            output = model(**forward_arguments(batch, device, multiple=8, flash=True))
+            loss, *_ = objective_output(algorithm, batch, None, None, output)
+            loss.backward()
+    return {"waits": recorder.waits, "calls": recorder.calls}
 
 
 def main() -> None:
@@ -142,6 +194,8 @@ def main() -> None:
         for argument in arguments:
             model, *numbers = argument.split(":")
             result[argument] = built(model, *map(int, numbers))
+    elif what == "waits":
+        result = waits()
     else:
         result = {str(x).removeprefix("torch."): kept(int(arguments[0]), x) for x in
                   (torch.bfloat16, torch.float32)}  # fmt: skip

@@ -56,7 +56,7 @@ def test_no_samples_and_only_empty_responses(mode: str) -> None:
     assert aggregation_weights([sample(0, 0), sample(1, 0)], mode, 8, [[1], [0]]) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("cells", [(), [[0, 1, 2, 3]], [[0, 1], [1, 2, 3, 4]]])
+@pytest.mark.parametrize("cells", [[[0, 1], [1, 2, 3, 4]], [[0, 1, 2, 3, 4, 4]]])
 def test_cells_that_are_no_partition_are_a_programming_error(
     cells: Sequence[Sequence[int]],
 ) -> None:

@@ -13,7 +13,13 @@ import torch
 
 from gpg_megatron.algorithm.advantages import assign_advantages
 from gpg_megatron.algorithm.correction import correction_weights
-from gpg_megatron.algorithm.loss import clip_loss, gpg_loss, kl_k3
+from gpg_megatron.algorithm.loss import (
+    clip_loss,
+    gpg_loss,
+    kl_k3,
+    sequence_ratio,
+    token_ratio,
+)
 from gpg_megatron.algorithm.objective import MAXIMA, SUMS, Tokens, metrics, objective
 from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig
@@ -76,7 +82,6 @@ def reference(
     """
     scores = [[r.score for r in g.rewards] for g in groups]
     answers = [(g, i) for g, row in enumerate(scores) for i in range(len(row))]
-    everything = [s for row in scores for s in row]
     length = {(g, i): len(logprobs[g][i]) for g, i in answers}
 
     def value(g: int, i: int) -> float:
@@ -87,11 +92,16 @@ def reference(
             (g, i): scores[g][i] - (sum(scores[g]) - scores[g][i]) / (len(scores[g]) - 1)
             for g, i in answers
         }
-    elif preset == "reinforce++":
-        centre = fmean(everything)
-        spread = pstdev(everything) * math.sqrt(len(everything) / (len(everything) - 1))
-        advantage = {(g, i): (scores[g][i] - centre) / (spread + 1e-8) for g, i in answers}
-    elif preset in ("grpo", "dapo"):
+    elif preset in ("reinforce++", "reinforce++-baseline"):
+        own = {a: value(*a) if preset.endswith("baseline") else scores[a[0]][a[1]] for a in answers}
+        tokens = [own[a] for a in answers for _ in range(length[a])]
+        variance = pstdev(tokens) ** 2 * len(tokens) / (len(tokens) - 1)
+        root = math.sqrt(variance + 1e-8)
+        advantage = {a: (own[a] - fmean(tokens)) / root for a in answers}
+    elif preset == "maxrl":
+        means = [fmean(row) for row in scores]
+        advantage = {(g, i): value(g, i) / means[g] if means[g] > 0 else 0.0 for g, i in answers}
+    elif preset in ("grpo", "dapo", "gspo", "cispo", "rgra"):
         advantage = {(g, i): value(g, i) / (stdev(scores[g]) + 1e-6) for g, i in answers}
     else:
         advantage = {(g, i): value(g, i) for g, i in answers}
@@ -108,7 +118,7 @@ def reference(
 
     if preset in ("paper", "amap"):
         advantage = {a: x if live[a] else 0.0 for a, x in advantage.items()}
-    policy_gradient = preset in ("paper", "amap", "verl", "rloo")
+    policy_gradient = not PRESETS[preset].get("loss", "gpg").startswith("clip")
     total = {
         (g, i): advantage[g, i] * (sum(logprobs[g][i]) if policy_gradient else length[g, i])
         for g, i in answers
@@ -132,9 +142,9 @@ def reference(
             for g, rows_of_group in enumerate(logprobs)
         ]
         return amap_loss(rows, n_ranks=1, room=ROOM)
-    if preset in ("verl", "reinforce++", "dapo"):
+    if preset in ("verl", "reinforce++", "reinforce++-baseline", "dapo", "cispo", "maxrl"):
         return -alpha * sum(total.values()) / sum(length.values())
-    if preset == "grpo":
+    if preset in ("grpo", "gspo", "rgra"):
         return -sum(total[a] / length[a] for a in answers if length[a]) / len(answers)
     if preset == "dr-grpo":
         return -sum(total.values()) / (len(answers) * MAX_RESPONSE)
@@ -174,7 +184,8 @@ def test_a_preset_is_its_formula(preset: str, name: str) -> None:
     ]
     flat = torch.tensor([x for g in logprobs for row in g for x in row], dtype=torch.float64)
     config = from_preset(preset)
-    loss, _ = objective(flat, None, parts_of(groups, config), config)
+    on_policy = replace(parts_of(groups, config), rollout=flat)
+    loss, _ = objective(flat, None, on_policy, config)
     assert loss.item() == pytest.approx(reference(groups, preset, logprobs), rel=1e-9, abs=1e-12)
 
 
@@ -182,8 +193,8 @@ def test_a_preset_is_its_formula(preset: str, name: str) -> None:
 @pytest.mark.parametrize("name", BATCHES)
 def test_on_policy_gpg_has_the_gradient_of_the_clipped_surrogate(name: str, clip: float) -> None:
     """Through a softmax, in float64; with the paper's advantages."""
-    gpg = AlgorithmConfig()
-    clipped = AlgorithmConfig(loss="clip", clip_low=clip, clip_high=clip)
+    gpg = from_preset("paper")
+    clipped = from_preset("paper", loss="clip", clip_low=clip, clip_high=clip)
     tokens = parts_of(BATCHES[name], gpg)
     torch.manual_seed(1)
     logits = torch.randn(len(tokens.rollout), 5, dtype=torch.float64, requires_grad=True)
@@ -202,14 +213,41 @@ def test_clip_by_hand() -> None:
     ratios = torch.tensor([2.0, 0.5, 2.0, 0.5, 1.1], dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 3.0], dtype=torch.float64)
     logprobs = (ratios.log() - 1.0).requires_grad_()
+    old = torch.full((5,), -1.0)
     loss, clipped = clip_loss(
-        logprobs, torch.full((5,), -1.0), advantages, torch.full((5,), 0.5), low=0.2, high=0.3
+        token_ratio(logprobs, old), advantages, torch.full((5,), 0.5), low=0.2, high=0.3
     )
     assert loss.item() == pytest.approx(-0.5 * (1.3 + 0.5 - 2.0 - 0.8 + 3.3))
     assert clipped.tolist() == [True, False, False, True, False]
     loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.25, 1.0, 0.0, -1.65])
+
+
+def test_one_ratio_for_each_response_by_hand() -> None:
+    """Responses of two and three tokens with the ratios 4, 1 and 1/8, 1, 1: geometric means 2 and
+    1/2. Each token has the gradient of its own log-prob."""
+    ratios = torch.tensor([4.0, 1.0, 0.125, 1.0, 1.0], dtype=torch.float64)
+    logprobs = (ratios.log() - 1.0).requires_grad_()
+    responses = torch.tensor([0, 0, 1, 1, 1])
+    got = sequence_ratio(logprobs, torch.full((5,), -1.0), responses)
+    assert got.tolist() == pytest.approx([2.0, 2.0, 0.5, 0.5, 0.5])
+    (got * torch.arange(1.0, 6.0)).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([2.0, 4.0, 1.5, 2.0, 2.5])
+
+
+def test_gspo_clips_whole_responses() -> None:
+    """The ratios of four() are 4 1 and 0.5 1: means 2 and 0.71. The first has a positive advantage
+    and the second a negative one, so each is beyond its border."""
+    config = from_preset("gspo", old_logprobs="policy")
+    _, gradient, named = run(config, four(old=[-1.0] * 4))
+    assert gradient == [0.0] * 4
+    assert named["policy/clip_fraction"] == 1.0
+    wide = replace(config, clip_low=0.5, clip_high=1.5)
+    _, gradient, _ = run(wide, four(old=[-1.0] * 4))
+    expected = [-2.0 * 0.25, -2.0 * 0.25, 2.0 * 0.25 * 0.5**0.5, 2.0 * 0.25 * 0.5**0.5]
+    assert gradient == pytest.approx(expected)
 
 
 def test_kl_by_hand_and_its_mean_over_samples_is_the_divergence() -> None:
@@ -256,7 +294,7 @@ def run(
 
 
 def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
-    config = AlgorithmConfig(correction="truncate-token", correction_max=2.0)
+    config = from_preset("paper", correction="truncate-token", correction_max=2.0)
     _, gradient, named = run(config, four())
     assert gradient == pytest.approx([-0.5, -0.25, 0.25, 0.5])
     assert named["correction/cut_fraction"] == 0.25
@@ -272,7 +310,7 @@ def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
 
 
 def test_without_a_correction_there_are_no_metrics_of_one() -> None:
-    _, gradient, named = run(AlgorithmConfig(), four())
+    _, gradient, named = run(from_preset("paper"), four())
     assert gradient == [-0.25, -0.25, 0.5, 0.5]
     assert set(named) == {
         "mismatch/logprob_mean",
@@ -307,6 +345,16 @@ def test_what_the_ratio_is_divided_by(
         assert named["correction/ess"] == pytest.approx(6.5**2 / (4 * 18.25))
 
 
+def test_a_correction_by_the_policys_own_log_probs() -> None:
+    """Ratios 4 1 0.5 1 to the policy before the batch, the engine's are not read."""
+    config = from_preset("paper", correction="truncate-token", old_logprobs="policy")
+    _, gradient, named = run(config, four(old=[-1.0] * 4))
+    plain = [-0.25, -0.25, 0.5, 0.5]
+    assert gradient == pytest.approx([x * c for x, c in zip(plain, [2, 1, 0.5, 1], strict=True)])
+    assert named["correction/cut_fraction"] == 0.25
+    assert named["correction/ess"] == pytest.approx(6.5**2 / (4 * 18.25))
+
+
 def test_the_correction_of_a_ratio_is_that_of_its_denominator() -> None:
     """pi / pi_old is in the loss; what is left to correct is pi_old / engine."""
     config = AlgorithmConfig(
@@ -321,7 +369,7 @@ def test_the_correction_of_a_ratio_is_that_of_its_denominator() -> None:
 
 def test_the_kl_term_by_hand() -> None:
     """d/dlogp k3 = 1 - exp(reference - logp); alpha has no part in it."""
-    config = AlgorithmConfig(kl_coef=0.5)
+    config = from_preset("paper", kl_coef=0.5)
     tokens = four(advantages=[0.0] * 4, reference=[-1.0] * 4)
     loss, gradient, named = run(config, tokens)
     ratios = [1 / 4, 1.0, 2.0, 1.0]
@@ -332,7 +380,7 @@ def test_the_kl_term_by_hand() -> None:
 
 
 def test_the_entropy_bonus_by_hand() -> None:
-    config = AlgorithmConfig(entropy_coef=0.1)
+    config = from_preset("paper", entropy_coef=0.1)
     entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
     loss, _, named = run(config, four(advantages=[0.0] * 4), entropy)
     assert loss == pytest.approx(-0.1 * 0.25 * 10)
@@ -368,7 +416,7 @@ def test_no_tokens_give_zero_and_metrics() -> None:
 
 def test_the_pieces_are_the_published_functions() -> None:
     """objective adds nothing of its own to gpg_loss and the correction."""
-    config = AlgorithmConfig(correction="mask-token", correction_max=3.0)
+    config = from_preset("paper", correction="mask-token", correction_max=3.0)
     tokens = four()
     logprobs = torch.tensor(LOGPROBS, dtype=torch.float64)
     loss, _ = objective(logprobs, None, tokens, config)
@@ -380,7 +428,7 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
     torch.manual_seed(3)
     columns = {name: torch.randn(40).double() for name in ("advantages", "weights", "rollout")}
     logprobs = torch.randn(40).double()
-    config = AlgorithmConfig(correction="truncate-token")
+    config = from_preset("paper", correction="truncate-token")
 
     def statistics(part: slice) -> dict[str, float]:
         mine = {name: values[part] for name, values in columns.items()}
@@ -400,7 +448,7 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_log_prob_is_not_hidden_in_the_statistics(bad: float) -> None:
     logprobs = torch.tensor([*LOGPROBS[:3], bad], dtype=torch.float64)
-    config = AlgorithmConfig()
+    config = from_preset("paper")
     named = metrics(numbers(objective(logprobs, None, four(), config)[1]), config)
     assert not math.isfinite(named["mismatch/logprob_mean"])
     assert not math.isfinite(named["mismatch/logprob_max"])

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.algorithm.advantages import is_live
+from gpg_megatron.algorithm.advantages import assign_advantages, is_live
+from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.algorithm.redraw import (
     RedrawsExhausted,
     Selection,
@@ -107,15 +108,30 @@ def test_without_a_rule_everything_is_trained_on() -> None:
     assert not selection.exhausted and not selection.skipped and selection.n_filtered == 0
 
 
-def test_dead_groups_of_every_draw_stay_in_the_batch() -> None:
+def test_after_redraws_the_batch_is_one_draw_again() -> None:
     train, carried, selection = chosen("dddLLLdd", 4, beta_th=0.6)
-    assert (train, carried) == (list(range(8)), [])
-    assert not selection.exhausted
+    assert (train, carried) == ([0, 3, 4, 5], [])
+    assert not selection.exhausted and selection.n_filtered == 4
+
+
+def test_alpha_of_three_draws_is_that_of_one_and_each_answer_weighs_the_same() -> None:
+    """Draws of 10, 2 live in each: counted over all 30 groups alpha was 5; over one draw it is
+    10 / 6, at most 1 / beta_th. Per answer alpha / questions is the same."""
+    settings = AlgorithmConfig(beta_th=0.6)
+    drawn = numbered("LLdddddddd" * 3)
+    selection = select(drawn, settings, batch_size=10)
+    for groups, expected in ((drawn, 5.0), (selection.groups, 10 / 6)):
+        samples, stats = assign_advantages(groups, settings)
+        assert stats.alpha == pytest.approx(expected)
+        weights = aggregation_weights(samples, "group-token-mean", 8)
+        live = [abs(s.advantage) * w for s, w in zip(samples, weights, strict=True) if s.live]
+        # advantage alpha / 2, weight 1 / (questions * 2 tokens of the group)
+        assert live == pytest.approx([0.041667] * 12, rel=1e-4)
 
 
 def test_live_groups_beyond_the_batch_size_are_carried_over() -> None:
     train, carried, _ = chosen("LLLdLLdL", 4, beta_th=1.0)
-    assert train == [0, 1, 2, 3, 4, 6]
+    assert train == [0, 1, 2, 4]
     assert carried == [5, 7]
 
 
@@ -169,8 +185,12 @@ def test_no_live_group_is_lost_or_trained_on_twice(
     seen = [id(g) for g in (*trained, *selection.carried) if is_live(g)]
     assert sorted(seen) == sorted(id(g) for g in groups if is_live(g))
     assert all(map(is_live, selection.carried))
-    if config.wanted_fraction and not selection.skipped:
-        assert sum(map(is_live, trained)) <= batch_size
+    assert len(trained) <= batch_size
+    if trained and not filter_groups:
+        assert len(trained) == min(batch_size, len(groups))
+    assert len(groups) == len(selection.groups) + selection.n_filtered + (
+        0 if selection.skipped else len(selection.carried)
+    )
 
 
 @given(

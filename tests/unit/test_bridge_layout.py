@@ -6,6 +6,7 @@ different, so an element in a wrong place cannot look right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -20,6 +21,7 @@ from gpg_megatron.layout.boxes import (
     Piece,
     Shard,
     columns,
+    flat_boxes,
     gated_rows,
     qkv_rows,
     replicated,
@@ -242,3 +244,13 @@ def test_vocab_rows_by_hand(rank: int, expected: list[RowPiece]) -> None:
     """5 rows padded to 8 on 4 ranks: rank 2 has one of each kind, rank 3 padding only."""
     pieces = vocab_rows(["embed"], Shard((2, 3), rank, 4), model_shape(vocab=5))
     assert row_pieces(pieces) == expected
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_a_run_of_elements_as_rectangles(shape: list[int], data: st.DataObject) -> None:
+    """In the order of the elements, each once, and few: three of a matrix."""
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, numbers.size)] * 2)))
+    boxes = flat_boxes(shape, start, stop)
+    assert [n for box in boxes for n in numbers[box.slices].ravel()] == list(range(start, stop))
+    assert all(box.numel for box in boxes) and len(boxes) <= 2 * len(shape) - 1

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from gpg_megatron.bridge.transports.base import Patience, TransferError
+from gpg_megatron.bridge.transports.base import Expected, Patience, TransferError
 from gpg_megatron.bridge.transports.p2p import P2PInbox, P2POutbox
 
 BYTES = 64
 RECEIVERS = (5, 2)
+SENDER = 3
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def ends() -> Iterator[tuple[P2POutbox, dict[int, P2PInbox]]]:
     inboxes: dict[int, P2PInbox] = {}
 
     def attach(receiver: int) -> None:
-        inboxes[receiver] = P2PInbox(outbox.address(), receiver)
+        inboxes[receiver] = P2PInbox({SENDER: outbox.address()}, receiver, BYTES)
 
     threads = [threading.Thread(target=attach, args=(r,)) for r in RECEIVERS]
     for thread in threads:
@@ -47,9 +48,9 @@ def send(outbox: P2POutbox, receiver: int, value: int, n_bytes: int) -> None:
     outbox.post(receiver, n_bytes)
 
 
-def receive(inbox: P2PInbox, n_bytes: int) -> list[int]:
-    data = soon(lambda: inbox.poll(n_bytes))
-    assert isinstance(data, torch.Tensor)
+def receive(inbox: P2PInbox) -> list[int]:
+    sender, data = Patience(20.0).until(inbox.poll, "a message")
+    assert sender == SENDER
     values = data.tolist()
     inbox.done()
     return values
@@ -65,24 +66,38 @@ def test_messages_reach_their_receivers_in_order(
         for message in plan:
             send(outbox, *message)
 
+    for receiver, inbox in inboxes.items():
+        inbox.start([Expected(SENDER, n) for to, _, n in plan if to == receiver])
     thread = threading.Thread(target=send_all)
     thread.start()
     for receiver, value, n_bytes in plan:
-        assert receive(inboxes[receiver], n_bytes) == [value] * n_bytes
+        assert receive(inboxes[receiver]) == [value] * n_bytes
     thread.join(timeout=20)
     soon(outbox.idle)
     outbox.reset()
+    inboxes[2].start([Expected(SENDER, 4)])
     send(outbox, 2, 9, 4)
-    assert receive(inboxes[2], 4) == [9] * 4
+    assert receive(inboxes[2]) == [9] * 4
 
 
 def test_nothing_arrives_before_it_is_posted(ends: tuple[P2POutbox, dict[int, P2PInbox]]) -> None:
     outbox, inboxes = ends
-    assert inboxes[5].poll(2) is None
+    inboxes[5].start([Expected(SENDER, 2)])
+    assert inboxes[5].poll() is None
     time.sleep(0.2)
-    assert inboxes[5].poll(2) is None
+    assert inboxes[5].poll() is None
     send(outbox, 5, 7, 2)
-    assert receive(inboxes[5], 2) == [7, 7]
+    assert receive(inboxes[5]) == [7, 7]
+
+
+def test_a_group_is_not_used_after_an_interrupted_update(
+    ends: tuple[P2POutbox, dict[int, P2PInbox]],
+) -> None:
+    """The next message would be taken for one of the update that was given up."""
+    _, inboxes = ends
+    inboxes[5].start([Expected(SENDER, 2)])
+    with pytest.raises(TransferError, match="an update was interrupted"):
+        inboxes[5].start([Expected(SENDER, 2)])
 
 
 def test_a_sender_without_its_receivers_gives_up() -> None:

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from gpg_megatron.bridge.transports import base as transport
-from gpg_megatron.bridge.transports.base import Patience, TransferError
+from gpg_megatron.bridge.transports.base import Expected, Patience, TransferError
 from gpg_megatron.bridge.transports.shm import _RECEIVER, ShmAddress, ShmInbox, ShmOutbox
 from gpg_megatron.bridge.transports.table import open_inbox, open_outbox
 
 BUCKET = 256
+SENDER = 3
 SHM = Path("/dev/shm")
 
 
@@ -44,10 +45,17 @@ def outbox(name: str) -> Iterator[ShmOutbox]:
 @pytest.fixture
 def inboxes(outbox: ShmOutbox) -> Iterator[tuple[ShmInbox, ShmInbox]]:
     """Receivers 0 and 1."""
-    inboxes = ShmInbox(outbox.address(), 0), ShmInbox(outbox.address(), 1)
+    inboxes = attach(outbox.address(), 0), attach(outbox.address(), 1)
     yield inboxes
     for inbox in inboxes:
         inbox.close()
+
+
+def attach(address: ShmAddress, receiver: int, sizes: Sequence[int] = (BUCKET,) * 99) -> ShmInbox:
+    """Of one sender, and in the middle of an update."""
+    inbox = ShmInbox({SENDER: address}, receiver)
+    inbox.start([Expected(SENDER, n) for n in sizes])
+    return inbox
 
 
 def send(outbox: ShmOutbox, receiver: int, value: int, n_bytes: int = BUCKET) -> None:
@@ -57,12 +65,13 @@ def send(outbox: ShmOutbox, receiver: int, value: int, n_bytes: int = BUCKET) ->
     outbox.post(receiver, n_bytes)
 
 
-def take(inbox: ShmInbox, n_bytes: int = BUCKET) -> int | None:
+def take(inbox: ShmInbox) -> int | None:
     """The value that the next message is full of; None: there is no message."""
-    data = inbox.poll(n_bytes)
-    if data is None:
+    message = inbox.poll()
+    if message is None:
         return None
-    values: set[int] = set(data.tolist())
+    assert message[0] == SENDER
+    values: set[int] = set(message[1].tolist())
     (value,) = values
     inbox.done()
     return value
@@ -88,13 +97,14 @@ def test_a_message_is_the_posted_bytes_until_it_is_done(
     slot = outbox.slot()
     assert slot is not None
     slot[:100] = sent
+    inboxes[1].start([Expected(SENDER, 100)])
     outbox.post(1, 100)
     for _ in range(2):
-        data = inboxes[1].poll(100)
-        assert data is not None and torch.equal(data, sent)
+        message = inboxes[1].poll()
+        assert message is not None and torch.equal(message[1], sent)
     assert not outbox.idle()
     inboxes[1].done()
-    assert inboxes[1].poll(100) is None
+    assert inboxes[1].poll() is None
     assert outbox.idle()
 
 
@@ -114,7 +124,7 @@ def test_order_when_two_messages_arrive_during_a_poll(
     outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first slot is looked at, then both are filled, then the second is looked at."""
-    segment = inboxes[0]._segment
+    segment = inboxes[0]._senders[SENDER].segment
     look = segment.get
 
     def look_and_send(field: int, slot: int = 0) -> int:
@@ -141,9 +151,9 @@ def test_one_slot_is_filled_while_the_other_is_read(
     assert second.data_ptr() != first.data_ptr()
     send(outbox, 0, 2)
     assert outbox.slot() is None
-    data = inboxes[0].poll(BUCKET)
-    assert outbox.slot() is None and data is not None
-    assert set(data.tolist()) == {1}
+    message = inboxes[0].poll()
+    assert outbox.slot() is None and message is not None
+    assert set(message[1].tolist()) == {1}
     inboxes[0].done()
     third = outbox.slot()
     assert third is not None and third.data_ptr() == first.data_ptr()
@@ -187,7 +197,7 @@ def test_reset_forgets_what_was_not_read(
     for _ in range(n_read):
         take(inbox)
     outbox.reset()
-    inbox.start()
+    inbox.start([Expected(SENDER, BUCKET)] * 3)
     assert outbox.idle()
     assert take(inbox) is None
     for value in (101, 102):
@@ -202,9 +212,8 @@ def test_a_receiver_that_still_polls_hears_of_the_reset(
     send(outbox, 0, 1)
     outbox.reset()
     with pytest.raises(TransferError, match="^the sender has given up this update$"):
-        inboxes[0].poll(BUCKET)
-    late = ShmInbox(outbox.address(), 1)
-    late.start()
+        inboxes[0].poll()
+    late = attach(outbox.address(), 1)
     send(outbox, 1, 2)
     assert take(late) == 2
     late.close()
@@ -232,7 +241,7 @@ def test_a_missing_segment_is_an_error_that_says_what_to_do(name: str, outbox: S
         f"engines must run on the host of the policy ranks"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        ShmInbox(outbox.address(), 0)
+        ShmInbox({SENDER: outbox.address()}, 0)
 
 
 def test_a_name_in_use_is_refused_and_kept(
@@ -259,17 +268,18 @@ def test_a_full_shared_memory_is_an_error_that_leaves_nothing(
 def test_close_releases_the_files(name: str) -> None:
     before = set(os.listdir("/proc/self/fd"))
     outbox = ShmOutbox(name, BUCKET)
-    inbox = ShmInbox(outbox.address(), 0)
+    inbox = ShmInbox({SENDER: outbox.address()}, 0)
     inbox.close()
     outbox.close()
     assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_both_ends_open_by_the_name_of_the_transport(name: str) -> None:
-    outbox = open_outbox("shm", name, BUCKET, [0], 1.0)
+    cpu = torch.device("cpu")
+    outbox = open_outbox("shm", name, BUCKET, [0], 1.0, cpu)
     address = pickle.loads(pickle.dumps(outbox.address()))
     assert address == ShmAddress(name, BUCKET)
-    inbox = open_inbox("shm", address, 0)
+    inbox = open_inbox("shm", {SENDER: address}, 0, BUCKET, cpu)
     assert (type(outbox), type(inbox)) == (ShmOutbox, ShmInbox)
     inbox.close()
     outbox.close()
@@ -282,17 +292,14 @@ N_MESSAGES = 400
 
 def receive(pipe: Connection, address: ShmAddress, sizes: Sequence[Sequence[int]]) -> None:
     """A process with a receiver for each list of message sizes; answers what they received."""
-    inboxes = [ShmInbox(address, receiver) for receiver in range(len(sizes))]
+    inboxes = [attach(address, receiver, part) for receiver, part in enumerate(sizes)]
     received: list[list[bytes]] = [[] for _ in sizes]
     pipe.send("attached")
 
     def poll() -> tuple[int, torch.Tensor] | None:
         for receiver, inbox in enumerate(inboxes):
-            n = len(received[receiver])
-            if n < len(sizes[receiver]):
-                data = inbox.poll(sizes[receiver][n])
-                if data is not None:
-                    return receiver, data
+            if message := inbox.poll():
+                return receiver, message[1]
         return None
 
     for _ in range(sum(map(len, sizes))):

@@ -185,5 +185,8 @@ def test_what_belongs_to_a_model_besides_its_weights(tmp_path: Path) -> None:
     ]
     for name in (*carried, "model.safetensors", "model.safetensors.index.json", "x.bin", "m.py"):
         (source / name).write_text("{}")
+    template = "additional_chat_templates/tool_use.jinja"
+    (source / template).parent.mkdir()
+    (source / template).write_text("")
     copy_hf_files(source, tmp_path / "target")
-    assert relative_files(tmp_path / "target") == sorted(carried)
+    assert relative_files(tmp_path / "target") == sorted([*carried, template])

@@ -123,6 +123,57 @@ def test_a_cast_on_the_way(model: Path, tmp_path: Path) -> None:
     assert all(compare(model, tmp_path / "m").values())
 
 
+def changed(model: Path, directory: Path, **added: torch.Tensor) -> Path:
+    """A copy of the model with tensors of its file added or replaced."""
+    copy = copy_of(model, directory)
+    save_file(tensors(model) | added, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_value_that_the_type_cannot_hold(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    norm = torch.full((128,), 1e6)
+    large = changed(model, tmp_path / "large", **{"model.norm.weight": norm})
+    words = "model.norm.weight has the value 1e+06, which float16 cannot hold (at most 65504)"
+    arguments = ["hf-to-megatron", "--hf", str(large), "--megatron", str(tmp_path / "m")]
+    expect_refusal(capsys, [*arguments, "--dtype", "fp16"], words)
+    assert list((tmp_path / "m").iterdir()) == [], "half a checkpoint was left"
+    assert main(arguments) == 0
+    arguments = ["megatron-to-hf", "--megatron", str(tmp_path / "m"), "--hf", str(tmp_path / "h")]
+    expect_refusal(capsys, [*arguments, "--dtype", "fp16"], words)
+    assert main(arguments) == 0
+
+
+def test_nan_equals_nan_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    norm = tensors(model)["model.norm.weight"]
+    norm[3] = torch.nan
+    broken = changed(model, tmp_path / "broken", **{"model.norm.weight": norm})
+    hf_to_megatron(broken, tmp_path / "m", grid=grid())
+    assert all(compare(broken, tmp_path / "m").values())
+    assert [name for name, same in compare(model, tmp_path / "m").items() if not same] == [
+        "model.norm.weight"
+    ]
+
+
+def test_what_old_exporters_left_in_a_llama(
+    models: dict[tuple[Family, bool], Path], tmp_path: Path
+) -> None:
+    """Rotary frequencies, which follow from config.json; and further chat templates."""
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4)]
+    old = changed(
+        models["llama", False], tmp_path / "old", **{name: torch.ones(16) for name in names}
+    )
+    (old / "additional_chat_templates").mkdir()
+    (old / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    hf_to_megatron(old, tmp_path / "m", grid=grid(tp=2))
+    assert all(compare(old, tmp_path / "m").values())
+    megatron_to_hf(tmp_path / "m", tmp_path / "h")
+    assert tensors(tmp_path / "h").keys() == tensors(old).keys() - set(names)
+    template = tmp_path / "h" / "additional_chat_templates" / "tool_use.jinja"
+    assert template.read_text() == "{{ messages }}"
+
+
 def test_shards_and_an_index_when_it_is_large(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,4 +327,4 @@ def test_a_disk_that_fills_up(model: Path, tmp_path: Path, command: str) -> None
     assert done.returncode == 2, done.stderr
     (line,) = [x for x in done.stderr.splitlines() if "error" in x]
     assert line.startswith(f"error: cannot write {tmp_path / 'out'}: File too large")
-    assert not (tmp_path / "out" / "complete.json").exists()
+    assert list((tmp_path / "out").iterdir()) == []

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gpg_megatron.data import records
 from gpg_megatron.data.schema import make_row, read_problems, write_parquets
 from gpg_megatron.errors import UserError
 
@@ -119,3 +120,33 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write_parquets({tmp_path / "a.parquet": [row()], blocked: [row()]})
     assert [p.name for p in tmp_path.iterdir()] == ["b.parquet"]
+
+
+def test_rows_keep_their_numbers_over_batches_and_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "BATCH_ROWS", 3)
+    rows = [pa.table({"a": [f"{i}{j}" for j in range(4)]}) for i in range(3)]
+    with pq.ParquetWriter(tmp_path / "x.parquet", rows[0].schema) as writer:
+        for group in rows:
+            writer.write_table(group)
+    found = list(records.read_file(tmp_path / "x.parquet"))
+    assert [row["a"] for _, row in found] == [f"{i}{j}" for i in range(3) for j in range(4)]
+    assert found[7][0] == f"{tmp_path}/x.parquet: row 8"
+
+
+@pytest.mark.slow
+def test_a_column_may_hold_more_than_2_gib(tmp_path: Path) -> None:
+    """One row group with 2.2 GiB of nested text, which no single array can hold."""
+    path, text = tmp_path / "large.parquet", "x" * 2**20
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    part = pa.table({"prompt": pa.array([[{"role": "user", "content": text}]] * 550, kind)})
+    table = pa.concat_tables([part] * 4)
+    pq.write_table(table, path, row_group_size=2200)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    del table, part
+    n_rows = 0
+    for _, row in records.read_file(path):
+        assert row["prompt"][0]["content"] == text
+        n_rows += 1
+    assert n_rows == 2200

@@ -29,7 +29,7 @@ def test_each_target_needs_its_own_engine() -> None:
     for_cpu = {k: v for k, v in EVERYTHING.items() if k != "vllm"}
     assert doctor.missing_for("cpu", for_cpu.get, CPU_ONLY) == []
     assert doctor.missing_for("gpu", for_cpu.get, CPU_ONLY) == [
-        'vllm is not installed (pip install -e ".[gpu]")',
+        "vllm is not installed (launch/setup_gpu_env.sh)",
         "torch is a CPU build",
         "no CUDA device",
     ]

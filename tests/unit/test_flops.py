@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpg_megatron.host.device import peak_flops_per_s
+from gpg_megatron.host.peak import bf16_peak, peak_flops_per_s
 from gpg_megatron.model.flops import TokenCosts, token_costs
 from gpg_megatron.types import ModelShape, MoEShape
 
@@ -57,3 +57,26 @@ def test_total() -> None:
 def test_the_peak_is_what_a_product_reaches(dtype: torch.dtype) -> None:
     """Between a slow core and more than any CPU does."""
     assert 1e8 < peak_flops_per_s("cpu", dtype) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_the_peak_of_a_gpu_by_its_name(name: str, peak: float | None) -> None:
+    assert bf16_peak(name) == peak

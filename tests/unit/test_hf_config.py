@@ -234,9 +234,8 @@ def test_a_missing_key_is_named(tmp_path: Path, key: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type llama3"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope type linear"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope type dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope type longrope"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),

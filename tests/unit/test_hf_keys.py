@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES, Key, Missing
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
-from gpg_megatron.types import ModelShape, MoEShape
+from gpg_megatron.types import (
+    LinearScaling,
+    Llama3Scaling,
+    ModelShape,
+    MoEShape,
+    RopeScaling,
+    YarnScaling,
+)
 
 HEAD = {
     "num_hidden_layers": 3,
@@ -95,10 +102,32 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         rope_theta=config.rope_parameters["rope_theta"],
+        rope_scaling=as_scaling(config.rope_parameters),
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,
         moe=moe,
     )
+
+
+def as_scaling(rope: Any) -> RopeScaling | None:
+    """What is drawn below: the numbers that transformers has not, its functions derive; they are
+    compared in test_rope.py."""
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if rope["rope_type"] == "linear":
+        return LinearScaling(factor=factor)
+    if rope["rope_type"] == "llama3":
+        return Llama3Scaling(
+            factor=factor,
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_length=original,
+        )
+    if rope["rope_type"] == "yarn":
+        return YarnScaling(
+            factor=factor, original_length=original, beta_fast=32, beta_slow=1, truncate=True,
+            attention_factor=rope["attention_factor"],
+        )  # fmt: skip
+    return None
 
 
 def config_class(architecture: str) -> Any:
@@ -140,7 +169,15 @@ GOOD: dict[str, list[Any]] = {
     "hidden_size": [64, 96, 128],
     "num_attention_heads": [4, 8, 16],
     "rope_theta": [10000, 1e6, 500000.0, 1],
-    "rope_scaling": [None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": 7.0}],
+    "rope_scaling": [
+        None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": 7.0},
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 16, "attention_factor": 1.5, "rope_theta": 1e4},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4,
+            "original_max_position_embeddings": 32,
+        },
+    ],
     "rope_parameters": [
         None, {}, {"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 300},
         {"rope_type": "default", "type": "yarn", "partial_rotary_factor": 1.0},

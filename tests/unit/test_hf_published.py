@@ -85,6 +85,19 @@ MISTRAL_7B_V03 = GENERAL | {
     "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
 }  # fmt: skip
+LLAMA31_8B = GENERAL | {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3", "vocab_size": 128256,
+}  # fmt: skip
 SMOLLM2_135M = GENERAL | {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "bos_token_id": 0, "eos_token_id": 0, "hidden_size": 576, "initializer_range": 0.041666666,
@@ -117,6 +130,7 @@ def write(directory: Path, content: bytes | dict[str, Any]) -> Path:
         (LLAMA2_7B, 128, 1e4, False),
         (TINY_LLAMA, 64, 1e4, False),
         (MISTRAL_7B_V03, 128, 1e6, False),
+        (LLAMA31_8B, 128, 5e5, False),
         (SMOLLM2_135M, 64, 1e5, True),
     ],
 )

@@ -54,8 +54,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "bridge": OBJECTS | {"layout", "model", "host"},
     "checkpoint": OBJECTS | {"layout", "model"},
     "policy": OBJECTS | {"model", "algorithm", "layout", "checkpoint", "host"},
-    # bridge: the name of the worker extension, which prepares an engine's process on any run.
-    "evaluation": OBJECTS | {"data", "reward", "rollout", "model", "host", "layout", "bridge"},
+    # bridge: the name of the worker extension, which prepares an engine's process on any run;
+    # placement: how much an engine may do at once follows from its cache.
+    "evaluation": OBJECTS
+    | {"data", "reward", "rollout", "model", "host", "layout", "bridge", "placement"},
     "demo": frozenset({"errors", "data", "model"}),
     "loop": EVERYTHING,
     "start": EVERYTHING,
@@ -66,7 +68,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 KNOWN_BY: dict[str, frozenset[str]] = {
     "omegaconf": frozenset({"config.loading"}),
     "megatron": frozenset({"policy"}),
-    "vllm": frozenset({"rollout", "bridge.receiver", "bridge.install"}),
+    "vllm": frozenset({"rollout", "bridge.vllm_worker", "bridge.install"}),
     "ray": frozenset({"rollout"}),
     "datasets": frozenset({"data"}),
     "wandb": frozenset({"observe"}),
@@ -79,7 +81,7 @@ ONLY_LIBRARIES: dict[str, frozenset[str]] = {
     "answers": frozenset(),
     "plugins": frozenset(),
     "config": frozenset({"omegaconf", "yaml"}),
-    "model": frozenset(),
+    "model": frozenset({"huggingface_hub"}),
     "algorithm": frozenset({"torch"}),
     "batching": frozenset({"torch"}),
     "placement": frozenset(),
@@ -212,7 +214,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
         ("gpg_megatron/config/rules.py", "import omegaconf", "omegaconf"),
         ("gpg_megatron/layout/boxes.py", "import torch", "torch"),
         ("gpg_megatron/bridge/plan.py", "import vllm", "vllm"),
-        ("gpg_megatron/bridge/receivers.py", "import vllm", "vllm"),
+        ("gpg_megatron/bridge/receiver.py", "import vllm", "vllm"),
         ("gpg_megatron/algorithm/loss.py", "import numpy", "numpy"),
         ("gpg_megatron/observe/x.py", "import importlib as i\ni.import_module('vllm.x')", "vllm.x"),
         ("checkpoint_convert/verify.py", "import gpg_megatron.rollout", "gpg_megatron.rollout"),
@@ -231,8 +233,8 @@ def test_a_forbidden_import_is_caught(path: str, source: str, imported: str) -> 
     [
         ("gpg_megatron/policy/step.py", "from gpg_megatron.host import device\nimport megatron"),
         ("gpg_megatron/policy/step.py", "from . import model\nfrom .model import build"),
-        ("gpg_megatron/bridge/receiver.py", "import vllm"),
-        ("gpg_megatron/bridge/receiver/engine.py", "import vllm"),
+        ("gpg_megatron/bridge/vllm_worker.py", "import vllm"),
+        ("gpg_megatron/bridge/vllm_worker/engine.py", "import vllm"),
         ("gpg_megatron/loop/x.py", "import gpg_megatron.rollout\nimport gpg_megatron.policy"),
         ("gpg_megatron/observe/loggers.py", "import wandb\nfrom gpg_megatron import __version__"),
         ("gpg_megatron/algorithm/loss.py", "import math, torch\nfrom ..types import TrainSample"),

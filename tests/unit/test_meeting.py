@@ -160,11 +160,13 @@ def test_what_a_host_prints() -> None:
     assert replace(KILLED, is_said=True).line(1) == ""
 
 
-@pytest.mark.parametrize(("here", "world", "expected"), [(None, 8, 4), (3, 8, 3)])
-def test_ranks_of_a_host(here: int | None, world: int, expected: int) -> None:
-    assert Hosts(count=2, ranks_here=here).local_ranks(world) == expected
-
-
-def test_ranks_that_cannot_be_shared_evenly() -> None:
-    with pytest.raises(UserError, match="--nnodes 3: the 4 policy ranks"):
-        Hosts(count=3).local_ranks(4)
+def test_a_host_without_ranks_waits_for_host_0(hosts: Hosts) -> None:
+    first, second = both(hosts)
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(second.wait_for_the_end)
+        time.sleep(0.5)
+        assert not waits.done()
+        ended = pool.submit(first.end, None)
+        waits.result(timeout=20)
+        assert second.end(None) is None
+        assert ended.result(timeout=20) is None

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +26,10 @@ from gpg_megatron.placement.memory import (
     micro_batches_per_update,
     policy_memory,
 )
-from tests.unit.meta_small import SMALL
+from tests.unit.meta_small import SMALL, megatron_says
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {"7b": (QWEN2_7B, 2, 2), "72b": (QWEN25_72B, 8, 4)}
-
-
-def megatron_says(*arguments: str) -> Any:
-    """What tests/unit/meta_models.py prints."""
-    command = [sys.executable, "-m", "tests.unit.meta_models", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

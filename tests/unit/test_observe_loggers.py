@@ -15,7 +15,7 @@ import pytest
 from gpg_megatron.config.sections import LoggingConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.observe.loggers import RunLogger, check_logging
-from gpg_megatron.observe.rundir import read_metrics, read_rollouts
+from gpg_megatron.observe.rundir import damage, read_metrics, read_rollouts
 from gpg_megatron.types import (
     Completion,
     Prompt,
@@ -124,12 +124,46 @@ def test_bad_run_directories_are_named(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(UserError, match="no rows"):
         read_metrics(tmp_path)
-    path.write_text('{"step": 1}\n{"step": \n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
+    path.write_text("\0\n")
+    with pytest.raises(UserError, match="no rows"):
         read_metrics(tmp_path)
-    path.write_text('{"step": 1}\n[1]\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: expected an object"):
-        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0" * 4096,
+        b'\0\0{"step": 2}',
+        b'{"step": 2, "x"',
+        b'{"step": 2, "x": 1.\xff}',
+        b"[2]",
+        b'{"x": 1.0}',
+        b'{"step": true}',
+        b'{"step": 2, "x": "1"}',
+        b'{"step": 2, "x": NaN}',
+        b'{"step": 2, "x": 1e999}',
+        b'{"step": 2, "x": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+    ],
+    ids=lambda line: str(line[:20]),
+)
+def test_a_damaged_line_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "x": 1.0}\n' + line + b'\n{"step": 3, "x": null}\n')
+    with closing(RunLogger(tmp_path, PLAIN, "")) as logger:
+        logger.log(4, {"x": 4.0})
+    named = f"{path}: damaged and left out: line 2"
+    assert capsys.readouterr().err == f"warning: {named}\n" and damage(tmp_path) == named
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+
+
+def test_the_first_ten_damaged_lines_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0\n" * 11)
+    said = damage(tmp_path)
+    assert said is not None
+    assert said.endswith("damaged and left out: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...")
 
 
 def test_rollouts_hold_the_first_samples(tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ def test_a_run_of_one_step_without_config_and_samples(tmp_path: Path) -> None:
     assert any("No completions" in text for text in page.text)
 
 
+def test_the_page_names_damaged_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\n{"step": 2, "policy/loss": 1.0}\n')
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert any("2 steps" in x and "damaged and left out: line 2" in x for x in page.text)
+
+
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; expected the output_dir of a run"):
         write_report(tmp_path)

@@ -12,56 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from gpg_megatron.policy.attention import PackedAttention, SegmentParams, Span, ranges_of, spans_of
+from gpg_megatron.policy.attention import (
+    LossPositions,
+    PackedAttention,
+    SegmentParams,
+    attend_at_once,
+    flash_takes,
+)
+from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
-
-
-def test_spans_by_hand() -> None:
-    # A prompt of 3, responses of 2, 2 and 1; two sequences of 4 that share nothing.
-    spans = spans_of([0, 3, 5, 7, 8, 12, 16], [-1, 0, 0, 0, -1, -1])
-    assert spans == (
-        span(0, 0, 1, 3),
-        span(3, 3, 2, 2, prompt=(0, 3)),
-        span(7, 7, 1, 1, prompt=(0, 3)),
-        span(8, 8, 2, 4),
-    )
-
-
-def test_spans_of_a_part_of_the_row_by_hand() -> None:
-    assert ranges_of(16, 0, 2) == ((0, 4), (12, 16))
-    assert ranges_of(16, 1, 2) == ((4, 8), (8, 12))
-    cu_seqlens, prompts = [0, 3, 5, 7, 8, 12, 16], [-1, 0, 0, 0, -1, -1]
-    assert spans_of(cu_seqlens, prompts, ranges_of(16, 0, 2)) == (
-        span(0, 0, 1, 3),
-        span(3, 3, 1, 1, prompt=(0, 3)),  # the first token of a response of two
-        span(4, 12, 1, 4),
-    )
-    assert spans_of(cu_seqlens, prompts, ranges_of(16, 1, 2)) == (
-        span(0, 3, 1, 1, n_keys=2, prompt=(0, 3)),  # its second token
-        span(1, 5, 1, 2, prompt=(0, 3)),
-        span(3, 7, 1, 1, prompt=(0, 3)),
-        span(4, 8, 1, 4),
-    )
-
-
-def span(
-    start: int,
-    key_start: int,
-    n: int,
-    length: int,
-    *,
-    n_keys: int | None = None,
-    prompt: tuple[int, int] | None = None,
-) -> Span:
-    return Span(
-        start=start,
-        key_start=key_start,
-        n=n,
-        length=length,
-        n_keys=n_keys or length,
-        prompt=prompt,
-    )
 
 
 def direct(tensors: Sequence[torch.Tensor], visible: torch.Tensor) -> torch.Tensor:
@@ -74,16 +34,25 @@ def direct(tensors: Sequence[torch.Tensor], visible: torch.Tensor) -> torch.Tens
 
 
 def attend(
-    tensors: Sequence[torch.Tensor], cu_seqlens: list[int], prompts: list[int]
+    tensors: Sequence[torch.Tensor],
+    cu_seqlens: list[int],
+    prompts: list[int],
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
-    """[T, 1, heads * d] from query, key and value [T, heads, d]."""
+    """[Tq, 1, heads * d] from query [Tq, heads, d], key and value [T, heads, d]."""
     # What it is made of makes no difference.
     attention = PackedAttention(
         TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     )
     query, key, value = (x.unsqueeze(1) for x in tensors)
-    params = SegmentParams(spans=spans_of(cu_seqlens, prompts))
+    params = params_of(spans=spans_of(cu_seqlens, prompts, ranges))
     return attention.forward(query, key, value, None, packed_seq_params=params)
+
+
+def params_of(**fields: Any) -> SegmentParams:
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = LossPositions(row_N=none, own_N=none, labels_N=none)
+    return SegmentParams(**{"varlen": None, "share": None, "loss": loss} | fields)
 
 
 def visibility(cu_seqlens: list[int], prompts: list[int]) -> torch.Tensor:
@@ -133,6 +102,77 @@ def test_outputs_and_gradients(row: tuple[list[int], list[int]]) -> None:
     (expected * weight).sum().backward()
     for a, b in zip(ours, right, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def in_plain_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varlen: Varlen
+) -> torch.Tensor:
+    """What FlashAttention-2 computes: each sequence alone, causal at the lower right corner."""
+    assert (
+        varlen.max_q == varlen.cu_q_B1.diff().max() and varlen.max_k == varlen.cu_k_B1.diff().max()
+    )
+    out = []
+    for n_q, n_k, sequence in zip(
+        varlen.cu_q_B1.diff().tolist(),
+        varlen.cu_k_B1.diff().tolist(),
+        zip(
+            query.split(varlen.cu_q_B1.diff().tolist()),
+            key.split(varlen.cu_k_B1.diff().tolist()),
+            value.split(varlen.cu_k_B1.diff().tolist()),
+            strict=True,
+        ),
+        strict=True,
+    ):
+        visible = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q)
+        out.append(direct(sequence, visible).unflatten(1, (HEADS, SIZE)))
+    return torch.cat(out)
+
+
+@given(rows(), st.booleans(), st.integers(0, 1))
+@settings(max_examples=60)
+def test_one_call_equals_the_call_for_each_span(
+    row: tuple[list[int], list[int]], parallel: bool, rank: int
+) -> None:
+    """Forward and backward, for the whole row and for a context-parallel rank's part of it."""
+    cu_seqlens, prompts = row
+    ranges = None
+    if parallel:
+        cu_seqlens, prompts = filled(cu_seqlens, prompts, 4)
+        ranges = ranges_of(cu_seqlens[-1], rank, 2)
+    n = cu_seqlens[-1]
+    n_own = sum(b - a for a, b in ranges or ((0, n),))
+    generator = torch.Generator().manual_seed(n)
+    tensors = [
+        torch.randn(m, heads, SIZE, generator=generator, dtype=torch.float64)
+        for m, heads in ((n_own, HEADS), (n, KV_HEADS), (n, KV_HEADS))
+    ]
+    weight = torch.randn(n_own, HEADS * SIZE, generator=generator, dtype=torch.float64)
+    one, loop = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+    varlen = varlen_of(spans_of(cu_seqlens, prompts, ranges), n)
+    query, key, value = one
+    out = attend_at_once(query, key, value, varlen, kernel=in_plain_torch).flatten(1)
+    expected = attend(loop, cu_seqlens, prompts, ranges).squeeze(1)
+    torch.testing.assert_close(out, expected)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(one, loop, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def filled(cu_seqlens: list[int], prompts: list[int], multiple: int) -> tuple[list[int], list[int]]:
+    """The row with a last segment that fills it up."""
+    n_filler = -cu_seqlens[-1] % multiple
+    if not n_filler:
+        return cu_seqlens, prompts
+    return [*cu_seqlens, cu_seqlens[-1] + n_filler], [*prompts, -1]
+
+
+def test_where_flash_is_used() -> None:
+    assert flash_takes("cuda", torch.bfloat16, 128)
+    assert not flash_takes("cpu", torch.bfloat16, 128)
+    assert not flash_takes("cuda", torch.float32, 128)
+    assert not flash_takes("cuda", torch.bfloat16, 100)
+    assert not flash_takes("cuda", torch.bfloat16, 512)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

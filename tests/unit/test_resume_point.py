@@ -15,7 +15,6 @@ from gpg_megatron.config.sections import (
     CheckpointConfig,
     Config,
     ModelConfig,
-    PolicyConfig,
     TrainerConfig,
 )
 from gpg_megatron.errors import UserError
@@ -44,10 +43,9 @@ def saved(root: Path, step: int = 5, **fields: Any) -> Path:
     return directory
 
 
-def config(root: Path, *, distributed: bool = False, resume: str = "auto") -> Config:
+def config(root: Path, *, resume: str = "auto") -> Config:
     return Config(
         model=ModelConfig(path="unused"),
-        policy=PolicyConfig(use_distributed_optimizer=distributed),
         trainer=TrainerConfig(output_dir=str(root)),
         checkpoint=CheckpointConfig(resume=resume),
     )
@@ -63,31 +61,18 @@ def test_the_newest_is_found_and_described(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "distributed", "shape", "message"),
+    ("fields", "shape", "message"),
     [
-        ({}, False, UNTIED, r"another model: tied is True, in model\.path False"),
-        ({}, True, TIED, r"saved with policy\.use_distributed_optimizer=false; .* keep it"),
-        (
-            {"distributed_optimizer": True},
-            False,
-            TIED,
-            r"saved with policy\.use_distributed_optimizer=true",
-        ),
-        (
-            {"layout": {"tp": 1, "pp": 1, "dp": 2, "ep": 2}},
-            False,
-            TIED,
-            r"saved with policy\.expert_model_parallel_size=2",
-        ),
-        ({"has_optimizer": False}, False, TIED, r"a converted model .* start from it with model"),
+        ({}, UNTIED, r"another model: tied is True, in model\.path False"),
+        ({"has_optimizer": False}, TIED, r"a converted model .* start from it with model"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    tmp_path: Path, fields: dict[str, Any], distributed: bool, shape: ModelShape, message: str
+    tmp_path: Path, fields: dict[str, Any], shape: ModelShape, message: str
 ) -> None:
     saved(tmp_path, **fields)
     with pytest.raises(UserError, match=message):
-        find_resume_point(config(tmp_path, distributed=distributed), shape)
+        find_resume_point(config(tmp_path), shape)
 
 
 def test_a_truncated_checkpoint_is_refused_and_stays(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.rollout.dispatch import spread
-from gpg_megatron.rollout.engine import EngineSpec, sanitize_environment
+from gpg_megatron.rollout.engine import sanitize_environment
 from gpg_megatron.rollout.failures import with_log
 from gpg_megatron.rollout.ray_session import check_resources
 from gpg_megatron.rollout.sampling import (
@@ -29,6 +29,7 @@ from gpg_megatron.rollout.sampling import (
     training_params,
     validation_params,
 )
+from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
 
 
@@ -199,6 +200,8 @@ def test_the_policy_ranks_environment_does_not_reach_the_engine(
         "ROLE_RANK": "0",
         "TORCHELASTIC_RUN_ID": "x",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",
     }
     environment = {**leaking, "HOME": "/home/me"}
@@ -209,6 +212,8 @@ def test_the_policy_ranks_environment_does_not_reach_the_engine(
         model_path="m",
         device="cpu",
         max_model_len=8,
+        max_num_seqs=1,
+        max_num_batched_tokens=8,
         worker_extension="a.B",
         scratch=tmp_path,
     )

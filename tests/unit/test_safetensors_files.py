@@ -61,6 +61,22 @@ def test_rows_are_cast_on_the_way(tmp_path: Path) -> None:
     assert torch.equal(out, TENSORS["a"][1:3].bfloat16())
 
 
+def test_a_cast_that_loses_a_value_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"fits": torch.tensor([65504.0, -torch.inf]), "not": torch.tensor([1.0, -1e6])}, path)
+    out = torch.empty(2, dtype=torch.float16)
+    read_rows(places_in(path)["fits"], 0, out)
+    assert out.tolist() == [65504.0, -torch.inf]
+    with pytest.raises(UserError) as refused:
+        read_rows(places_in(path)["not"], 0, out)
+    assert str(refused.value) == (
+        f"{path}: not has the value -1e+06, which float16 cannot hold (at most 65504); expected a "
+        "--dtype with a wider range, or none"
+    )
+    read_rows(places_in(path)["not"], 0, wide := torch.empty(2, dtype=torch.bfloat16))
+    assert wide[1].item() == pytest.approx(-1e6, rel=1e-2)
+
+
 @pytest.mark.parametrize("cut", [1, 90])
 def test_a_cut_file_is_refused(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "model.safetensors"

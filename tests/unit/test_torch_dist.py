@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from gpg_megatron.checkpoint.torch_dist import (
 )
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Box
-from gpg_megatron.policy.checkpoint import load_sharded
+from gpg_megatron.policy.checkpoint import load_sharded, staged
 
 SHAPE = (3, 8, 6)
 WHOLE = torch.arange(3 * 8 * 6, dtype=torch.float32).view(SHAPE)
@@ -137,3 +138,14 @@ def test_a_cut_file_is_named(written: Path, tmp_path: Path) -> None:
     (tmp_path / "__0_1.distcp").unlink()
     with pytest.raises(UserError, match=r"__0_1\.distcp: No such file"):
         read_box(tmp_path, stored, Box(((0, 1), (5, 8), (0, 6))), torch.empty(3, 6))
+
+
+def test_copies_of_a_gpus_tensors_are_not_pinned() -> None:
+    """Torch pins what it copies to the host without blocking."""
+
+    class OnGpu:
+        def to(self, device: str, *, non_blocking: bool) -> str:
+            return f"{device}, pinned: {non_blocking}"
+
+    bucket: Any = ("file", "key", ([], [("item", OnGpu())]))
+    assert staged([bucket]) == [("file", "key", ([], [("item", "cpu, pinned: False")]))]

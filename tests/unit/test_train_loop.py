@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +229,7 @@ def run(world: World, folder: Path = Path("unused")) -> list[str]:
                 on_rank0=lambda action: action(),
                 rank0=any_world,
                 peak_flops_per_s=1e9,
+                trace=lambda step: nullcontext(),
             )
         )
     return world.calls
@@ -328,14 +329,18 @@ def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> No
     none = cast(Any, None)
     rank0 = Rank0(
         config=Config(),
-        inputs=Inputs(train_prompts=(), val_prompts=(), per_file=(), n_filtered=n_filtered),
+        inputs=Inputs(
+            train_prompts=(), val_prompts=(), per_file=(), n_filtered=n_filtered, warnings=()
+        ),
         fleet=none,
         pool=none,
         logger=none,
         progress=cast(Any, SimpleNamespace(message=said.append)),
         watchdog=none,
         pids=(),
+        gpu_metrics=dict,
     )
-    rank0.say_filtered()
+    rank0.say_what_was_decided()
+    assert said.pop(0) == "off-policy correction: none, every answer is of the present weights"
     assert len(said) == n_lines
     assert all(line.startswith("3 training prompts exceed data.max_prompt_length") for line in said)

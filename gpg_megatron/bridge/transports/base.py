@@ -1,25 +1,25 @@
 """How buckets get from policy ranks to engine workers: one small interface, several ways.
 
-    Outbox (a policy rank):  slot() -> fill it -> post(receiver) -> ... -> idle()
-    Inbox (a worker, for one sender):  poll() -> read it -> done()
+    Outbox (a policy rank, one way):  slot() -> fill it -> post(receiver) -> ... -> idle()
+    Inbox (a worker, one way):        start(expected) -> poll() -> read it -> done() -> ...
 
 A sender has two slots, so that it fills one while the other is being read. Neither side blocks
-inside a transport: `Patience` waits, with a limit and a name for what is waited for.
+inside a transport: `Patience` waits, with a limit and a name for what is waited for. On a GPU
+filling and reading are launches on the caller's stream; a transport waits for them by itself.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from gpg_megatron.errors import RunError
 
 T = TypeVar("T")
-TransportName = Literal["shm", "gloo", "nccl", "cuda_ipc"]
 SLOTS = 2
 
 
@@ -52,17 +52,26 @@ class Outbox(Protocol):
         """Release what is held."""
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A message that will come."""
+
+    sender: int
+    n_bytes: int
+
+
 class Inbox(Protocol):
-    """The receiving end of one worker for one sender."""
+    """The receiving end of one worker for all senders of one way."""
 
-    def start(self) -> None:
-        """A transfer begins; the sender has reset its end."""
+    def start(self, expected: Sequence[Expected]) -> None:
+        """A transfer begins, of these messages in the agreed order; the senders have reset their
+        ends."""
 
-    def poll(self, n_bytes: int) -> torch.Tensor | None:
-        """The next message, uint8 [n_bytes]; None while it has not arrived."""
+    def poll(self) -> tuple[int, torch.Tensor] | None:
+        """A sender and its next message, uint8 [n_bytes]; None while there is none."""
 
     def done(self) -> None:
-        """The message that poll returned has been read."""
+        """What reads the message that poll returned has ended, or is on the current stream."""
 
     def close(self) -> None:
         """Release what is held."""

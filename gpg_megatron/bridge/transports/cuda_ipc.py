@@ -1,20 +1,29 @@
-"""Transport between processes that see the same GPU: the slots are CUDA memory.
+"""Transport between processes on one GPU, or on GPUs that read each other's memory.
 
-Headers stay in the small shared file of shm.py; what it hands around here are slots on the
-device, opened by the other process through CUDA's inter-process handles.
+The sender's slots are CUDA memory that the worker's process maps (an inter-process handle); headers
+stay in the small shared file of shm.py. The worker copies whole buckets into a lane of its own, so
+that the sender goes on at once and a neighbour's memory is read in one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
+from gpg_megatron.bridge.seats import gpu_uuid
 from gpg_megatron.bridge.transports.base import SLOTS
+from gpg_megatron.bridge.transports.lane import Event, Lane
 from gpg_megatron.bridge.transports.shm import ShmAddress, ShmInbox, ShmOutbox
+
+_EXPANDABLE = re.compile(r"(expandable_segments\s*:\s*)true", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,43 +31,72 @@ class CudaAddress:
     """The headers' file, and how to open the slots."""
 
     headers: ShmAddress
+    gpu: str
+    """UUID of the slots' GPU: every process counts the GPUs that it sees from 0."""
     rebuild: Callable[..., torch.Tensor]
     arguments: tuple[Any, ...]
 
 
 class CudaOutbox(ShmOutbox):
-    """See transport.Outbox."""
+    """See transports.base.Outbox."""
 
-    def __init__(self, name: str, bucket_bytes: int) -> None:
+    def __init__(self, name: str, bucket_bytes: int, device: torch.device) -> None:
         super().__init__(name, 0)
-        self._device_slots = torch.empty(SLOTS, bucket_bytes, dtype=torch.uint8, device="cuda")
+        self._device = device
+        with plain_segments():
+            self._slots = torch.empty(SLOTS, bucket_bytes, dtype=torch.uint8, device=device)
 
     def address(self) -> Any:
-        rebuild, arguments = reduce_tensor(self._device_slots)
-        return CudaAddress(headers=super().address(), rebuild=rebuild, arguments=arguments)
+        rebuild, arguments = reduce_tensor(self._slots)
+        return CudaAddress(
+            headers=super().address(),
+            gpu=gpu_uuid(self._device),
+            rebuild=rebuild,
+            arguments=arguments,
+        )
 
-    def slot(self) -> torch.Tensor | None:
-        free = super().slot() is not None
-        return self._device_slots[self._sent % SLOTS] if free else None
-
-    def post(self, receiver: int, n_bytes: int) -> None:
-        # The reader is told by the host, so the copies on the device must have ended.
-        torch.cuda.synchronize()
-        super().post(receiver, n_bytes)
+    def _leave(self, index: int, n_bytes: int) -> Event:
+        return torch.cuda.current_stream(self._device).record_event()
 
 
 class CudaInbox(ShmInbox):
-    """See transport.Inbox."""
+    """See transports.base.Inbox."""
 
-    def __init__(self, address: CudaAddress, receiver: int) -> None:
-        super().__init__(address.headers, receiver)
-        self._device_slots = address.rebuild(*address.arguments)
+    def __init__(self, addresses: Mapping[int, CudaAddress], receiver: int, lane: Lane) -> None:
+        headers = {sender: address.headers for sender, address in addresses.items()}
+        super().__init__(headers, receiver, lane)
+        device = lane.slots.device
+        for number, address in addresses.items():
+            self._senders[number].slots = opened(address, device)
 
-    def poll(self, n_bytes: int) -> torch.Tensor | None:
-        if super().poll(0) is None:
-            return None
-        return self._device_slots[self._reading[1], :n_bytes]
 
-    def done(self) -> None:
-        torch.cuda.synchronize()
-        super().done()
+def opened(address: CudaAddress, device: torch.device) -> torch.Tensor:
+    """A sender's slots in the memory of this process's GPU.
+
+    Memory of another GPU is mapped into this one's too, by peer access: so no context is made
+    there, which would cost hundreds of MiB for each pair.
+    """
+    names = inspect.signature(address.rebuild).parameters
+    arguments = dict(zip(names, address.arguments, strict=True))
+    arguments["storage_device"] = device.index
+    # The headers say when a slot may be read.
+    arguments["event_sync_required"] = False
+    return address.rebuild(**arguments)
+
+
+@contextmanager
+def plain_segments() -> Iterator[None]:
+    """Within, memory is allocated as inter-process handles need it: not in expandable segments, of
+    which other processes would have to be given file descriptors."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    settings = next(filter(None, map(os.environ.get, names)), "")
+    plain = _EXPANDABLE.sub(r"\1False", settings)
+    if plain == settings:
+        yield
+        return
+    change: Callable[[str], None] = torch._C._accelerator_setAllocatorSettings
+    change(plain)
+    try:
+        yield
+    finally:
+        change(settings)
