@@ -70,7 +70,9 @@ def test_a_part_is_packed_into_whole_pieces(verdicts: Verdicts, case: Case) -> N
     for verdict in verdicts(case):
         *whole, rest = verdict["pieces"]
         assert len(whole) > 5 and set(whole) == {PIECE_BYTES}
-        assert sum(verdict["pieces"]) == verdict["resident"]["optimizer"] and rest <= PIECE_BYTES
+        # On CPU, Adam's step count of each parameter is there, too: four bytes.
+        counts = sum(verdict["pieces"]) - verdict["resident"]["optimizer"]
+        assert 0 <= counts <= 4 * verdict["moments"] and 0 < rest <= PIECE_BYTES
 
 
 @each_case
