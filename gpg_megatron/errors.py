@@ -1,4 +1,5 @@
-"""What a person is told: the error that the user can mend, and the exit codes of commands."""
+"""What a person is told: the error that the user can mend, where a library's exception becomes one,
+and the exit codes of commands."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+MAX_REASON = 300
+"""Characters of a library's message that are quoted."""
 
 
 class UserError(ValueError):
@@ -26,6 +30,35 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's exception on one line: its type, and the beginning of its message."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def users_mistake(where: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """A library's exception about what a user brought becomes a UserError: where, and its reason.
+
+    Args:
+        where: the file, and the row or key, that the body reads.
+        kinds: the exceptions that the library raises about its input. Code and templates of
+            users may raise any Exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{where}: {reason_of(error)}") from error
+
+
+def one_line(text: str) -> str:
+    """A text that quotes what a user brought, with escapes for what does not print."""
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 class RunError(RuntimeError):
@@ -59,7 +92,7 @@ def exit_codes(main: Main) -> Main:
             return main(argv)
         except UserError as error:
             if not torchrun_rank():
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped by SIGINT", file=sys.stderr)

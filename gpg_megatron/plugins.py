@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, users_mistake
 
 
 def split_spec(spec: str, key: str) -> tuple[Path, str]:
@@ -43,11 +43,8 @@ def load_object(spec: str, key: str) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     # Before it runs: dataclasses and pickle look their module up.
     sys.modules[module_spec.name] = module
-    try:
+    with users_mistake(f"{key}: {path}", Exception, SystemExit):
         module_spec.loader.exec_module(module)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{key}: {path}: {type(error).__name__}: {reason}") from error
     if not hasattr(module, name):
         raise UserError(f"{key}: {path} has no {name}")
     return getattr(module, name)

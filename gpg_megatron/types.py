@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ class Prompt:
     """The reference answer, as the scorer of data_source expects it."""
     data_source: str
     """Chooses the scorer and groups the evaluation metrics."""
+    extra_info: Any = field(default_factory=dict)
+    """The row's own, for reward functions of users; {} where the row has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,8 @@ class SamplingParams:
     max_tokens: int
     """Of one response."""
     stop: tuple[str, ...]
-    """Strings that end a response. The stop string stays part of it."""
+    """Strings that end a response. The stop string stays part of it; that of a special token is a
+    token of it and not in its text."""
     seed: int
     """The same seed, prompt and weights give the same samples. Prompts of one batch may have
     equal or consecutive seeds: their random streams do not overlap."""

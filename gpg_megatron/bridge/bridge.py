@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -183,7 +183,7 @@ class WeightBridge:
                 for way, address in ways.items():
                     addresses.setdefault(way, {})[rank] = address
             connection = Connection(
-                links=self.links,
+                links=replace(self.links),  # without what it has found so far
                 routes=[[r for r in routes if r.worker == w] for w in range(n_workers)],
                 addresses=addresses,
                 dtype=str(self._dtype).removeprefix("torch."),

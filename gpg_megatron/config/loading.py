@@ -19,7 +19,7 @@ from gpg_megatron.config.overrides import is_text, split_override, text_value
 from gpg_megatron.config.paths import expanded
 from gpg_megatron.config.rules import validate
 from gpg_megatron.config.sections import Config
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, reason_of
 
 _MOVED = {
     "trainer.val_before_train": "validation.before_train",
@@ -31,15 +31,23 @@ _MOVED = {
 }
 """What a key of an earlier version is called now; only to say so."""
 
+_LIBRARY = (YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError)
+"""What is raised about a user's text: numbers may have too many digits, lists too much depth."""
+
 
 def load_config(
-    path: str | Path | None, overrides: Sequence[str] = (), *, trains: bool = True
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    trains: bool = True,
+    has_model: bool = True,
 ) -> Config:
     """Read a YAML file, apply "a.b=value" overrides, check types and cross-field rules.
 
     Args:
         path: a file, or the name of a shipped configuration; None: there are the overrides only.
         trains: False for a command that only evaluates and needs no training files.
+        has_model: False for one that scores saved answers.
 
     Raises:
         UserError: missing or malformed file, unknown key (the nearest known one is named),
@@ -53,11 +61,11 @@ def load_config(
         # The preset lies below whatever the user sets, wherever the user names it.
         preset = OmegaConf.create({"algorithm": dict(PRESETS[merged.algorithm.preset])})
         config = OmegaConf.to_object(_merge(OmegaConf.merge(defaults, preset), layers))
-    except OmegaConfBaseException as error:
+    except _LIBRARY as error:
         raise UserError(f"{path or 'command line'}: {_one_line(error)}") from None
     assert isinstance(config, Config)
     whole: Config = expanded(config)
-    validate(whole, trains=trains)
+    validate(whole, trains=trains, has_model=has_model)
     return whole
 
 
@@ -69,7 +77,7 @@ def _merge(defaults: Any, layers: Mapping[str, DictConfig]) -> Any:
             merged = OmegaConf.merge(merged, layer)
         except ConfigKeyError as error:
             raise UserError(f"{where}: {_unknown(str(error.full_key))}") from None
-        except (OmegaConfBaseException, TypeError) as error:
+        except (*_LIBRARY, TypeError) as error:
             raise UserError(f"{where}: {_one_line(error)}") from None
     return merged
 
@@ -86,7 +94,7 @@ def _read(path: str | Path) -> DictConfig:
         is_name = str(path) == Path(path).stem
         known = f"; known by name: {', '.join(shipped_configs())}" if is_name else ""
         raise UserError(f"config file not found: {path}{known}") from None
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except (*_LIBRARY, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: is a list; expected sections, for example policy: {{lr: 1e-6}}")
@@ -102,7 +110,7 @@ def _parse(overrides: Sequence[str]) -> DictConfig:
             if is_text(key):
                 OmegaConf.update(one, key, _literal(text_value(key, value)))
             layer = OmegaConf.merge(layer, one)
-        except (YAMLError, OmegaConfBaseException) as error:
+        except _LIBRARY as error:
             raise UserError(f"override {item!r}: not a YAML value: {_one_line(error)}") from None
     assert isinstance(layer, DictConfig)
     return layer
@@ -137,5 +145,7 @@ def _one_line(error: Exception) -> str:
     if mark := getattr(error, "problem_mark", None):  # of a YAMLError
         return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not isinstance(error, OmegaConfBaseException):
+        return reason_of(error)
     key = next((x.removeprefix("full_key: ") for x in lines if x.startswith("full_key: ")), "")
     return f"{key}: {lines[0]}" if key else lines[0]

@@ -38,7 +38,8 @@ class Range:
         if number == self.or_value:
             return True
         bounds = ((getattr(self, name), holds) for name, (_, holds) in _BOUNDS.items())
-        return math.isfinite(number) and all(b is None or holds(number, b) for b, holds in bounds)
+        finite = isinstance(number, int) or math.isfinite(number)  # the latter cannot be long
+        return finite and all(b is None or holds(number, b) for b, holds in bounds)
 
     def __str__(self) -> str:
         """As messages and docs/configuration.md say it."""

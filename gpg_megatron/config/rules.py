@@ -15,24 +15,28 @@ from typing import get_args
 from gpg_megatron.config import off_policy
 from gpg_megatron.config.algorithm import group_rules
 from gpg_megatron.config.ranges import ranges
-from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, RewardConfig, Scorer
+from gpg_megatron.config.sections import Config, PolicyConfig, RewardConfig, Scorer
 from gpg_megatron.errors import UserError
 
 REWARD_PARTS = ("answer", "format", "overlong", "length")
 """What reward.weights may name."""
 
 
-def validate(config: Config, *, trains: bool = True) -> None:
+def validate(config: Config, *, trains: bool = True, has_model: bool = True) -> None:
     """Rules that need no file besides the configuration. Raises UserError.
 
-    trains: False for a command that only evaluates and needs no training files."""
+    Args:
+        trains: False for a command that only evaluates and needs no training files.
+        has_model: False for one that needs no model either.
+    """
     for key, allowed, value in ranges(config):
         if value is not None and value not in allowed:
             raise UserError(f"{key} is {value}; expected {allowed}")
     for broken, message in chain(
-        _about_model_and_data(config.model.path, config.data, trains),
+        _about_model_and_data(config, trains, has_model),
         _about_the_policy(config.policy),
         _about_the_loop(config),
+        _about_stop_strings(config.rollout.stop),
         _about_checkpoints(config),
         _about_rewards(config.reward, config.rollout.max_response_length),
         _about_the_algorithm(config),
@@ -66,9 +70,20 @@ def _about_the_algorithm(config: Config) -> Iterator[tuple[bool, str]]:
         yield broken, f"algorithm.{message}"
 
 
-def _about_model_and_data(path: str, d: DataConfig, trains: bool) -> Iterator[tuple[bool, str]]:
-    yield not path, "model.path is not set; expected a Hugging Face directory or ORG/NAME"
+def _about_model_and_data(
+    config: Config, trains: bool, has_model: bool
+) -> Iterator[tuple[bool, str]]:
+    d = config.data
+    yield (
+        has_model and not config.model.path,
+        "model.path is not set; expected a Hugging Face directory or ORG/NAME",
+    )
     yield trains and not d.train_files, "data.train_files is empty; expected at least one file"
+    yield (
+        bool(d.chat_template_kwargs) and not d.apply_chat_template,
+        "data.chat_template_kwargs is set with data.apply_chat_template=false; expected a template "
+        "to be applied, or no arguments of it",
+    )
     n_weights, n_files = len(d.train_weights), len(d.train_files)
     yield (
         n_weights not in (0, n_files),
@@ -141,6 +156,14 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         f"validation.n is {v.n} with validation.temperature=0, where all answers are the same; "
         "expected 1",
     )
+
+
+def _about_stop_strings(stop: tuple[str, ...]) -> Iterator[tuple[bool, str]]:
+    """Those that can be judged without a tokenizer."""
+    yield "" in stop, "rollout.stop holds an empty text; expected texts that end a response"
+    for text in stop:
+        lone = any("\ud800" <= letter <= "\udfff" for letter in text)
+        yield lone, f"rollout.stop: {text!r} holds a lone surrogate, which no response does"
 
 
 def _about_checkpoints(config: Config) -> Iterator[tuple[bool, str]]:

@@ -16,6 +16,8 @@ from gpg_megatron.config.ranges import ranged
 
 MIB, GIB = 2**20, 2**30
 """What keys that end in _mb and _gb are counted in, in bytes."""
+MOST_SAMPLES = 16384
+"""vLLM takes no request of more. Of a temperature below 0.01 it would make 0.01."""
 
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
 
@@ -42,6 +44,8 @@ class DataConfig:
     apply_chat_template: bool = True
     """False: the contents of the messages are joined as they are and tokenised without
     special tokens (base models, completion-style prompts)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments that the chat template reads, such as enable_thinking."""
     max_prompt_length: int = ranged(1024, at_least=1)
     """Tokens."""
     overlong_prompts: Literal["error", "filter"] = "error"
@@ -122,17 +126,18 @@ class PolicyConfig:
 class RolloutConfig:
     """The vLLM engines and how they sample."""
 
-    n: int = ranged(8, at_least=1)
+    n: int = ranged(8, at_least=1, at_most=MOST_SAMPLES)
     """G, samples per prompt. A group of one carries no gradient, except where nothing is compared
     with it (algorithm.dead_by: none)."""
-    temperature: float = ranged(1.0, above=0)
+    temperature: float = ranged(1.0, at_least=0.01, at_most=2)
     top_p: float = ranged(1.0, above=0, at_most=1)
     top_k: int = ranged(-1, at_least=1, or_value=-1)
     """-1: all tokens."""
     max_response_length: int = ranged(1024, at_least=1)
     """Tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response. The stop string stays part of the response."""
+    """Strings that end a response. The stop string stays part of the response; that of a special
+    token stays among its tokens only."""
     num_engines: int = ranged(1, at_least=1)
     tensor_model_parallel_size: int = ranged(1, at_least=1)
     """Of each engine; independent of the policy's."""
@@ -226,7 +231,7 @@ class TrainerConfig:
     max_bad_steps: int = ranged(3, at_least=1)
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
-    seed: int = ranged(1, at_least=0)
+    seed: int = ranged(1, at_least=0, below=2**63)
     output_dir: str = file_path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
@@ -266,9 +271,9 @@ class ValidationConfig:
 
     before_train: bool = True
     """Evaluate before the first step, too."""
-    n: int = ranged(1, at_least=1)
+    n: int = ranged(1, at_least=1, at_most=MOST_SAMPLES)
     """Samples per held-out prompt."""
-    temperature: float = ranged(1.0, at_least=0)
+    temperature: float = ranged(1.0, at_least=0.01, at_most=2, or_value=0)
     """0: the most likely token."""
     top_p: float = ranged(1.0, above=0, at_most=1)
     top_k: int = ranged(-1, at_least=1, or_value=-1)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpg_megatron.config.sections import DataConfig
 from gpg_megatron.data.schema import Problem, read_problems
+from gpg_megatron.data.tokenizer import check_template, difference, encode, text_of
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Prompt
 
@@ -24,89 +25,61 @@ class LoadedPrompts:
     """How many of them each file, or list of problems, gave."""
     n_filtered: int
     """Rows left out because their prompt was longer than max_prompt_length."""
-
-
-def render(
-    problem: Problem, tokenizer: PreTrainedTokenizerBase, apply_chat_template: bool
-) -> tuple[int, ...]:
-    """Token ids of one problem, up to where the answer begins.
-
-    With apply_chat_template the tokenizer's template is applied with the generation prompt;
-    without, the contents of the messages are joined as they are and tokenised without special
-    tokens.
-
-    Raises:
-        UserError: the tokenizer has no chat template, or the prompt is empty.
-    """
-    if apply_chat_template:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template; "
-                "expected one, or data.apply_chat_template=false"
-            )
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in problem.messages],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-    else:
-        text = "".join(message["content"] for message in problem.messages)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    if not ids:
-        raise UserError(f"{problem.location}: the prompt has no tokens")
-    return tuple(ids)
+    warnings: tuple[str, ...]
+    """What is legal and yet likely not meant, one line each."""
 
 
 def load_prompts(
-    files: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    files: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> LoadedPrompts:
-    """Read the files and render every row.
+    """Read the files and render every row for a model with vocab_size tokens.
 
     A prompt's id is "<data_source>/<label of the file>/<row>", rows counted from 0; the label is
     the file's name without ending, with as many folders before it as tell equal names apart.
 
     Raises:
-        UserError: a file or row is unusable, a file is named twice, a prompt is longer than
-            data.max_prompt_length while data.overlong_prompts is "error", or no prompt is
-            left (of a file, when data.train_weights gives each a share).
+        UserError: a file or row is unusable, a file is named twice, or as render_all.
     """
     labels = file_labels(files)
     problems = [read_problems(file, data.custom_class) for file in files]
-    return render_all(dict(zip(labels, problems, strict=True)), data, tokenizer)
+    return render_all(dict(zip(labels, problems, strict=True)), data, tokenizer, vocab_size)
 
 
 def render_all(
-    problems: Mapping[str, Sequence[Problem]], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    problems: Mapping[str, Sequence[Problem]],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
 ) -> LoadedPrompts:
     """Render lists of problems, each under the label that load_prompts gives to a file.
 
     Raises:
-        UserError: a prompt is too long and not to be left out, or none is left.
+        UserError: a prompt cannot be rendered or tokenised, is longer than
+            data.max_prompt_length while data.overlong_prompts is "error", or none is left.
     """
+    check_template(tokenizer, data)
     prompts: list[Prompt] = []
     per_list = []
     n_filtered = 0
+    differences: list[str] = []
     for label, rows in problems.items():
         before = len(prompts)
         for row, problem in enumerate(rows):
             problem = _with_system_prompt(problem, data.system_prompt)
-            ids = render(problem, tokenizer, data.apply_chat_template)
-            if len(ids) <= data.max_prompt_length:
+            text = text_of(problem, tokenizer, data)
+            ids = encode(text, problem.location, tokenizer, vocab_size)
+            if changed := difference(text, ids, tokenizer):
+                differences.append(f"{problem.location}: {changed}")
+            if _fits(len(ids), problem.location, data):
                 prompt = Prompt(
                     id=f"{problem.data_source}/{label}/{row}",
                     token_ids=ids,
                     messages=problem.messages,
                     ground_truth=problem.ground_truth,
                     data_source=problem.data_source,
+                    extra_info=problem.extra_info,
                 )
                 prompts.append(prompt)
-            elif data.overlong_prompts == "error":
-                raise UserError(
-                    f"{problem.location}: the prompt has {len(ids)} tokens, more than "
-                    f"data.max_prompt_length={data.max_prompt_length}; "
-                    "raise it or set data.overlong_prompts=filter"
-                )
             else:
                 n_filtered += 1
         per_list.append(len(prompts) - before)
@@ -115,7 +88,28 @@ def render_all(
             f"{', '.join(problems)}: all {n_filtered} prompts are longer than "
             f"data.max_prompt_length={data.max_prompt_length}; expected at least one that fits"
         )
-    return LoadedPrompts(prompts=tuple(prompts), per_file=tuple(per_list), n_filtered=n_filtered)
+    warnings: tuple[str, ...] = ()
+    if differences:
+        warnings = (
+            f"the tokens of {len(differences)} prompts do not decode to their text: "
+            f"{differences[0]}",
+        )
+    return LoadedPrompts(
+        prompts=tuple(prompts),
+        per_file=tuple(per_list),
+        n_filtered=n_filtered,
+        warnings=warnings,
+    )
+
+
+def _fits(n_tokens: int, location: str, data: DataConfig) -> bool:
+    if n_tokens > data.max_prompt_length and data.overlong_prompts == "error":
+        raise UserError(
+            f"{location}: the prompt has {n_tokens} tokens, more than "
+            f"data.max_prompt_length={data.max_prompt_length}; "
+            "raise it or set data.overlong_prompts=filter"
+        )
+    return n_tokens <= data.max_prompt_length
 
 
 def _with_system_prompt(problem: Problem, text: str | None) -> Problem:

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, reason_of, users_mistake
+from gpg_megatron.model.json_file import IS_POINTER, POINTER
 
 BATCH_ROWS = 256
 """Of parquet, decoded at once."""
@@ -45,9 +46,8 @@ def read_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
     try:
         records: Iterable[Any] = load_dataset(*names, split=split)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{name}: cannot load the data set: {reason}; "
+            f"{name}: cannot load the data set: {reason_of(error)}; "
             "expected a connection to Hugging Face, or --source with a local file or folder"
         ) from None
     return records
@@ -60,17 +60,26 @@ def numbered(records: Iterable[Any], where: str) -> Located:
 
 def _lines(path: Path) -> Located:
     """Blank lines are counted and passed over."""
-    number = 0
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1 and line.startswith(POINTER):
+                    raise UserError(f"{path}: {IS_POINTER}")
                 if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{number}"
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; expected jsonl") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parsed(line: str, where: str) -> Any:
+    # Python has limits on the digits of an integer and on the depth of nested lists.
+    with users_mistake(where, ValueError, RecursionError):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
 
 
 def _rows(path: Path, columns: Sequence[str] | None) -> Located:

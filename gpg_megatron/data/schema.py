@@ -6,7 +6,7 @@ A row is one problem:
      "prompt": [{"role": str, "content": str}, ...],
      "ability": str,
      "reward_model": {"style": str, "ground_truth": str},
-     "extra_info": {...}}                     anything; not read by training
+     "extra_info": {...}}                     anything; for reward functions of users
 
 Files of this schema in parquet or jsonl are read as they are; further columns are ignored. Other
 formats need a class of the user's that yields such rows.
@@ -14,6 +14,7 @@ formats need a class of the user's that yields such rows.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpg_megatron.data.records import Located, numbered, read_file
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, users_mistake
 from gpg_megatron.plugins import load_object
 
 Row = Mapping[str, Any]
 _COLUMNS = ("data_source", "prompt", "reward_model")
+EXACT = 2**53
+"""Below it a float holds every whole number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class Problem:
     messages: tuple[Mapping[str, str], ...]
     """Chat messages, each exactly {role, content}."""
     ground_truth: str
+    extra_info: Any
+    """As it stands in the row; {} where there is none."""
     location: str
     """For messages: "<file>:<line>" for jsonl, "<file>: row <n>" for parquet, from 1."""
 
@@ -84,16 +89,12 @@ def parse_row(row: Any, location: str) -> Problem:
     """Check one row. Raises UserError that begins with location."""
     if not isinstance(row, Mapping):
         raise UserError(f"{location}: expected an object, found {type(row).__name__}")
-    reward_model = _field(row, "reward_model", Mapping, location)
-    truth = reward_model.get("ground_truth")
-    if isinstance(truth, bool) or not isinstance(truth, (str, int, float)):
-        raise UserError(
-            f"{location}: reward_model.ground_truth is {_kind(truth)}; expected a string"
-        )
+    truth = _ground_truth(_field(row, "reward_model", Mapping, location), location)
     return Problem(
         data_source=_field(row, "data_source", str, location),
         messages=_messages(row, location),
-        ground_truth=str(truth),
+        ground_truth=truth,
+        extra_info={} if (extra := row.get("extra_info")) is None else extra,
         location=location,
     )
 
@@ -122,14 +123,24 @@ def write_parquets(files: Mapping[Path, Sequence[Row]]) -> None:
 
 def _custom(path: str | Path, spec: str) -> Located:
     kind = load_object(spec, "data.custom_class")
-    try:
+    with users_mistake(f"data.custom_class: {spec} on {path}", Exception):
         rows = list(kind(str(path)))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"data.custom_class: {spec} on {path}: {type(error).__name__}: {reason}"
-        ) from error
     return numbered(rows, f"{path}:")
+
+
+def _ground_truth(reward_model: Mapping[str, Any], location: str) -> str:
+    """A number of a column of floats may be a whole one: 56.0 is 56."""
+    truth, key = reward_model.get("ground_truth"), "reward_model.ground_truth"
+    if isinstance(truth, bool) or not isinstance(truth, (str, int, float)):
+        raise UserError(f"{location}: {key} is {_kind(truth)}; expected a string")
+    if isinstance(truth, str):
+        return _text(truth, key, location)
+    if isinstance(truth, float):
+        if not math.isfinite(truth):
+            raise UserError(f"{location}: {key} is {truth}; expected a string or a finite number")
+        return str(int(truth) if truth.is_integer() and abs(truth) < EXACT else truth)
+    with users_mistake(f"{location}: {key}", ValueError):  # of too many digits
+        return str(truth)
 
 
 def _messages(row: Row, location: str) -> tuple[Mapping[str, str], ...]:
@@ -154,7 +165,15 @@ def _field(row: Row, key: str, kind: type, location: str) -> Any:
     if not isinstance(value, kind):
         expected = "a string" if kind is str else "an object"
         raise UserError(f"{location}: {key} is {_kind(value)}; expected {expected}")
-    return value
+    return _text(str(value), key, location) if kind is str else value
+
+
+def _text(text: str, key: str, location: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(
+            f"{location}: {key} holds a lone surrogate (\\ud800 to \\udfff), which is no text"
+        )
+    return text
 
 
 def _kind(value: Any) -> str:

@@ -18,43 +18,50 @@ from gpg_megatron import __version__
 from gpg_megatron.config.loading import config_yaml, load_config
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.catalog import DATA_SETS, load_split
-from gpg_megatron.data.prompts import LoadedPrompts, file_labels, render_all
+from gpg_megatron.data.prompts import file_labels, render_all
 from gpg_megatron.data.schema import Problem, parse_row, read_problems
 from gpg_megatron.errors import RunError, UserError, exit_codes, writing
 from gpg_megatron.evaluation import compare
 from gpg_megatron.evaluation.evaluate import answer_all, by_source, write_generations
 from gpg_megatron.evaluation.metrics import Estimate, powers_of_two
+from gpg_megatron.evaluation.saved import read_generations
 from gpg_megatron.model.hub import fetched, local_directory
 from gpg_megatron.reward.pool import RewardPool
+from gpg_megatron.reward.sources import check_prompts
+from gpg_megatron.reward.trial import try_custom_function
 from gpg_megatron.rollout.sampling import Sampler, greedy, validation_params
-from gpg_megatron.types import Prompt, SamplingParams, ScoredGroup
+from gpg_megatron.types import Completion, Prompt, SamplingParams, ScoredGroup
 
 RESULT_FILE = "eval.json"
 GENERATIONS_FILE = "generations.jsonl"
 COMPARE_FILE = "compare.jsonl"
 CONFIG_FILE = "config.yaml"
 
+Saved = Mapping[str, Sequence[tuple[Prompt, Sequence[Completion]]]]
+"""Mode -> problems with answers that have no scores yet."""
+
 
 @exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad input (one line on stderr), 1 an engine failed."""
-    from gpg_megatron.reward.sources import check_prompts
-
     args = _parser().parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides, trains=False)
-    config = replace(config, model=fetched(config.model))
-    modes = _modes(config, with_greedy=args.greedy)
-    loaded = _prompts(args, config)
-    check_prompts(loaded.prompts, config.reward)
-    scorers = compare.scorers_to_compare(args.compare, config.reward, loaded.prompts)
-    print(
-        f"{len(loaded.prompts)} problems, {loaded.n_filtered} left out because they are too long",
-        flush=True,
-    )
+    if args.rescore and (args.source or args.max_rows or args.greedy):
+        raise UserError("--rescore with --source, --max-rows or --greedy; expected it alone")
+    config = load_config(args.config, args.overrides, trains=False, has_model=not args.rescore)
+    if not args.rescore:
+        config = replace(config, model=fetched(config.model))
     out = Path(args.out)
+    saved = read_generations(args.rescore) if args.rescore else {}
+    if args.rescore and out.resolve() == Path(args.rescore).resolve().parent:
+        raise UserError(f"--out {out} holds the answers of --rescore; expected another folder")
+    modes = {} if saved else _modes(config, with_greedy=args.greedy)
+    prompts = _prompts_of(saved) if saved else _prompts(args, config)
+    check_prompts(prompts, config.reward)
+    try_custom_function(prompts, config.reward)
+    scorers = compare.scorers_to_compare(args.compare, config.reward, prompts)
     _prepare(out, config)
     try:
-        answered = _run(config, modes, loaded.prompts, out)
+        answered = _rescored(config, saved, out) if saved else _run(config, modes, prompts, out)
     except (RunError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -145,6 +152,22 @@ def _run(
         cleanup_run(run_id)
 
 
+def _prompts_of(saved: Saved) -> tuple[Prompt, ...]:
+    prompts = {prompt.id: prompt for items in saved.values() for prompt, _ in items}
+    return tuple(prompts.values())
+
+
+def _rescored(config: Config, saved: Saved, out: Path) -> dict[str, list[ScoredGroup]]:
+    """The saved answers with new scores, which are also written."""
+    longest = config.rollout.max_response_length
+    answered = {}
+    with closing(RewardPool(config.reward, max_response_length=longest)) as pool:
+        for mode, items in saved.items():
+            answered[mode] = pool.score(items)
+            write_generations(out / GENERATIONS_FILE, answered[mode], extra_info=True, mode=mode)
+    return answered
+
+
 def _answer(
     sampler: Sampler,
     pool: RewardPool,
@@ -156,7 +179,7 @@ def _answer(
     answered = {}
     for mode, params in modes.items():
         answered[mode] = answer_all(sampler, pool, prompts, params)
-        write_generations(generations, answered[mode], mode=mode)
+        write_generations(generations, answered[mode], extra_info=True, mode=mode)
     return answered
 
 
@@ -203,22 +226,30 @@ def _table(sets: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _prompts(args: argparse.Namespace, config: Config) -> LoadedPrompts:
+def _prompts(args: argparse.Namespace, config: Config) -> tuple[Prompt, ...]:
     """Of all data sets. Raises UserError: the model, the data or the lengths do not fit."""
-    from transformers import AutoTokenizer
-
+    from gpg_megatron.data.tokenizer import check_stop, load_tokenizer
     from gpg_megatron.model.layout_rules import check_engines
     from gpg_megatron.model.shape import load_model_shape, shape_warnings
     from gpg_megatron.rollout.engine_args import check_engine_args
 
     directory = local_directory(config.model)
-    check_engines(config, load_model_shape(directory))
+    shape = load_model_shape(directory)
+    check_engines(config, shape)
     check_engine_args(config.rollout)
     for line in shape_warnings(directory):
         print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return render_all(problems, config.data, tokenizer)
+    tokenizer = load_tokenizer(directory)
+    check_stop(tokenizer, config.rollout.stop)
+    loaded = render_all(problems, config.data, tokenizer, shape.vocab_size)
+    for line in loaded.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    print(
+        f"{len(loaded.prompts)} problems, {loaded.n_filtered} left out because they are too long",
+        flush=True,
+    )
+    return loaded.prompts
 
 
 def _problems(
@@ -257,7 +288,11 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(DATA_SETS)
     add("--config", metavar="FILE", help="YAML, or the name of one that comes with the package")
     add("overrides", nargs="*", metavar="a.b=value", help="replaces a key, as model.path=DIR")
-    add("--data", required=True, nargs="+", help=f"files in the row schema, or names: {names}")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", nargs="+", help=f"files in the row schema, or names: {names}")
+    what.add_argument(
+        "--rescore", metavar="FILE", help="answers to score again, as generations.jsonl"
+    )
     add("--source", help="local file or folder for the names; without it, Hugging Face")
     add("--max-rows", type=_positive, help="only the first N problems of each")
     add("--greedy", action="store_true", help="also one greedy answer to each problem")

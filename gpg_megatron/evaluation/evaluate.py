@@ -68,14 +68,22 @@ def evaluate(
     return metrics
 
 
-def write_generations(path: Path, groups: Sequence[ScoredGroup], **columns: Any) -> None:
-    """One JSON object a line for each answer; columns are the same in all of them."""
+def write_generations(
+    path: Path, groups: Sequence[ScoredGroup], *, extra_info: bool = False, **columns: Any
+) -> None:
+    """One JSON object a line for each answer; columns are the same in all of them.
+
+    Args:
+        extra_info: the row's own is written, too, for functions that score the answers again.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, groups, columns)
+        _write(path, groups, extra_info, columns)
 
 
-def _write(path: Path, groups: Sequence[ScoredGroup], columns: Mapping[str, Any]) -> None:
+def _write(
+    path: Path, groups: Sequence[ScoredGroup], extra_info: bool, columns: Mapping[str, Any]
+) -> None:
     with path.open("a" if columns else "w", encoding="utf-8") as file:
         for group in groups:
             for completion, reward in zip(group.completions, group.rewards, strict=True):
@@ -94,5 +102,8 @@ def _write(path: Path, groups: Sequence[ScoredGroup], columns: Mapping[str, Any]
                     "length": len(completion.token_ids),
                     "finish_reason": completion.finish_reason,
                 }
-                # ASCII escapes: a response may hold halves of surrogate pairs.
-                file.write(json.dumps(row) + "\n")
+                if extra_info:
+                    row["extra_info"] = group.prompt.extra_info
+                # ASCII escapes: a response may hold halves of surrogate pairs. What of extra_info
+                # JSON cannot hold, dates for example, becomes a text.
+                file.write(json.dumps(row, default=str) + "\n")

@@ -93,7 +93,9 @@ def new_run_id() -> str:
 def scratch_directory(run_id: str) -> Path:
     """Folder for the run's sockets, logs and temporary files; removed at the end of the run."""
     base = tempfile.gettempdir()
-    return Path(base if len(base) <= _MAX_TEMP_PATH else "/tmp") / f"gpg-{run_id}"
+    # Ray passes the path on in command lines that it cuts at white space.
+    fits = len(base) <= _MAX_TEMP_PATH and not any(map(str.isspace, base))
+    return Path(base if fits else "/tmp") / f"gpg-{run_id}"
 
 
 def start_reaper(run_id: str) -> int:

@@ -86,7 +86,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         load_policy(policy, config, shape, point)
         pids = _pids()
         rank0 = kept_on_rank0(
-            lambda: open_rank0(config, device, fleet, watchdog, pids, ends), ask_rank0
+            lambda: open_rank0(config, shape, device, fleet, watchdog, pids, ends), ask_rank0
         )
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
@@ -166,6 +166,7 @@ def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
 
 def open_rank0(
     config: Config,
+    shape: ModelShape,
     device: Device,
     fleet: Fleet | None,
     watchdog: Watchdog,
@@ -178,7 +179,7 @@ def open_rank0(
     def opened(part: Part) -> Part:
         return ends.enter_context(closing(part))
 
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, shape)
     fleet.wait_ready()
     longest, t = config.rollout.max_response_length, config.trainer
     return Rank0(

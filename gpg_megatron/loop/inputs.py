@@ -17,6 +17,7 @@ from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.observe.loggers import check_logging
 from gpg_megatron.reward.sources import check_prompts
+from gpg_megatron.reward.trial import try_custom_function
 from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.types import ModelShape, Prompt
 
@@ -31,6 +32,8 @@ class Inputs:
     """How many training prompts each file gave."""
     n_filtered: int
     """Training rows left out because their prompt was too long."""
+    warnings: tuple[str, ...]
+    """What is legal and yet likely not meant, one line each."""
 
 
 def check_output(config: Config) -> None:
@@ -77,31 +80,32 @@ def check_model(config: Config) -> ModelShape:
     return shape
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, shape: ModelShape) -> Inputs:
     """Read and tokenise the data, and check that every row can be scored.
 
     Raises:
         UserError
     """
     # Importing transformers takes seconds, and only rank 0 and the launcher need it.
-    from transformers import AutoTokenizer
-
     from gpg_megatron.data.prompts import load_prompts
+    from gpg_megatron.data.tokenizer import check_stop, load_tokenizer
 
     check_logging(config.logging)
-    path = model_files(config)
-    if not (path / "tokenizer_config.json").exists():
-        raise UserError(f"model.path: {path} has no tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    data = config.data
-    train = load_prompts(data.train_files, data, tokenizer)
+    tokenizer, data = load_tokenizer(model_files(config)), config.data
+    check_stop(tokenizer, config.rollout.stop)
+    train = load_prompts(data.train_files, data, tokenizer, shape.vocab_size)
     val: tuple[Prompt, ...] = ()
+    warnings = train.warnings
     if data.val_files:
-        val = load_prompts(data.val_files, data, tokenizer).prompts[: data.val_max_rows]
+        held_out = load_prompts(data.val_files, data, tokenizer, shape.vocab_size)
+        val = held_out.prompts[: data.val_max_rows]
+        warnings += held_out.warnings
     check_prompts((*train.prompts, *val), config.reward)
+    try_custom_function((*train.prompts, *val), config.reward)
     return Inputs(
         train_prompts=train.prompts,
         val_prompts=val,
         per_file=train.per_file,
         n_filtered=train.n_filtered,
+        warnings=warnings,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpg_megatron.algorithm.advantages import check_dead_by
@@ -184,12 +184,18 @@ class Collector:
                 requests = sampling_requests(self._config, prompts, step=step, redraw=redraws)
                 completions = self._fleet.generate(requests)
             with self._watchdog.phase("reward"):
-                drawn += self._pool.score(
+                scored = self._pool.score(
                     [(p, completions[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
                 )
+            drawn += map(_without_extra_info, scored)
             check_dead_by(drawn, algorithm.dead_by)
         timings = self._watchdog.pop_timings()
         return _Drawn(step=step, groups=tuple(drawn), redraws=redraws, timings=timings)
+
+
+def _without_extra_info(group: ScoredGroup) -> ScoredGroup:
+    """The rewards are known, and it may hold what neither JSON nor another rank can read."""
+    return replace(group, prompt=replace(group.prompt, extra_info={}))
 
 
 def _to_json(drawn: _Drawn) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class _Number:
 
 _FACTOR = _Number(at_least=1.0)
 _LENGTH = _Number(types=(int,))
-_WORDS = {
+_WORDS: dict[tuple[type, ...], str] = {
     (int, float): "a number",
     (int,): "a whole number (without point or quotes)",
     (float,): "a number with a point",

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.errors import RunError
 from gpg_megatron.reward import shaping
 from gpg_megatron.reward.sources import scorer_name
 from gpg_megatron.reward.worker import OUT_OF_MEMORY, Question, Setup
@@ -133,6 +133,7 @@ class RewardPool:
         )
         self._prepared: list[str] = []
         self._crashes_in_a_row = 0
+        self._error = ""
         self._workers: list[_Worker] = []
         try:
             for _ in range(config.num_workers):
@@ -152,27 +153,43 @@ class RewardPool:
 
         Raises:
             UserError: a data source without a scorer.
-            RuntimeError: the scoring processes crash on one answer after the other.
+            RunError: the scorer fails on one answer after the other.
         """
         assert self._workers, "the pool is closed"
         questions = [
-            Question(
-                scorer=scorer_name(prompt.data_source, self._config),
-                response=completion.text,
-                ground_truth=prompt.ground_truth,
-                data_source=prompt.data_source,
-            )
+            self._question(prompt, completion.text)
             for prompt, completions in items
             for completion in completions
         ]
+        silent_before = not self._error
+        rewards = iter(self._judged(questions))
+        if silent_before and self._error:
+            print(f"warning: a scorer failed, its answer scores 0: {self._error}", file=sys.stderr)
+        return [self._group(prompt, completions, rewards) for prompt, completions in items]
+
+    def attempt(self, prompt: Prompt, response: str) -> tuple[Reward, str]:
+        """The reward of one answer, and what its scorer raised or ended with; "": nothing."""
+        (reward,) = self._judged([self._question(prompt, response)])
+        return reward, self._error
+
+    def _question(self, prompt: Prompt, response: str) -> Question:
+        scorer = scorer_name(prompt.data_source, self._config)
+        return Question(
+            scorer=scorer,
+            response=response,
+            ground_truth=prompt.ground_truth,
+            data_source=prompt.data_source,
+            extra_info=prompt.extra_info if scorer == "custom" else None,
+        )
+
+    def _judged(self, questions: Sequence[Question]) -> list[Reward]:
         try:
             self._prepare(sorted({question.scorer for question in questions}))
-            rewards = iter(self._run([_Task(i, x) for i, x in enumerate(questions)]))
+            return self._run([_Task(i, x) for i, x in enumerate(questions)])
         except BaseException:
             # Replies may still be under way: the processes cannot be used again.
             self.close()
             raise
-        return [self._group(prompt, completions, rewards) for prompt, completions in items]
 
     def _group(
         self, prompt: Prompt, completions: Sequence[Completion], rewards: Iterator[Reward]
@@ -257,10 +274,14 @@ class RewardPool:
         """Take the verdicts that have arrived; "crash" when the process is gone."""
         try:
             while worker.owed and worker.connection.poll():
-                reward = _reward(worker.connection)
-                rewards[worker.owed.popleft().index] = reward
+                reply = worker.connection.recv()
+                task = worker.owed.popleft()
                 worker.deadline = time.monotonic() + self._config.timeout_s
-                self._crashes_in_a_row = 0
+                if isinstance(reply, str):
+                    rewards[task.index] = self._failed(task, "crash", reply)
+                else:
+                    rewards[task.index] = _reward(*reply)
+                    self._crashes_in_a_row = 0
         except (EOFError, ConnectionResetError):
             return "crash"
         return None
@@ -271,17 +292,20 @@ class RewardPool:
         code = self._restart(slot)
         if failure == "crash" and code == OUT_OF_MEMORY:
             failure = "memory"
-        score = self._config.timeout_score
-        rewards[task.index] = Reward(score=score, accuracy=0.0, parts={failure: 1.0}, answer=None)
-        if failure == "crash":
-            self._crashes_in_a_row += 1
-        if self._crashes_in_a_row >= MAX_CRASHES_IN_A_ROW:
-            raise RuntimeError(
-                f"scorer {task.question.scorer!r} took its process down on "
-                f"{self._crashes_in_a_row} answers in a row (last exit code {code}); its errors "
-                f"are above"
-            )
+        rewards[task.index] = self._failed(task, failure, f"its process ended with code {code}")
         return rest
+
+    def _failed(self, task: _Task, failure: str, error: str) -> Reward:
+        """The reward of an answer without a verdict. Raises RunError: too many of them."""
+        if failure == "crash":
+            self._error = f"{task.question.scorer}: {error}"
+            self._crashes_in_a_row += 1
+            if self._crashes_in_a_row >= MAX_CRASHES_IN_A_ROW:
+                raise RunError(
+                    f"the scorer failed on {self._crashes_in_a_row} answers in a row: {self._error}"
+                )
+        score = self._config.timeout_score
+        return Reward(score=score, accuracy=0.0, parts={failure: 1.0}, answer=None)
 
     def _restart(self, slot: int) -> int:
         code = self._workers[slot].kill()
@@ -290,6 +314,7 @@ class RewardPool:
         return code
 
 
-def _reward(connection: Connection[Any, Any]) -> Reward:
-    score, accuracy, parts, answer = connection.recv()
+def _reward(
+    score: float, accuracy: float, parts: Mapping[str, float], answer: str | None
+) -> Reward:
     return Reward(score=float(score), accuracy=float(accuracy), parts=dict(parts), answer=answer)

@@ -36,6 +36,8 @@ _AS_ANSWER = {
 """Scorer -> how a ground truth is written as an answer."""
 _NO_ANSWERS = frozenset(("nan", "none", "null", "n/a", "<na>"))
 
+LISTED = 10
+"""Rows with a wrong ground truth in a message."""
 SHOWN = 60
 """Characters of a ground truth in a message."""
 
@@ -90,13 +92,19 @@ def check_prompts(prompts: Iterable[Prompt], config: RewardConfig) -> None:
     prompts = list(prompts)
     check_data_sources((p.data_source for p in prompts), config)
     checked: dict[tuple[str, str], str | None] = {}
+    found = []
     for prompt in prompts:
-        scorer = scorer_name(prompt.data_source, config)
-        case = (scorer, prompt.ground_truth)
+        case = (scorer_name(prompt.data_source, config), prompt.ground_truth)
         if case not in checked:
             checked[case] = unmet(*case)
         if checked[case]:
-            raise UserError(f"{prompt.id}: ground truth {checked[case]}; scorer {scorer} needs one")
+            found.append((prompt.id, *case))
+    if found:
+        first, *others = found
+        name, scorer, _ = first
+        reason = f"{name}: ground truth {checked[first[1:]]}; scorer {scorer} needs one"
+        more = f"; and {len(others)} more: " if others else ""
+        raise UserError(reason + more + ", ".join(x[0] for x in others[: LISTED - 1]))
 
 
 def unmet(scorer: str, ground_truth: str) -> str | None:
@@ -108,7 +116,7 @@ def unmet(scorer: str, ground_truth: str) -> str | None:
     text = ground_truth.strip()
     if scorer == "custom":
         return None
-    if not text and scorer != "exact_match":
+    if not text:
         return "is empty"
     if text.casefold() in _NO_ANSWERS and scorer != "exact_match":
         return f"{ground_truth!r} is what a missing value is written as"

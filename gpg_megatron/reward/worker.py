@@ -4,11 +4,11 @@
              -- ("prepare", [scorer]) -->             imports what these scorers need
              <------- "ready" -----------
              -- ("score", [Question]) -->
-             <------- Verdict -----------             once per answer, in order
+             <--- Verdict or its error --             once per answer, in order
 
 It runs as `python -m gpg_megatron.reward.worker FD` with a socket on FD and imports neither
-torch nor Ray, so that killing and restarting one is cheap. A scorer that raises ends the
-process with its traceback on stderr; the pool counts that as a crash of one answer.
+torch nor Ray, so that killing and restarting one is cheap. Where a scorer raises, what it said is
+sent in the place of the verdict; the pool counts that as a crash of one answer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import resource
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from fractions import Fraction
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from gpg_megatron.errors import reason_of
 from gpg_megatron.plugins import load_object
 from gpg_megatron.reward import custom
 
@@ -54,6 +56,8 @@ class Question(NamedTuple):
     response: str
     ground_truth: str
     data_source: str
+    extra_info: Any
+    """The row's own; for custom functions."""
 
 
 Judge = Callable[[Question], tuple[Any, ...]]
@@ -102,7 +106,8 @@ def _judge(name: str, module: Any, setup: Setup) -> Judge:
     return lambda question: scorer(question.response, question.ground_truth)
 
 
-def _verdict(judges: dict[str, Judge], question: Question) -> tuple[Any, ...]:
+def _verdict(judges: dict[str, Judge], question: Question) -> tuple[Any, ...] | str:
+    """The verdict, or the error of a scorer that raised."""
     try:
         score, accuracy, parts, answer = judges[question.scorer](question)
     except RecursionError:
@@ -111,6 +116,10 @@ def _verdict(judges: dict[str, Judge], question: Question) -> tuple[Any, ...]:
     except MemoryError:
         # The heap may be in any state; a new process costs less than finding out.
         os._exit(OUT_OF_MEMORY)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({frame.filename}:{frame.lineno})" if frame.filename != custom.__file__ else ""
+        return f"{reason_of(error)}{place}"
     return (score, accuracy, parts, None if answer is None else answer[:MAX_ANSWER])
 
 

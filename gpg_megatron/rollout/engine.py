@@ -101,6 +101,9 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
+        tokenizer: Any = self._llm.get_tokenizer()
+        added = tokenizer.added_tokens_decoder
+        self._special = {x.content: i for i, x in added.items() if x.special}
         self._serial = 0
         self._whole = True
         self._asleep: set[EnginePart] = set()
@@ -137,7 +140,9 @@ class Engine:
             top_p=wanted.top_p,
             top_k=wanted.top_k,
             max_tokens=wanted.max_tokens,
-            stop=list(wanted.stop),
+            stop=[x for x in wanted.stop if x not in self._special],
+            # Special tokens are not in the text in which stop strings are looked for.
+            stop_token_ids=[self._special[x] for x in wanted.stop if x in self._special],
             include_stop_str_in_output=True,
             seed=stream_seed(request),
             logprobs=0,

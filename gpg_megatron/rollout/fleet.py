@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,10 @@ class Fleet:
         for r in requests:
             length = len(r.prompt.token_ids) + r.params.max_tokens
             assert length <= self._spec.max_model_len, f"prompt {r.prompt.id}: {length} tokens"
+        # Engines read token ids; what else a row holds may not exist on their hosts.
+        bare = [replace(r, prompt=replace(r.prompt, extra_info={})) for r in requests]
         by_request = sample(
-            requests,
+            bare,
             lambda engine, part: self._actors[engine].generate.remote(part, self._version),
             self._pending("generating a rollout batch", {}),
             num_engines=self.num_engines,

@@ -23,7 +23,7 @@ from gpg_megatron.placement.devices import visible_devices
 from gpg_megatron.placement.hosts import HostOffer, HostShare, share_hosts
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
-from gpg_megatron.start.preflight import has_work
+from gpg_megatron.start.preflight import has_work, preflight
 from gpg_megatron.start.world import own_run, run_ranks, stopped, world_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _run_host(
     meeting.wait_for_all("to start")
     meeting.watch()
     if hosts.rank == 0:
-        works = has_work(config)
+        works = has_work(config, preflight(config, hosts.ranks_of_a_host(config.policy.world_size)))
         meeting.tell("the checks", "work" if works else "none")
     else:
         check_model(config)

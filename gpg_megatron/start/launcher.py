@@ -19,7 +19,7 @@ from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.hosts import run_among_hosts
 from gpg_megatron.start.meeting import Hosts
-from gpg_megatron.start.preflight import check_devices, has_work
+from gpg_megatron.start.preflight import check_devices, has_work, preflight
 from gpg_megatron.start.world import one_host_world, own_run, run_ranks
 
 
@@ -78,10 +78,10 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
         is_alone = config.rollout.ray_address is None
         if is_alone:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        check_devices(config, n_ranks)
         if on_gpus:
-            check_devices(n_ranks)
             check_transformer_engine()
-        if not has_work(config):
+        if not has_work(config, preflight(config, n_ranks)):
             return 0
         with own_run() as run_id:
             failure = run_ranks(one_host_world(run_id, n_ranks, on_gpus, is_alone), arguments)

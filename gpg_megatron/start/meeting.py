@@ -44,6 +44,12 @@ class Hosts:
     ray_port: int = 6379
     """On host 0."""
 
+    def ranks_of_a_host(self, world_size: int) -> int:
+        """Policy ranks of this host, before the hosts have shared them: as many as it is told, or
+        an equal part."""
+        even = -(-world_size // self.count)
+        return even if self.ranks_here is None else self.ranks_here
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dry_run(config, arguments)
     if rank is not None:
         return run_rank(config)
+    if arguments.check:
+        return check(config, hosts.ranks_of_a_host(config.policy.world_size))
     given = [f"--config={arguments.config}", *arguments.overrides]
     if config.model.revision:
         given.append(f"model.revision={config.model.revision}")
@@ -66,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     text = "YAML, or the name of one that comes with the package"
     parser.add_argument("--config", required=True, metavar="FILE", help=text)
+    parser.add_argument(
+        "--check", action="store_true", help="say what would keep the run from starting"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the run will do; needs config.json only"
     )
@@ -93,6 +98,15 @@ def _warn(config: Config) -> None:
     if RUN_ID_VARIABLE not in os.environ:
         for line in (*config_warnings(config), *shape_warnings(model_files(config))):
             print(f"warning: {line}", file=sys.stderr)
+
+
+def check(config: Config, n_ranks: int) -> int:
+    """Everything that a start would check on this host, without one. Raises UserError."""
+    from gpg_megatron.start.preflight import check_devices, preflight, summary
+
+    check_devices(config, n_ranks)
+    print("\n".join(summary(config, preflight(config, n_ranks))))
+    return 0
 
 
 def dry_run(config: Config, arguments: argparse.Namespace) -> int:

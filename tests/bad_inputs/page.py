@@ -6,12 +6,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.bad_inputs import settings
+from tests.bad_inputs import rewards, rows, sampling, settings
 from tests.bad_inputs.case import Case, code, make_folder, printed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bad-inputs.md"
 SECTIONS: Mapping[str, tuple[Case, ...]] = {
     "Configuration and arguments": settings.CASES,
+    "Rows of data": rows.DATA_CASES,
+    "Tokenizer and chat template": rows.TOKENIZER_CASES,
+    "Reward functions": rewards.CASES,
+    "Sampling": sampling.CASES,
 }
 HEAD = """\
 # Bad inputs, and what they print

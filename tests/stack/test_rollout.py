@@ -35,7 +35,7 @@ from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
 from tests.engine_processes import engine_processes
 from tests.shared_memory import abandoned_segments, all_segments
-from tests.tiny import make_tiny_model
+from tests.tiny import PAD, make_tiny_model
 
 HERE = Path(__file__).resolve().parent
 MAX_MODEL_LEN = 256
@@ -181,6 +181,52 @@ class TestOneEngine:
         assert stopped.text.endswith(stop) and stop not in stopped.text[:-1]
         assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
         assert len(stopped.token_ids) == len(stopped.logprobs) < 100
+
+    def test_each_key_of_sampling_at_its_ends(self, fleet: Fleet, model: Path) -> None:
+        """What the ranges of the configuration allow is what vLLM does."""
+        whole = tokens(fleet.generate([request()]))
+        assert tokens(fleet.generate([request(top_k=2**40)])) == whole
+        assert len(fleet.generate([request(n=100, max_tokens=1)])) == 100  # above max_num_seqs
+        likeliest = tokens(fleet.generate([request(n=1, temperature=0.0)]))
+        assert set(tokens(fleet.generate([request(top_p=1e-9)]))) == set(likeliest)
+        assert set(tokens(fleet.generate([request(top_k=1)]))) == set(likeliest)
+        for temperature in (0.01, 2.0):
+            (one,) = fleet.generate([request(n=1, temperature=temperature)])
+            assert largest_gap(model, request().prompt, one, temperature) < 1e-3
+        for seed in (0, 2**31, 2**63 - 1):
+            assert tokens(fleet.generate([request(seed=seed)])) != whole
+        assert {c.finish_reason for c in fleet.generate([request(max_tokens=1)])} <= {"length"}
+
+    def test_a_special_token_ends_a_response(self, fleet: Fleet, model: Path) -> None:
+        """It is no part of the text, and a token of the response."""
+        from transformers import AutoTokenizer
+
+        pad, newline = AutoTokenizer.from_pretrained(model).encode(f"{PAD}\n")
+        wanted: dict[str, Any] = {"n": 32, "max_tokens": 200, "temperature": 1.0}
+        free = fleet.generate([request(**wanted)])
+        assert any(pad in c.token_ids for c in free)
+        stopped = fleet.generate([request(**wanted, stop=(PAD, "\n"))])
+        for a, b in zip(free, stopped, strict=True):
+            ends = [i for i, token in enumerate(a.token_ids) if token in (pad, newline)]
+            assert b.token_ids == (a.token_ids[: ends[0] + 1] if ends else a.token_ids)
+            assert b.finish_reason == ("stop" if ends else a.finish_reason)
+            assert b.text.endswith("\n") == (b.token_ids[-1] == newline) and PAD not in b.text
+
+    def test_a_stop_string_spans_tokens_and_the_first_to_be_complete_wins(
+        self, fleet: Fleet
+    ) -> None:
+        one = {"n": 1, "max_tokens": 200}
+        (free,) = fleet.generate([request(**one)])
+        text = free.text
+        at = next(i for i in range(10, len(text) - 3) if text[i : i + 3].isascii())
+        early, late = text[at : at + 2], text[at + 1 : at + 3]
+        for stop in ((early,), (late, early), (early, early, "\0" * 300)):
+            (stopped,) = fleet.generate([request(**one, stop=stop)])
+            end = min(text.find(x) + 2 for x in stop if x in text)
+            assert stopped.text == text[:end] and stopped.finish_reason == "stop"
+            assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+            assert len(stopped.token_ids) == len(stopped.logprobs) < len(free.token_ids)
+        assert fleet.generate([request(**one, stop=("no response says this" * 100,))]) == [free]
 
     def test_an_update_stamps_later_samples(self, fleet: Fleet) -> None:
         before = version_of(fleet)

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 from gpg_megatron.bridge import engine_layout
 from gpg_megatron.bridge.engine_layout import Engine
+from gpg_megatron.bridge.forecast import sent_elements
+from gpg_megatron.bridge.links import Links, Seat
 from gpg_megatron.bridge.plan import (
     Bucket,
     Destination,
@@ -320,6 +322,46 @@ def test_ranks_with_the_same_shards_send_the_same_to_enough_engines(case: Case) 
         for rank in senders(route):
             expected[rank] += size(route) * n_engines // len(senders(route))
     assert load == expected
+
+
+@settings(max_examples=60)
+@given(cases(), st.data())
+def test_the_nearest_of_the_holders_sends_wherever_everybody_is(
+    case: Case, data: st.DataObject
+) -> None:
+    """Random GPUs, two to a host; both ends and the forecast count the same."""
+    tp = case.engine.tp_size
+    gpus = st.integers(0, 5).map(lambda n: Seat(host=f"h{n // 2}", gpu=f"G{n}"))
+    links = Links(
+        transport="auto",
+        ranks=tuple(data.draw(gpus) for _ in range(case.grid.world_size)),
+        workers=tuple(data.draw(gpus) for _ in range(case.n_engines * tp)),
+        n_workers=tp,
+    )
+    for route in case.routes:
+        for engine in range(case.n_engines):
+            _, rank = route.source(engine, links.nearest)
+            far = {r: links.distance(r, engine * tp + route.worker) for r in route.ranks}
+            assert far[rank] == min(far.values())
+    sent = {
+        (rank, *to): buckets
+        for rank in range(case.grid.world_size)
+        for to, buckets in outgoing(
+            case.routes, rank, case.n_engines, case.limit, links.nearest
+        ).items()
+    }
+    received = {
+        (rank, engine, worker): buckets
+        for engine in range(case.n_engines)
+        for worker in range(tp)
+        for rank, buckets in incoming(
+            [route for route in case.routes if route.worker == worker],
+            engine, case.limit, links.nearest,
+        ).items()
+    }  # fmt: skip
+    assert sent == received
+    counted = sent_elements(case.routes, case.n_engines, links.nearest)
+    assert counted == {pair: sum(map(bucket_elements, part)) for pair, part in sent.items()}
 
 
 # ---- what is missing --------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_the_chat_template_opens_the_answer(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 12"])
-    (prompt,) = load_prompts([file], DataConfig(), tokenizer).prompts
+    (prompt,) = load_prompts([file], DataConfig(), tokenizer, 300).prompts
     text = tokenizer.decode(prompt.token_ids)
     assert text == "<|begin|><|user|>Say 12<|assistant|>"
     assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
@@ -60,7 +60,7 @@ def test_without_template_the_contents_are_joined_without_special_tokens(
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     data = DataConfig(apply_chat_template=False)
-    (prompt,) = load_prompts([str(path)], data, tokenizer).prompts
+    (prompt,) = load_prompts([str(path)], data, tokenizer, 300).prompts
     assert tokenizer.decode(prompt.token_ids) == "3 + 4 ="
     assert not set(prompt.token_ids) & set(tokenizer.all_special_ids)
 
@@ -72,7 +72,7 @@ def test_ids_are_source_file_and_row_also_after_filtering(
     first = write(tmp_path / "a.jsonl", ["Say 1", "Say 12345", "Say 3"])
     second = write(tmp_path / "b.jsonl", ["Say 4"], data_source="other")
     data = DataConfig(max_prompt_length=6, overlong_prompts="filter")
-    loaded = load_prompts([first, second], data, tokenizer)
+    loaded = load_prompts([first, second], data, tokenizer, 300)
     assert [p.id for p in loaded.prompts] == ["demo/say/a/0", "demo/say/a/2", "other/b/0"]
     assert loaded.n_filtered == 1
 
@@ -82,15 +82,15 @@ def test_an_overlong_prompt_is_an_error_with_row_and_lengths(
 ) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 1", "Say 12345"])
     with pytest.raises(UserError, match=r"a.jsonl:2: the prompt has 10 tokens, .*_length=8"):
-        load_prompts([file], DataConfig(max_prompt_length=8), tokenizer)
-    assert len(load_prompts([file], DataConfig(max_prompt_length=10), tokenizer).prompts) == 2
+        load_prompts([file], DataConfig(max_prompt_length=8), tokenizer, 300)
+    assert len(load_prompts([file], DataConfig(max_prompt_length=10), tokenizer, 300).prompts) == 2
 
 
 def test_nothing_left_after_filtering(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 1"])
     data = DataConfig(max_prompt_length=2, overlong_prompts="filter")
     with pytest.raises(UserError, match="all 1 prompts are longer"):
-        load_prompts([file], data, tokenizer)
+        load_prompts([file], data, tokenizer, 300)
 
 
 def test_a_tokenizer_without_template(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_tokenizer_without_template(tmp_path: Path) -> None:
     bare.chat_template = None
     file = write(tmp_path / "a.jsonl", ["Say 1"])
     with pytest.raises(UserError, match="no chat template; .*apply_chat_template=false"):
-        load_prompts([file], DataConfig(), bare)
+        load_prompts([file], DataConfig(), bare, 300)
 
 
 def test_files_with_equal_names_are_told_apart_by_their_folders(
@@ -107,11 +107,11 @@ def test_files_with_equal_names_are_told_apart_by_their_folders(
     for name in ("gsm8k", "math"):
         (tmp_path / name).mkdir()
     files = [write(tmp_path / name / "train.jsonl", ["Say 1"]) for name in ("gsm8k", "math")]
-    loaded = load_prompts(files, DataConfig(), tokenizer)
+    loaded = load_prompts(files, DataConfig(), tokenizer, 300)
     assert [p.id for p in loaded.prompts] == ["demo/say/gsm8k/train/0", "demo/say/math/train/0"]
     assert loaded.per_file == (1, 1)
     with pytest.raises(UserError, match="have the same name"):
-        load_prompts([files[0], files[0]], DataConfig(), tokenizer)
+        load_prompts([files[0], files[0]], DataConfig(), tokenizer, 300)
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), min_size=1, max_size=6))
@@ -132,7 +132,7 @@ def test_the_system_prompt_goes_where_there_is_none(
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(own) + "\n", encoding="utf-8")
     data = DataConfig(system_prompt="12", apply_chat_template=False)
-    first, second = load_prompts([str(path)], data, tokenizer).prompts
+    first, second = load_prompts([str(path)], data, tokenizer, 300).prompts
     assert tokenizer.decode(first.token_ids) == "12Say 1"
     assert first.messages[0] == {"role": "system", "content": "12"}
     assert tokenizer.decode(second.token_ids) == "Say Say 1"
@@ -163,7 +163,7 @@ def test_a_class_of_the_users_reads_the_file(
 
     def load(name: str) -> tuple[Prompt, ...]:
         data = DataConfig(custom_class=f"{tmp_path}/mine.py:{name}")
-        return load_prompts([file], data, tokenizer).prompts
+        return load_prompts([file], data, tokenizer, 300).prompts
 
     assert [(p.id, p.ground_truth) for p in load("Lines")] == [
         ("words/lines/0", "1"),

@@ -177,13 +177,18 @@ THIRTY_B = (
 
 
 @pytest.mark.parametrize(
-    ("model", "overrides", "n_hosts"),
-    [("qwen2-7b", (), 1), ("qwen3-8b", (), 1), ("qwen3-30b-a3b", THIRTY_B, 2)],
+    ("name", "model", "overrides", "n_hosts"),
+    [
+        ("qwen2-7b_math_megatron", "qwen2-7b", (), 1),
+        ("qwen3-8b_math_megatron", "qwen3-8b", (), 1),
+        ("qwen2-7b_math_megatron", "qwen3-30b-a3b", THIRTY_B, 2),
+    ],
 )
 def test_hosts_of_eight_gpus_of_80_gib_with_2_tib_hold_them(
-    models: Path, model: str, overrides: tuple[str, ...], n_hosts: int
+    models: Path, name: str, model: str, overrides: tuple[str, ...], n_hosts: int
 ) -> None:
-    plan = plan_run(flagship(models, *overrides, f"model.path={models / model}"), device="cuda")
+    given = [f"model.path={models / model}", *overrides]
+    plan = plan_run(load_config(ROOT / f"configs/{name}.yaml", given), device="cuda")
     assert problems(plan) == [] and len(plan.hosts) == n_hosts
     saving = max(host.states["saving"] for host in plan.hosts)
     assert plan.config.checkpoint.save_freq and saving < 2048 * GIB

@@ -41,8 +41,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "config": frozenset({"errors"}),
     "host": frozenset({"types", "errors"}),
     "model": OBJECTS,
-    # gpg-data lists the reference answers that their own scorer does not accept.
-    "data": OBJECTS | USERS_OWN | {"reward"},
+    # gpg-data lists the reference answers that their own scorer does not accept; a tokenizer's
+    # files are read as the model's other files are.
+    "data": OBJECTS | USERS_OWN | {"reward", "model"},
     "reward": OBJECTS | USERS_OWN,
     "algorithm": OBJECTS,
     "batching": OBJECTS | {"algorithm", "model"},

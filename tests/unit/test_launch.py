@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.start.launcher import launch
+from gpg_megatron.start.launcher import add_host_options, hosts_of, launch
 from gpg_megatron.start.meeting import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,15 @@ def test_each_policy_rank_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(policy=PolicyConfig(tensor_model_parallel_size=2))
     with pytest.raises(UserError, match="to run 2 policy ranks, and torch sees 1 CUDA"):
         launch(config, [], Hosts())
+
+
+def test_a_host_has_no_fewer_than_no_ranks() -> None:
+    parser = argparse.ArgumentParser()
+    add_host_options(parser)
+    host = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "h", "--nproc-per-node"]
+    assert hosts_of(parser.parse_args([*host, "0"])).ranks_here == 0
+    with pytest.raises(UserError, match="--nproc-per-node is -1; expected at least 0"):
+        hosts_of(parser.parse_args([*host, "-1"]))
 
 
 SLURM = ROOT / "launch" / "slurm"

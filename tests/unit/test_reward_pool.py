@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from gpg_megatron.config.sections import RewardConfig
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import RunError, UserError
 from gpg_megatron.reward import pool as pool_module
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.types import Completion, Prompt, Reward, VersionSpan
@@ -235,9 +237,25 @@ def test_a_scorer_that_always_crashes_is_reported(
     with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
         [group] = pool.score([item(["exit", "exit", "yes", "exit", "exit", "yes"])])
         assert sum(reward.score for reward in group.rewards) == 2
-        with pytest.raises(RuntimeError, match=r"3 answers in a row \(last exit code 3\)"):
+        with pytest.raises(RunError, match="3 answers in a row: .*: its process ended with code 3"):
             pool.score([item(["exit"] * 5)])
     assert children() == []
+
+
+def test_a_scorer_that_always_raises_is_quoted(
+    bad_scorers: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pool_module, "MAX_CRASHES_IN_A_ROW", 3)
+    said = r"exact_match: ZeroDivisionError: a bug in a scorer \(.*bad_scorers.py:12\)"
+    with closing(RewardPool(RewardConfig(), scorers_module=bad_scorers)) as pool:
+        before = children()
+        pool.score([item(["raise", "yes", "raise"])])
+        assert children() == before
+        (line,) = capfd.readouterr().err.splitlines()
+        assert re.fullmatch(f"warning: a scorer failed, its answer scores 0: {said}", line)
+        with pytest.raises(RunError, match=f"3 answers in a row: {said}"):
+            pool.score([item(["raise"] * 5)])
+    assert capfd.readouterr().err == "" and children() == []
 
 
 def test_a_scorer_module_that_cannot_be_imported(tmp_path: Path) -> None:
@@ -351,14 +369,20 @@ def test_thousands_of_answers_a_second_and_core() -> None:
 
 
 CUSTOM = """
-import math
+import fractions, math
+import numpy
 
 def number(data_source, solution_str, ground_truth, extra_info=None):
-    assert extra_info is None
     return solution_str == ground_truth and data_source == "riddles"
 
 def verl_style(data_source, solution_str, ground_truth, extra_info=None):
-    return {"score": 0.5, "acc": True, "pred": solution_str[:1], "style": 2, "note": "text"}
+    return {
+        "score": numpy.float32(0.5), "acc": numpy.bool_(True), "pred": solution_str[:1],
+        "style": numpy.int64(2), "timeout": fractions.Fraction(1), "format": 0.25, "note": "text",
+    }
+
+def extra(data_source, solution_str, ground_truth, extra_info=None):
+    return float(extra_info["index"] == 7 and extra_info.get("nothing") is None)
 
 def wrong(data_source, solution_str, ground_truth, extra_info=None):
     return math.nan
@@ -372,14 +396,18 @@ def test_functions_of_the_users(tmp_path: Path) -> None:
         spec = f"{tmp_path}/rewards_of_mine.py:{name}"
         config = RewardConfig(by_source={"rid*": "custom"}, custom_function=spec)
         with closing(RewardPool(config)) as pool:
-            mine, other = pool.score(
-                [item(["yes", "no"], source="riddles"), item(["4"], "4", "arithmetic")]
-            )
+            prompt, completions = item(["yes", "no"], source="riddles")
+            prompt = replace(prompt, extra_info={"index": 7})
+            mine, other = pool.score([(prompt, completions), item(["4"], "4", "arithmetic")])
         assert other.rewards[0].parts == {"exact_match": 1.0}
         return list(mine.rewards)
 
     assert [(r.score, r.accuracy) for r in scored("number")] == [(1.0, 1.0), (0.0, 0.0)]
     assert scored("verl_style")[0] == Reward(
-        score=0.5, accuracy=1.0, parts={"custom": 0.5, "style": 2.0}, answer="y"
+        score=0.5,
+        accuracy=1.0,
+        parts={"custom": 0.5, "custom/style": 2.0, "custom/timeout": 1.0, "format": 0.25},
+        answer="y",
     )
     assert [r.parts for r in scored("wrong")] == [CRASH, CRASH]
+    assert [r.score for r in scored("extra")] == [1.0, 1.0]

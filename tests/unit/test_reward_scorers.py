@@ -240,6 +240,8 @@ def test_an_unknown_data_source_is_named() -> None:
         ("math_verify", "\\frac{1}{2}", None),
         ("gsm8k", "56.0", None),
         ("custom", "", None),
+        ("exact_match", "", "is empty"),
+        ("exact_match", "None", None),
         ("math", " ", "is empty"),
         ("gsm8k", "NaN", "is what a missing value is written as"),
         ("gsm8k", "word", "is not a number"),
@@ -258,3 +260,5 @@ def test_an_unreadable_ground_truth_is_named() -> None:
     check_prompts(good, RewardConfig())
     with pytest.raises(UserError, match="gsm8k/7: ground truth 'word' is not a number"):
         check_prompts([*good, prompt("word", "gsm8k")], RewardConfig())
+    with pytest.raises(UserError, match="needs one; and 11 more: gsm8k/7(, gsm8k/7){8}$"):
+        check_prompts([*good, *[prompt("word", "gsm8k")] * 12], RewardConfig())

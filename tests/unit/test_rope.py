@@ -36,7 +36,8 @@ def theirs(rope: dict[str, Any], theta: float, head_dim: int) -> tuple[torch.Ten
         max_position_embeddings=LENGTH,
         rope_parameters=rope | {"rope_theta": theta},
     )
-    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None)
+    found: tuple[torch.Tensor, float] = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None)
+    return found
 
 
 FACTORS = st.floats(1.0, 64.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,5 +147,5 @@ def test_copies_of_a_gpus_tensors_are_not_pinned() -> None:
         def to(self, device: str, *, non_blocking: bool) -> str:
             return f"{device}, pinned: {non_blocking}"
 
-    bucket = ("file", "key", ([], [("item", OnGpu())]))
+    bucket: Any = ("file", "key", ([], [("item", OnGpu())]))
     assert staged([bucket]) == [("file", "key", ([], [("item", "cpu, pinned: False")]))]

@@ -329,7 +329,9 @@ def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> No
     none = cast(Any, None)
     rank0 = Rank0(
         config=Config(),
-        inputs=Inputs(train_prompts=(), val_prompts=(), per_file=(), n_filtered=n_filtered),
+        inputs=Inputs(
+            train_prompts=(), val_prompts=(), per_file=(), n_filtered=n_filtered, warnings=()
+        ),
         fleet=none,
         pool=none,
         logger=none,

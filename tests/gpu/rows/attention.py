@@ -107,7 +107,8 @@ class Attention:
         """The output, and the gradients of query, key and value."""
         for x in self.inputs:
             x.grad = None
-        out = self.layer.forward(*self.inputs, None, packed_seq_params=params)
+        query, key, value = self.inputs
+        out = self.layer.forward(query, key, value, None, packed_seq_params=params)
         out.backward(self.weight)
         return [out.detach(), *(x.grad for x in self.inputs if x.grad is not None)]
 
@@ -124,10 +125,9 @@ def random_values(n_tokens: int, device: Device) -> list[torch.Tensor]:
 
 def _on(varlen: Varlen, device: Device) -> Varlen:
     names = ("cu_q_B1", "cu_k_B1", "keys_M", "copies_M", "first_copy_T1")
-    tensors: dict[str, Any] = {name: getattr(varlen, name) for name in names}
-    return replace(
-        varlen, **{name: None if x is None else x.to(device) for name, x in tensors.items()}
-    )
+    found = {name: getattr(varlen, name) for name in names}
+    moved: dict[str, Any] = {k: None if x is None else x.to(device) for k, x in found.items()}
+    return replace(varlen, **moved)
 
 
 def equal(device: Device, folder: Path) -> str:
