@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS) -> int:
     """The exit code."""
     try:
         options = _options(argv, rows)
-        known = read_results(options.json) if options.json else []
+        if options.json:
+            read_results(options.json)
         machine = ask_machine(options.device)
     except UserError as error:
         print(f"kit: {error}", file=sys.stderr)
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS) -> int:
         if outcome.log:
             print("\n".join(f"    {line}" for line in outcome.log[-SHOWN_LINES:]), flush=True)
         if options.json:
-            known = merged(known, result_of(row, outcome, machine))
-            write_results(options.json, known)
+            # Read again: another kit may have added to it.
+            known = read_results(options.json)
+            write_results(options.json, merged(known, result_of(row, outcome, machine)))
     given = " ".join(argv if argv is not None else sys.argv[1:])
     print(f"\n`python -m tests.gpu.kit {given}`, {machine.name}; {machine.versions}; {_today()}:\n")
     print("\n".join([*HEAD, *(table_line(name, x) for name, x in outcomes.items())]))

@@ -87,6 +87,8 @@ def _run(row: Row, machine: Machine, folder: Path, limit_s: float) -> tuple[int 
     own = {RUN_ID_VARIABLE: run_id, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     if machine.device == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""
+    # All ranks are here, and the host's own name need not resolve.
+    own["GLOO_SOCKET_IFNAME"] = "lo"
     work = folder / "work"
     work.mkdir()
     command = [sys.executable, "-m", "tests.gpu.kit_row", row.function, machine.device]

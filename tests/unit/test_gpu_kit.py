@@ -169,6 +169,7 @@ def test_the_status_page_has_every_row_with_its_command() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TOTAL_LIMIT_S)
 def test_every_row_with_a_cpu_meaning_runs(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert kit.main(["--device", "cpu", "--json", str(out)]) == 0

@@ -96,7 +96,7 @@ def _there_and_back(device: Device, folder: Path) -> str:
     after = policy.named_shards()
     changed = [name for name, shard in before.items() if not torch.equal(shard, after[name].cpu())]
     assert not changed and not left, f"{changed[:3]} changed, {left} bytes left"
-    rates = [f"{kept / 1e9 / s:.1f}" for s in took]
+    rates = [f"{kept / 1e9 / s:.2g}" for s in took]
     told = f"out {rates[0]}, back {rates[1]}, again {rates[2]} and {rates[3]} GB/s"
     if device == "cpu":
         return told

@@ -94,7 +94,7 @@ def _published(job: dict[str, Any], environment: dict[str, str] | None = None) -
     seen = json.loads(Path(job["sender_out"]).read_text())
     return (
         f"by {', '.join(seen['ways'])}: {seen['bytes'] / 1e9:.3g} GB, right in {seen['tensors']} "
-        f"tensors; {seen['bytes'] / 1e9 / seen['seconds']:.2f} GB/s"
+        f"tensors; {seen['bytes'] / 1e9 / seen['seconds']:.2g} GB/s"
     )
 
 
