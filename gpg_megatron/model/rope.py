@@ -87,10 +87,14 @@ def read_rope(
     theta = rope.get("rope_theta", raw.get("rope_theta", DEFAULT_THETA))
     if not _is_number(theta) or not 0 < theta <= sys.float_info.max:
         raise Refusal(f"rope_theta is {shown(theta)}; expected a number above 0")
-    # As transformers: the file's own key first, then the object's, then the whole length.
     found = {ORIGINAL: max_position_embeddings, **rope}
-    if ORIGINAL in raw:
-        found[ORIGINAL] = raw[ORIGINAL]
+    if ORIGINAL in KINDS[kind] and raw.get(ORIGINAL, found[ORIGINAL]) != found[ORIGINAL]:
+        # transformers' functions go by the former; its configuration object, which the engine
+        # reads, has the latter.
+        raise Refusal(
+            f"{ORIGINAL} is {shown(raw[ORIGINAL])} in the file and {shown(found[ORIGINAL])} in its "
+            f"{name}; expected the same"
+        )
     numbers = {key: _number(name, key, row, found) for key, row in KINDS[kind].items()}
     scaling = _scaling(name, kind, theta, numbers, rope, max_position_embeddings)
     return float(theta), scaling

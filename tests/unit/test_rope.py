@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.rope import ORIGINAL, read_rope
+from gpg_megatron.model.rope import read_rope
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.rope import inverse_frequencies
 from gpg_megatron.types import LinearScaling, Llama3Scaling, YarnScaling
@@ -121,17 +121,18 @@ def test_the_kind_is_read_from_either_name(tmp_path: Path) -> None:
         assert (shape.rope_theta, shape.rope_scaling) == (5e5, expected)
 
 
-def test_the_file_s_own_original_length_goes_first(tmp_path: Path) -> None:
-    """As in transformers; without any it is the whole length."""
-    place = config(tmp_path, YARN, original_max_position_embeddings=65536)
-    scaling = load_model_shape(place, need_weights=False).rope_scaling
-    assert isinstance(scaling, YarnScaling) and scaling.original_length == 65536
-    from transformers import AutoConfig
-
-    assert AutoConfig.from_pretrained(place).rope_parameters[ORIGINAL] == 65536
+def test_the_original_length(tmp_path: Path) -> None:
+    """Of the object, and without any the whole length; another one beside it is refused."""
     place = config(tmp_path, {"type": "yarn", "factor": 2})
     scaling = load_model_shape(place, need_weights=False).rope_scaling
     assert isinstance(scaling, YarnScaling) and scaling.original_length == LENGTH
+    place = config(tmp_path, YARN, original_max_position_embeddings=32768)
+    scaling = load_model_shape(place, need_weights=False).rope_scaling
+    assert isinstance(scaling, YarnScaling) and scaling.original_length == 32768
+    with pytest.raises(UserError, match="is 65536 in the file and 32768 in its rope_scaling"):
+        load_model_shape(
+            config(tmp_path, YARN, original_max_position_embeddings=65536), need_weights=False
+        )
 
 
 @pytest.mark.parametrize(
