@@ -86,7 +86,7 @@ def _read(path: str | Path) -> DictConfig:
         is_name = str(path) == Path(path).stem
         known = f"; known by name: {', '.join(shipped_configs())}" if is_name else ""
         raise UserError(f"config file not found: {path}{known}") from None
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: is a list; expected sections, for example policy: {{lr: 1e-6}}")
@@ -102,8 +102,10 @@ def _parse(overrides: Sequence[str]) -> DictConfig:
             if is_text(key):
                 OmegaConf.update(one, key, _literal(text_value(key, value)))
             layer = OmegaConf.merge(layer, one)
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"override {item!r}: not a YAML value: {_one_line(error)}") from None
+        except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+            raise UserError(
+                f"override {item[:80]!r}: not a YAML value: {_one_line(error)}"
+            ) from None
     assert isinstance(layer, DictConfig)
     return layer
 

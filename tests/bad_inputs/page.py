@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.bad_inputs import settings
+from tests.bad_inputs import models, runs, settings
 from tests.bad_inputs.case import Case, code, make_folder, printed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bad-inputs.md"
 SECTIONS: Mapping[str, tuple[Case, ...]] = {
     "Configuration and arguments": settings.CASES,
+    "Models": models.CASES,
+    "Runs, checkpoints and hosts": runs.RUN_CASES,
+    "Conversion": runs.CONVERT_CASES,
 }
 HEAD = """\
 # Bad inputs, and what they print
