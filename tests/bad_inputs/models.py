@@ -54,7 +54,7 @@ CASES = (
     key("another activation", hidden_act="gelu"),
     key("heads that do not divide", num_key_value_heads=3),
     weights("no weights", "no *.safetensors", None),
-    weights("weights that are cut off", "the first 1,000 bytes", cut(1000)),
+    weights("weights that are cut off", "its first 1,000 bytes", cut(1000)),
     weights("weights of git-lfs", "a pointer of git-lfs", POINTER),
     key("weights of another shape", intermediate_size=512),
     key("weights that are missing", num_hidden_layers=5),
