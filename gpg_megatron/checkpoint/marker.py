@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from gpg_megatron.errors import UserError
+from gpg_megatron.model.json_file import shown
 from gpg_megatron.types import ModelShape
 
 MARKER = "complete.json"
@@ -100,11 +101,11 @@ def read_marker(directory: Path) -> Marker:
         raise UserError(
             f"{directory} has no {MARKER}: its save was cut off, or it is no checkpoint"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged") from None
     if written_format != FORMAT:
         raise UserError(
-            f"{directory} has format {written_format}; this version reads format {FORMAT}"
+            f"{directory} has format {shown(written_format)}; this version reads format {FORMAT}"
         )
     if digest != _digest(body):
         raise UserError(f"{path}: damaged, its digest does not fit")

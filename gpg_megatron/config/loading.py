@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -20,6 +21,8 @@ from gpg_megatron.config.paths import expanded
 from gpg_megatron.config.rules import validate
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError, reason_of
+
+MAX_DEPTH = 100
 
 _MOVED = {
     "trainer.val_before_train": "validation.before_train",
@@ -89,7 +92,9 @@ def config_yaml(config: Config) -> str:
 
 def _read(path: str | Path) -> DictConfig:
     try:
-        content = OmegaConf.load(find_config(path))
+        file = find_config(path)
+        _check_depth(file.read_text(encoding="utf-8"), str(path))
+        content = OmegaConf.load(file)
     except FileNotFoundError:
         is_name = str(path) == Path(path).stem
         known = f"; known by name: {', '.join(shipped_configs())}" if is_name else ""
@@ -106,14 +111,34 @@ def _parse(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         key, value = split_override(item)
         try:
+            if not is_text(key):
+                _check_depth(value, f"override of {key}")
             one = OmegaConf.from_dotlist([item] if not is_text(key) else [])
             if is_text(key):
                 OmegaConf.update(one, key, _literal(text_value(key, value)))
             layer = OmegaConf.merge(layer, one)
         except _LIBRARY as error:
-            raise UserError(f"override {item!r}: not a YAML value: {_one_line(error)}") from None
+            raise UserError(
+                f"override {item[:80]!r}: not a YAML value: {_one_line(error)}"
+            ) from None
     assert isinstance(layer, DictConfig)
     return layer
+
+
+def _check_depth(text: str, where: str) -> None:
+    """The parser in C that OmegaConf uses ends the process where its stack overflows.
+
+    Raises:
+        UserError: lists in lists in lists ...
+        YAMLError: no YAML.
+    """
+    depth = 0
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: nested more than {MAX_DEPTH} deep")
 
 
 def _literal(value: Any) -> Any:

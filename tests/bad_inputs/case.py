@@ -9,11 +9,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from tests.import_graph import REPOSITORY
 from tests.tiny import make_tiny_model, write_problems
 
 COMMANDS = {
@@ -47,6 +50,8 @@ class Case:
     files: Mapping[str, Content] = field(default_factory=dict)
     """Path within the folder -> what it is."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    shell: str = ""
+    """What a shell does before it, as `ulimit -n 64`; then it runs in a process of its own."""
 
 
 def given(name: str, *arguments: str, command: str = "gpg-train") -> Case:
@@ -84,6 +89,21 @@ def printed(case: Case, good: Path, folder: Path) -> str:
     shutil.copytree(good, folder)
     for name, content in case.files.items():
         _write(folder / name, content)
+    exit_code, out, err = _run_in_shell(case, folder) if case.shell else _run_here(case, folder)
+    assert exit_code == 2 and not out, (exit_code, out, err)
+    (line,) = filter(str.strip, err.split("\n"))
+    assert line.startswith("error: "), line
+    assert not (folder / "run").exists(), "something was written"
+    line = (
+        re.sub(r"[\d.]+ GB are free", "N GB are free", line)
+        .replace(f"{folder}/", "")
+        .replace(str(folder), ".")
+    )
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", line)
+
+
+def _run_here(case: Case, folder: Path) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
     module, first = COMMANDS[case.command]
     main = importlib.import_module(module).main
     out, err = io.StringIO(), io.StringIO()
@@ -93,14 +113,24 @@ def printed(case: Case, good: Path, folder: Path) -> str:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         _no_process(),
+        _no_network(folder),
     ):
         exit_code = main([*first, *case.arguments])
-    line = err.getvalue()
-    assert exit_code == 2 and not out.getvalue(), (exit_code, out.getvalue(), line)
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    assert not (folder / "run").exists(), "something was written"
-    line = line.rstrip("\n").replace(f"{folder}/", "").replace(str(folder), ".")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", line)
+    return exit_code, out.getvalue(), err.getvalue()
+
+
+def _run_in_shell(case: Case, folder: Path) -> tuple[int, str, str]:
+    module, first = COMMANDS[case.command]
+    words = [sys.executable, "-m", module, *first, *case.arguments]
+    done = subprocess.run(
+        ["sh", "-c", f'{case.shell} && exec "$@"', "sh", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def code(text: str) -> str:
@@ -118,6 +148,17 @@ def _write(path: Path, content: Content) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def _no_network(folder: Path) -> Iterator[None]:
+    """And an empty cache of the Hugging Face Hub."""
+    constants = "huggingface_hub.constants"
+    with (
+        mock.patch(f"{constants}.HF_HUB_OFFLINE", True),
+        mock.patch(f"{constants}.HF_HUB_CACHE", str(folder / "hub")),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.bad_inputs import rewards, rows, sampling, settings
+from tests.bad_inputs import models, rewards, rows, runs, sampling, settings
 from tests.bad_inputs.case import Case, code, make_folder, printed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bad-inputs.md"
@@ -16,6 +16,9 @@ SECTIONS: Mapping[str, tuple[Case, ...]] = {
     "Tokenizer and chat template": rows.TOKENIZER_CASES,
     "Reward functions": rewards.CASES,
     "Sampling": sampling.CASES,
+    "Models": models.CASES,
+    "Runs, checkpoints and hosts": runs.RUN_CASES,
+    "Conversion": runs.CONVERT_CASES,
 }
 HEAD = """\
 # Bad inputs, and what they print

@@ -1,4 +1,4 @@
-"""gpg-train on hosts that lack something: a network, shared memory, files, room on the disk.
+"""gpg-train on hosts that lack something: a network, shared memory, room on the disk.
 
 Each test has a host of its own: a namespace of Linux, where this user may make one.
 """
@@ -94,7 +94,7 @@ def test_one_host_needs_no_network_and_no_name(job: Path) -> None:
     words = command(job, "alone", "policy.pipeline_model_parallel_size=2")
     with started(job, "alone", *in_namespace(*words)) as run:
         printed = run.ends(0, limit_s=START_LIMIT_S)
-    assert [row["step"] for row in run.metrics()] == [1, 2]
+    assert [row["step"] for row in run.metrics()] == [0, 1, 2]
     assert "first sync verified" in printed and "Traceback" not in printed
 
 
@@ -106,23 +106,6 @@ def test_a_shared_memory_of_2_mb_is_refused(job: Path) -> None:
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "/dev/shm" in line
-
-
-LIMITED = """
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-
-
-def test_64_open_files_are_refused(job: Path) -> None:
-    words = [sys.executable, "-c", LIMITED, *command(job, "files")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr == (
-        "error: this host allows a process 64 open files (ulimit -Hn); expected at least 512, and "
-        "thousands with many engines\n"
-    )
 
 
 @pytest.mark.slow
