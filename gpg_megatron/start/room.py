@@ -89,7 +89,7 @@ def _needs(
             f"rollout.kv_cache_gb={config.rollout.kv_cache_gb:g} holds {cache.kv_tokens:,} tokens, "
             f"and one sequence may have {longest:,}; expected at least {least:.2g}",
         )
-    if config.bridge.transport == "shm":
+    if _through_shared_memory(config, n_ranks, on_cpu):
         buckets = n_ranks * SLOTS * config.bridge.bucket_mb * MIB
         yield (
             buckets,
@@ -107,6 +107,15 @@ def _needs(
             f"free, and the first checkpoint takes {_mib(size)}; expected more room, or "
             "checkpoint.save_freq=0",
         )
+
+
+def _through_shared_memory(config: Config, n_ranks: int, on_cpu: bool) -> bool:
+    """Whether weights certainly go that way; auto may choose another where there are GPUs or
+    engines on other hosts."""
+    if config.bridge.transport == "auto":
+        here = n_ranks == config.policy.world_size and config.rollout.ray_address is None
+        return on_cpu and here
+    return config.bridge.transport == "shm"
 
 
 def _mib(n_bytes: int) -> str:

@@ -17,6 +17,7 @@ from gpg_megatron.config.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
+    PolicyConfig,
     RolloutConfig,
 )
 from gpg_megatron.errors import UserError
@@ -49,6 +50,7 @@ SHAPE = ModelShape(
 CONFIG = Config(
     data=DataConfig(max_prompt_length=200),
     rollout=RolloutConfig(max_response_length=100, kv_cache_gb=384 * 1024 / 2**30),
+    policy=PolicyConfig(data_parallel_size=2),
     bridge=BridgeConfig(bucket_mb=8),
     checkpoint=CheckpointConfig(save_freq=1),
 )
@@ -109,7 +111,7 @@ def test_check_says_what_it_found_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpg_megatron.start.launcher.start_reaper", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr("gpg_megatron.start.world.start_reaper", lambda *_: pytest.fail("began"))
     make_tiny_model(tmp_path / "model")
     write_problems(tmp_path / "train.jsonl", ["1+1=", "12+12="])
     settings = {
