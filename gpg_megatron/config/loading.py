@@ -93,7 +93,7 @@ def config_yaml(config: Config) -> str:
 def _read(path: str | Path) -> DictConfig:
     try:
         file = find_config(path)
-        _check_depth(file.read_text(encoding="utf-8"), str(path))
+        _check_depth(file.read_text(encoding="utf-8"))
         content = OmegaConf.load(file)
     except FileNotFoundError:
         is_name = str(path) == Path(path).stem
@@ -112,7 +112,7 @@ def _parse(overrides: Sequence[str]) -> DictConfig:
         key, value = split_override(item)
         try:
             if not is_text(key):
-                _check_depth(value, f"override of {key}")
+                _check_depth(value)
             one = OmegaConf.from_dotlist([item] if not is_text(key) else [])
             if is_text(key):
                 OmegaConf.update(one, key, _literal(text_value(key, value)))
@@ -125,12 +125,11 @@ def _parse(overrides: Sequence[str]) -> DictConfig:
     return layer
 
 
-def _check_depth(text: str, where: str) -> None:
+def _check_depth(text: str) -> None:
     """The parser in C that OmegaConf uses ends the process where its stack overflows.
 
     Raises:
-        UserError: lists in lists in lists ...
-        YAMLError: no YAML.
+        YAMLError: no YAML, or lists in lists in lists ...
     """
     depth = 0
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -138,7 +137,7 @@ def _check_depth(text: str, where: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise UserError(f"{where}: nested more than {MAX_DEPTH} deep")
+            raise YAMLError(f"nested more than {MAX_DEPTH} deep")
 
 
 def _literal(value: Any) -> Any:
@@ -158,9 +157,10 @@ def _unknown(key: str) -> str:
         return f"unknown key {key}; it is {_MOVED[key]} now"
     section, _, name = key.partition(".")
     types = {f.name: type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)}
-    known = [f.name for f in dataclasses.fields(types[section])] if name else list(types)
-    near = difflib.get_close_matches(name or section, known, n=1)
-    prefix = f"{section}." if name else ""
+    has_section = bool(name) and section in types
+    known = [f.name for f in dataclasses.fields(types[section])] if has_section else list(types)
+    near = difflib.get_close_matches(name if has_section else section, known, n=1)
+    prefix = f"{section}." if has_section else ""
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
     return f"unknown key {key}; {hint}"
 

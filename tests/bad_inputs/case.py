@@ -94,11 +94,8 @@ def printed(case: Case, good: Path, folder: Path) -> str:
     (line,) = filter(str.strip, err.split("\n"))
     assert line.startswith("error: "), line
     assert not (folder / "run").exists(), "something was written"
-    line = (
-        re.sub(r"[\d.]+ GB are free", "N GB are free", line)
-        .replace(f"{folder}/", "")
-        .replace(str(folder), ".")
-    )
+    line = line.replace(f"{folder}/", "").replace(str(folder), ".")
+    line = re.sub(r"[\d.]+ GB are free", "N GB are free", line)
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", line)
 
 
