@@ -58,11 +58,12 @@ def two_ranks(layout: Layout, device: Device, folder: Path) -> str:
         write_problem(problem, layout, folder / problem.name)
     worker = "tests.dist.layout_worker"
     said = run_ranks(folder, worker, layout.world_size, device, layout.name, device=device)
+    print(said)
     verdicts = {}
     for problem in problems:
         for rank in range(layout.world_size):
             path = folder / layout.name / problem.name / f"rank{rank}.json"
-            assert path.exists(), said.strip().splitlines()[-1]
+            assert path.exists(), f"{path.name} of {problem.name} is missing; see the log"
             verdicts[f"{problem.name} on rank {rank}"] = json.loads(path.read_text())
     return judged(verdicts, device)
 
@@ -84,10 +85,13 @@ def dp2(device: Device, folder: Path) -> str:
 
 def write_problem(problem: Problem, layout: Layout, directory: Path) -> None:
     """The model, and what a layout has to compute, by transformers on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is large enough to share
     make_model(problem, directory)
     updates = split_updates(make_samples(problem), N_UPDATES)
     reference = make_reference(config_of(problem, layout, directory), updates)
     save_reference(reference, directory / reference_name(problem, layout))
+    torch.set_num_threads(threads)
 
 
 def judged(verdicts: Mapping[str, Mapping[str, Any]], device: Device) -> str:
