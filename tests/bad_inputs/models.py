@@ -43,7 +43,11 @@ CASES = (
     config("a config.json of git-lfs", "a pointer of git-lfs", POINTER),
     config("a config.json with NaN", '`{"rope_theta": NaN}`', '{"rope_theta": NaN}'),
     config("a lone surrogate", '`{"a": "\\ud800"}`', '{"a": "\\ud800"}'),
-    config("a config.json with an integer of 5,000 digits", '`{"vocab_size": 999...`', f'{{"a": {"9" * 5000}}}'),
+    config(
+        "a config.json with an integer of 5,000 digits",
+        '`{"vocab_size": 999...`',
+        f'{{"a": {"9" * 5000}}}',
+    ),
     key("an unknown architecture", architectures=["Gpt2LMHeadModel"]),
     key("architectures that is a text", architectures="Qwen2ForCausalLM"),
     key("a size in quotes", hidden_size="128"),

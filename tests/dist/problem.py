@@ -161,7 +161,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset("gspo", old_logprobs="policy"),
+        algorithm=from_preset("gspo", old_logprobs="policy", clip_low=0.2, clip_high=0.2),
         temperature=1.3,
         clip_grad=1000.0,
         rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
