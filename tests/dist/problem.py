@@ -136,7 +136,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=301,
         head_dim=8,
-        algorithm=from_preset("paper"),
+        algorithm=from_preset("paper", correction="truncate-token", old_logprobs="policy"),
         temperature=1.0,
         clip_grad=0.5,
     ),
@@ -208,9 +208,7 @@ PROBLEMS = (
         tied=True,
         vocab_size=257,
         head_dim=16,
-        algorithm=from_preset(
-            "rloo", correction="mask-token", correction_max=9.0, old_logprobs="policy"
-        ),
+        algorithm=from_preset("rloo", correction="mask-token", correction_max=9.0),
         temperature=1.3,
         clip_grad=1000.0,
         recompute="layers",
