@@ -196,7 +196,7 @@ def test_grpo_with_old_log_probs_a_reference_and_an_entropy_bonus(job: Path) -> 
 
 def test_a_run_that_may_not_redraw_any_more_ends(job: Path) -> None:
     """Each prompt once, at a temperature at which all of its answers are alike."""
-    overrides = ("algorithm.preset=amap", "algorithm.max_redraws=1", "rollout.temperature=1e-4")
+    overrides = ("algorithm.preset=amap", "algorithm.max_redraws=1", "rollout.temperature=0.01")
     with started(job, "exhausted", *overrides, "bridge.canary_tolerance=100") as run:
         printed = run.ends(1, limit_s=START_LIMIT_S)
     assert "error: after 1 redraws 0 groups are live of the 4 that a batch needs" in printed
