@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpg_megatron.errors import UserError, reason_of, users_mistake
+from gpg_megatron.errors import UserError, users_mistake
 from gpg_megatron.model.json_file import IS_POINTER, POINTER
 
 BATCH_ROWS = 256
@@ -46,8 +46,9 @@ def read_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
     try:
         records: Iterable[Any] = load_dataset(*names, split=split)
     except (DatasetsError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{name}: cannot load the data set: {reason_of(error)}; "
+            f"{name}: cannot load the data set: {reason}; "
             "expected a connection to Hugging Face, or --source with a local file or folder"
         ) from None
     return records
