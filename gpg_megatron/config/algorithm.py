@@ -122,6 +122,11 @@ class AlgorithmConfig:
         return self.loss != "gpg"
 
     @property
+    def has_ratio(self) -> bool:
+        """Whether anything is divided by old_logprobs: the loss, or a correction beside it."""
+        return self.clips or self.correction != "none"
+
+    @property
     def is_weighted(self) -> bool:
         """Whether the ratio weighs off-policy answers, beside or instead of clipping them."""
         return self.correction != "none" or (self.clips and self.old_logprobs == "rollout")
@@ -129,7 +134,7 @@ class AlgorithmConfig:
     @property
     def needs_old_policy(self) -> bool:
         """Whether the policy's log-probs before the first update of a rollout batch are read."""
-        return self.old_logprobs == "policy" and (self.clips or self.correction != "none")
+        return self.has_ratio and self.old_logprobs == "policy"
 
 
 _NO_DEAD_GROUPS: dict[str, Any] = {"dead_by": "none", "alpha": "none"}

@@ -101,21 +101,21 @@ def summary(a: AlgorithmConfig, s: Sampled) -> str:
 def rules(a: AlgorithmConfig, s: Sampled) -> Iterator[tuple[bool, str]]:
     """Rules about keys that do not fit together, of a settled section: whether one is broken, and
     the message without "algorithm."."""
-    by_rollout = a.old_logprobs == "rollout" and (a.clips or a.correction != "none")
+    # Beside a clipped loss a correction divides old_logprobs by the engine's, whatever they are.
+    beside = a.clips and a.correction != "none"
+    remedy = "algorithm.correction=none" if beside else "algorithm.old_logprobs=policy"
     yield (
-        by_rollout and s.truncated,
+        s.truncated and (beside or (a.has_ratio and a.old_logprobs == "rollout")),
         f"{_ratio_key(a)} divides by the engine's log-probs, but rollout.top_p or rollout.top_k "
-        "cut the distribution that they belong to; expected top_p=1 and top_k=-1, or "
-        "algorithm.old_logprobs=policy",
+        f"cut the distribution that they belong to; expected top_p=1 and top_k=-1, or {remedy}",
     )
     yield (
-        a.clips and a.old_logprobs == "rollout" and a.correction != "none",
+        beside and a.old_logprobs == "rollout",
         f"correction={a.correction} repeats what algorithm.old_logprobs=rollout does: the ratio "
         "of the loss is already the engine's; expected correction=none or old_logprobs=policy",
     )
-    has_ratio = a.clips or a.correction != "none"
     yield (
-        has_ratio and a.old_logprobs == "current" and (s.n_updates > 1 or not a.clips),
+        a.has_ratio and a.old_logprobs == "current" and (s.n_updates > 1 or not a.clips),
         f"old_logprobs=current makes every ratio 1, but there are {s.n_updates} optimizer steps "
         "for each rollout batch (trainer.mini_batch_size); expected policy (one more forward "
         "pass) or rollout (the engine's)"

@@ -480,7 +480,7 @@ text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filt
     files=st.lists(text, min_size=1, max_size=3),
     stop=st.lists(text, max_size=3),
     lr=st.floats(1e-9, 1.0),
-    temperature=st.floats(0.01, 10.0),
+    temperature=st.floats(0.01, 2.0),
     seed=st.integers(0, 2**31),
     val_max_rows=st.none() | st.integers(1, 1000),
     alpha=st.sampled_from(["none", "group", "token"]),
