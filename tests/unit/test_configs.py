@@ -478,7 +478,7 @@ text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filt
 @given(
     path=text.filter(bool),
     files=st.lists(text, min_size=1, max_size=3),
-    stop=st.lists(text, max_size=3),
+    stop=st.lists(text.filter(bool), max_size=3),
     lr=st.floats(1e-9, 1.0),
     temperature=st.floats(0.01, 2.0),
     seed=st.integers(0, 2**31),
