@@ -184,6 +184,7 @@ def start_fleet(config: Config, run_id: str, scratch: Path) -> Any:
 def open_bridge(config: Config, policy: Any, engines: Any, shape: Any, run_id: str) -> Any:
     from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
     from gpg_megatron.layout.topology import policy_grid
+    from gpg_megatron.types import DTYPES
 
     side = PolicySide(
         shards=policy.named_shards(),
@@ -193,8 +194,9 @@ def open_bridge(config: Config, policy: Any, engines: Any, shape: Any, run_id: s
     )
     world = dist.group.WORLD
     assert world is not None
+    wire_dtype = DTYPES[config.rollout.dtype]
     return WeightBridge(
-        side, engines, config.bridge, wire_dtype=torch.float32, run_id=run_id, group=world
+        side, engines, config.bridge, wire_dtype=wire_dtype, run_id=run_id, group=world
     )
 
 

@@ -12,26 +12,15 @@ set -euo pipefail
 root="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 venv="$(realpath -m "${GPG_VENV:-$root/.venv}")"
 lock="$root/requirements-cpu.lock"
-mark="$venv/.gpg-made-here"  # written first; holds the path, since environments cannot be moved
-stamp="$venv/.gpg-complete"  # written last; holds the fingerprint of what was installed
-log="$venv/install.log"
 lock_wait_s=3600
 # The one index that carries the +cpu builds of torch when the configured sources do not.
 torch_index="https://download.pytorch.org/whl/cpu"
 
-say() { printf '[setup] %s\n' "$*"; }
-
-fail() {
-  printf '[setup] %s\n' "$2" >&2
-  exit "$1"
-}
+# shellcheck source=launch/environment.sh
+source "$root/launch/environment.sh"
 
 fingerprint() {
   { printf '%s\n%s\n' "$root" "$venv" && cat "$lock" "$root/setup.py"; } | sha256sum | cut -d' ' -f1
-}
-
-is_complete() {
-  [[ -x "$venv/bin/python" && -f "$stamp" && "$(<"$stamp")" == "$(fingerprint)" ]]
 }
 
 find_python() {
@@ -54,34 +43,11 @@ make_venv() {
     fail 2 "no Python >=3.11,<3.13 found as python3.11, python3 or python3.12; install Python 3.11"
   "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     fail 2 "$python has no venv module; install it (on Debian and Ubuntu: python3.11-venv)"
-  say "making $venv (about 3 GB; log: install.log in it)"
-  # An environment that was interrupted half-way or copied from elsewhere is made anew, but a
-  # folder that this script did not make is never touched.
-  if [[ -f "$mark" ]]; then
-    rm -rf "$venv"
-  elif [[ -d "$venv" && -n "$(ls -A "$venv")" ]]; then
-    fail 2 "$venv exists and was not made by this script; move it away or set GPG_VENV"
-  fi
-  mkdir -p "$venv"
-  printf '%s\n' "$venv" >"$mark"
-  "$python" -m venv "$venv"
+  new_venv "$python" "3 GB"
 }
 
-# Installs quietly; what pip says goes to the log. Byte code is left to warm_up: most of these
-# modules are never imported.
-pip_install() {
-  "$venv/bin/python" -P -m pip install --no-deps --no-compile --no-input \
-    --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1
-}
-
-require() {
-  local what="$1"
-  shift
-  "$@" || {
-    tail -n 15 "$log" >&2
-    fail 1 "installing $what failed; the lines above are the end of $log"
-  }
-}
+# Byte code is left to warm_up: most of these modules are never imported.
+pip_install() { pip_quietly --no-deps --no-compile "$@"; }
 
 install_torch() {
   local torch
@@ -123,7 +89,7 @@ PYTHON
 
 build() {
   local begin=$SECONDS
-  if [[ -f "$stamp" && -f "$mark" && "$(<"$mark")" == "$venv" && -x "$venv/bin/python" ]]; then
+  if [[ -f "$stamp" ]] && is_ours; then
     say "updating $venv"
     rm "$stamp"
   else
@@ -135,8 +101,7 @@ build() {
   require "gpg_megatron" pip_install --no-build-isolation -e "$root"
   say "packages: $((SECONDS - begin)) s"
   require "a fitting set of packages" warm_up
-  fingerprint >"$stamp.new"
-  mv "$stamp.new" "$stamp"
+  mark_complete
   say "environment ready in $((SECONDS - begin)) s"
 }
 

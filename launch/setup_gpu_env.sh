@@ -14,45 +14,19 @@ set -euo pipefail
 root="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 venv="$(realpath -m "${GPG_VENV:-$root/.venv-gpu}")"
 lock="$root/requirements-gpu.lock"
-mark="$venv/.gpg-made-here"  # written first; holds the path, since environments cannot be moved
-stamp="$venv/.gpg-complete"  # written last; holds the fingerprint of what was installed
-log="$venv/install.log"
 min_driver=580 # of CUDA 13, which this torch is built with
 # Megatron-Core 0.16.1 asks for 2.9 up to, not including, 2.12.
 transformer_engine="transformer-engine[pytorch,core_cu13]==2.11.0"
 with_transformer_engine=
 
-say() { printf '[setup] %s\n' "$*"; }
-
-fail() {
-  printf '[setup] %s\n' "$2" >&2
-  exit "$1"
-}
+# shellcheck source=launch/environment.sh
+source "$root/launch/environment.sh"
 
 fingerprint() {
   {
     printf '%s\n' "$root" "$venv" "$with_transformer_engine"
     cat "$lock" "$root/setup.py"
   } | sha256sum | cut -d' ' -f1
-}
-
-is_complete() {
-  [[ -x "$venv/bin/python" && -f "$stamp" && "$(<"$stamp")" == "$(fingerprint)" ]]
-}
-
-# Installs quietly; what pip says goes to the log.
-pip_install() {
-  "$venv/bin/python" -P -m pip install --no-input --disable-pip-version-check \
-    --progress-bar off "$@" >>"$log" 2>&1
-}
-
-require() {
-  local what="$1"
-  shift
-  "$@" || {
-    tail -n 15 "$log" >&2
-    fail 1 "installing $what failed; the lines above are the end of $log"
-  }
 }
 
 check_machine() {
@@ -71,36 +45,22 @@ check_machine() {
     fail 2 "no nvcc: Transformer Engine is compiled; install the toolkit of CUDA 13.0"
 }
 
-make_venv() {
-  say "making $venv (about 12 GB; log: install.log in it)"
-  # A folder that this script did not make is never touched.
-  if [[ -f "$mark" ]]; then
-    rm -rf "$venv"
-  elif [[ -d "$venv" && -n "$(ls -A "$venv")" ]]; then
-    fail 2 "$venv exists and was not made by this script; move it away or set GPG_VENV"
-  fi
-  mkdir -p "$venv"
-  printf '%s\n' "$venv" >"$mark"
-  python3.12 -m venv "$venv"
-}
-
 build() {
   local begin=$SECONDS
   check_machine
   rm -f "$stamp"
-  [[ -x "$venv/bin/python" && -f "$mark" && "$(<"$mark")" == "$venv" ]] || make_venv
+  is_ours || new_venv python3.12 "12 GB"
   # The lock is whole: nothing is left to resolve.
-  require "requirements-gpu.lock" pip_install --no-deps -r "$lock"
-  require "gpg_megatron" pip_install --no-deps --no-build-isolation -e "$root"
+  require "requirements-gpu.lock" pip_quietly --no-deps -r "$lock"
+  require "gpg_megatron" pip_quietly --no-deps --no-build-isolation -e "$root"
   say "packages: $((SECONDS - begin)) s"
   if [[ -n "$with_transformer_engine" ]]; then
     # Its build asks for the torch that it will run with.
     require "$transformer_engine" \
-      pip_install --no-build-isolation --constraint "$lock" "$transformer_engine"
+      pip_quietly --no-build-isolation --constraint "$lock" "$transformer_engine"
     say "Transformer Engine: $((SECONDS - begin)) s"
   fi
-  fingerprint >"$stamp.new"
-  mv "$stamp.new" "$stamp"
+  mark_complete
   say "environment ready in $((SECONDS - begin)) s"
 }
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ class WeightBridge:
         links, rank = self.links, self._rank
         n_receivers = len(links.workers)
         n_engines = n_receivers // links.n_workers
-        buckets = outgoing(routes, rank, n_engines, limit, links.nearest)
+        buckets = outgoing(routes, rank, n_engines, limit, cache(links.nearest))
         pairs = {engine * links.n_workers + w: part for (engine, w), part in buckets.items()}
         problem = links.unreachable((rank, receiver) for receiver in pairs)
         for reason in filter(None, self._gather(problem)):
@@ -183,7 +184,7 @@ class WeightBridge:
                 for way, address in ways.items():
                     addresses.setdefault(way, {})[rank] = address
             connection = Connection(
-                links=replace(self.links),  # without what it has found so far
+                links=self.links,
                 routes=[[r for r in routes if r.worker == w] for w in range(n_workers)],
                 addresses=addresses,
                 dtype=str(self._dtype).removeprefix("torch."),

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_shapes
 from gpg_megatron.bridge.links import Distance, Links, Nearest, Way, everyone
@@ -43,7 +44,7 @@ def forecast(grid: PolicyGrid, engine: Engine, links: Links) -> Forecast:
     workers = range(engine.tp_size)
     wanted = [destinations(engine, shapes, worker) for worker in workers]
     routes = make_routes(held_by_policy(engine.model, grid), wanted)
-    pairs = sent_elements(routes, n_engines, links.nearest)
+    pairs = sent_elements(routes, n_engines, cache(links.nearest))
     sent: Counter[int] = Counter()
     by_way: Counter[tuple[Distance, Way]] = Counter()
     for (rank, engine_number, worker), n in pairs.items():

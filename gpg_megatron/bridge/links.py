@@ -93,11 +93,10 @@ class Links:
 
     def nearest(self, ranks: tuple[int, ...], engine: int, worker: int) -> tuple[int, ...]:
         """The positions of those ranks to which no other is nearer."""
-        key = ranks, engine * self.n_workers + worker
-        if key not in self._near:
-            far = [self.distance(rank, key[1]) for rank in ranks]
-            self._near[key] = tuple(i for i, d in enumerate(far) if d == min(far))
-        return self._near[key]
+        receiver = engine * self.n_workers + worker
+        distances = [self.distance(rank, receiver) for rank in ranks]
+        least = min(distances)
+        return tuple(i for i, distance in enumerate(distances) if distance == least)
 
     def unreachable(self, pairs: Iterable[tuple[int, int]]) -> str | None:
         """Why the configured transport cannot serve these (rank, receiver); None: it can."""
@@ -111,11 +110,6 @@ class Links:
                     f"engine {engine} have no {what} in common; expected auto"
                 )
         return None
-
-    @cached_property
-    def _near(self) -> dict[tuple[tuple[int, ...], int], tuple[int, ...]]:
-        """What nearest has found."""
-        return {}
 
     @cached_property
     def _shared(self) -> set[str | None]:

@@ -12,6 +12,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Protocol
 
@@ -77,7 +78,7 @@ class Receiver:
         links = connection.links
         receiver = engine * links.n_workers + self._worker
         routes, limit = connection.routes[self._worker], connection.bucket_elements
-        buckets = incoming(routes, engine, limit, links.nearest)
+        buckets = incoming(routes, engine, limit, cache(links.nearest))
         self._dtype = getattr(torch, connection.dtype)
         self._timeout_s = connection.timeout_s
         self._sources = {rank: Source(rank, parts) for rank, parts in buckets.items()}

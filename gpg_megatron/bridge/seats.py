@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from gpg_megatron.bridge.links import Seat
+from gpg_megatron.host.reaper import SHARED_MEMORY
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SHARED = Path("/dev/shm")
 
 
 def gpu_uuid(device: torch.device) -> str:
@@ -33,4 +33,4 @@ def own_seat(device: torch.device) -> Seat:
 
 def _host() -> str:
     """Name, running kernel and shared memory: containers of one host may share none."""
-    return f"{os.uname().nodename} {_BOOT_ID.read_text().strip()} {os.stat(_SHARED).st_dev}"
+    return f"{os.uname().nodename} {_BOOT_ID.read_text().strip()} {os.stat(SHARED_MEMORY).st_dev}"

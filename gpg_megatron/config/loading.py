@@ -169,8 +169,8 @@ def _one_line(error: Exception) -> str:
     """The message with the full key, without OmegaConf's lines of type bookkeeping."""
     if mark := getattr(error, "problem_mark", None):  # of a YAMLError
         return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not isinstance(error, OmegaConfBaseException):
         return reason_of(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((x.removeprefix("full_key: ") for x in lines if x.startswith("full_key: ")), "")
     return f"{key}: {lines[0]}" if key else lines[0]

@@ -118,20 +118,16 @@ def _run(
     run_id = new_run_id()
     longest = config.rollout.max_response_length
     device = resolve_device(config.trainer.device)
-    shape, n_workers = (
-        load_model_shape(local_directory(config.model)),
-        config.rollout.tensor_model_parallel_size,
-    )
+    directory = local_directory(config.model)
+    shape = load_model_shape(directory)
+    n_parameters = worker_parameters(shape, config.rollout.tensor_model_parallel_size)
     memory = engine_memory(
-        config,
-        shape,
-        n_parameters=worker_parameters(shape, n_workers),
-        device_bytes=device_bytes(device),
+        config, shape, n_parameters=n_parameters, device_bytes=device_bytes(device)
     )
     limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,
-        model_path=str(local_directory(config.model).resolve()),
+        model_path=str(directory.resolve()),
         device=device,
         max_model_len=config.data.max_prompt_length + longest,
         max_num_seqs=limits.max_num_seqs,

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from gpg_megatron.checkpoint.marker import FileStamp, stamp
 from gpg_megatron.checkpoint.torch_dist import read_index
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import UserError, writing
 from gpg_megatron.policy.shards import (
     begin_states,
     optimizer_shards,
@@ -72,15 +72,11 @@ class CheckpointWriter:
                 room.
         """
         self.wait()
-        try:
+        with writing(directory):
             _save_rng(directory)
             request = dist_checkpointing.save(
-                _state(model, optimizer),
-                str(directory),
-                async_sharded_save=True,
+                _state(model, optimizer), str(directory), async_sharded_save=True
             )
-        except OSError as error:
-            raise UserError(f"cannot write {directory}: {error.strerror or error}") from None
         # The writer process reads its files once more: still in memory, and off the loop.
         buckets = request.async_fn_args[1] if request.async_fn else []
         written = [Path(path) for path, *_ in buckets]

@@ -21,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from gpg_megatron.host.device import Device
 from gpg_megatron.host.pinned import HostBuffer
+from gpg_megatron.policy.shards import optimizer_parts
 from gpg_megatron.types import PolicyPart
 
 
@@ -122,9 +123,7 @@ class Residence:
 
     def _optimizer_tensors(self) -> Iterator[torch.Tensor]:
         """Master weights and whatever Adam keeps for each of them."""
-        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            if part.optimizer is None:  # this rank has no parameters of its kind
-                continue
+        for part in optimizer_parts(self._optimizer):
             for group in part.optimizer.param_groups:
                 yield from (parameter.data for parameter in group["params"])
             for state in part.optimizer.state.values():

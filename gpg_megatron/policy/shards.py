@@ -60,7 +60,7 @@ def optimizer_shards(optimizer: MegatronOptimizer, regions: Regions) -> list[Sha
     """Moments and fp32 master weights; the shards alias them."""
     return [
         shard
-        for part in _parts(optimizer)
+        for part in optimizer_parts(optimizer)
         for run in _runs(part, regions)
         for region in regions[run.parameter]
         for shard in _shards(run, region)
@@ -70,7 +70,7 @@ def optimizer_shards(optimizer: MegatronOptimizer, regions: Regions) -> list[Sha
 def begin_states(optimizer: MegatronOptimizer) -> None:
     """Make the moments, which Adam has only after the first step: loading comes before, and
     saving may."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
         if _counts_for_each_parameter(part):
             for state in part.optimizer.state.values():
@@ -79,7 +79,7 @@ def begin_states(optimizer: MegatronOptimizer) -> None:
 
 def set_steps(optimizer: MegatronOptimizer, n_steps: int) -> None:
     """Tell Adam how many steps it has done."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if _counts_for_each_parameter(part):
             for state in part.optimizer.state.values():
                 state["step"] = torch.tensor(float(n_steps))
@@ -88,7 +88,7 @@ def set_steps(optimizer: MegatronOptimizer, n_steps: int) -> None:
                 group["step"] = n_steps
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those that have parameters on this rank: Megatron may keep experts in one of their own."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]

@@ -24,8 +24,8 @@ quiet_megatron()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from benchmarks.bridge import open_bridge  # noqa: E402
 from gpg_megatron.batching.updates import pack  # noqa: E402
-from gpg_megatron.bridge.bridge import PolicySide, WeightBridge  # noqa: E402
 from gpg_megatron.bridge.engine_layout import Engine  # noqa: E402
 from gpg_megatron.bridge.forecast import forecast  # noqa: E402
 from gpg_megatron.bridge.plan import bucket_elements  # noqa: E402
@@ -174,24 +174,9 @@ def device_of(job: dict[str, Any]) -> Device:
 def try_layout(name: str, config: Config, job: dict[str, Any], fleet: Fleets) -> list[Result]:
     shape = load_model_shape(config.model.path)
     policy = Policy(config, shape, device_of(job))
-    side = PolicySide(
-        shards=policy.named_shards(),
-        model=shape,
-        grid=policy_grid(config.policy, shape),
-        rank=dist.get_rank(),
-    )
-    world = dist.group.WORLD
-    assert world is not None
-    bridge = WeightBridge(
-        side,
-        fleet.fleet,
-        config.bridge,
-        wire_dtype=DTYPES[config.rollout.dtype],
-        run_id=job["run_id"],
-        group=world,
-    )
+    bridge = open_bridge(config, policy, fleet.fleet, shape, job["run_id"])
     engine = Engine(model=shape, tp_size=config.rollout.tensor_model_parallel_size)
-    needed = forecast(side.grid, engine, bridge.links).bound
+    needed = forecast(policy_grid(config.policy, shape), engine, bridge.links).bound
     item = DTYPES[config.rollout.dtype].itemsize
     results = []
     # The engine starts with the first checkpoint: only the others show that something arrived.

@@ -24,8 +24,8 @@ import torch
 
 from gpg_megatron.bridge.transports.base import SLOTS, Expected, TransferError
 from gpg_megatron.bridge.transports.lane import Event, Lane, register, unregister
+from gpg_megatron.host.reaper import SHARED_MEMORY
 
-_ROOT = Path("/dev/shm")
 _DATA = 4096
 _HEADER = 64
 # Fields of a header; the last one is the whole segment's.
@@ -84,7 +84,7 @@ class ShmOutbox:
             lane: of the sender's GPU; None: on the CPU.
         """
         self._address = ShmAddress(name, bucket_bytes)
-        self._path = _ROOT / name
+        self._path = SHARED_MEMORY / name
         # O_EXCL: a name of another run is an error, not a segment to share.
         descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
@@ -202,7 +202,7 @@ class ShmInbox:
 
     @staticmethod
     def _attach(address: ShmAddress, *, locked: bool) -> _Sender:
-        path = _ROOT / address.name
+        path = SHARED_MEMORY / address.name
         if not path.exists():
             raise RuntimeError(
                 f"shared-memory segment {path} is not on this host; with bridge.transport=shm "
