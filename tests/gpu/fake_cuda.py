@@ -56,6 +56,7 @@ CASES = (
     "qwen2.5-72b_math_megatron:31",
 )
 GPU = torch.device("cuda", 0)
+NO_KERNEL = [["prim", "device"], ["aten", "empty"], ["aten", "_unsafe_view"]]
 
 
 class Held(TorchDispatchMode):
@@ -72,7 +73,7 @@ class Held(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         new = [x for x in tree_leaves(out) if torch.is_tensor(x) and x.device == GPU]
-        if not func.is_view and "empty" not in str(func):
+        if not func.is_view and str(func).split(".")[:2] not in NO_KERNEL:
             self.kernels[str(func)] += 1
         for tensor in new:
             self._hold(tensor.untyped_storage())
