@@ -266,6 +266,31 @@ def engine_memory(
     )
 
 
+def cache_problem(config: Config, engine: EngineMemory) -> str | None:
+    """Why the cache cannot hold one sequence of full length; None: it can."""
+    r = config.rollout
+    if engine.kv_cache <= 0:
+        return (
+            f"engine: the weights take {engine.parameters / GIB:.2f} GiB of the "
+            f"{engine.reserved / GIB:.2f} GiB that rollout.gpu_memory_utilization="
+            f"{r.gpu_memory_utilization:g} gives each worker; raise it or "
+            "rollout.tensor_model_parallel_size"
+        )
+    longest = config.data.max_prompt_length + r.max_response_length
+    if engine.kv_tokens < longest:
+        return (
+            f"engine: the cache holds {engine.kv_tokens:,} tokens, one sequence may have "
+            f"{longest:,}; raise rollout.gpu_memory_utilization (on CPU rollout.kv_cache_gb)"
+        )
+    return None
+
+
+def check_cache(config: Config, engine: EngineMemory) -> None:
+    """Raises UserError if the cache cannot hold one sequence of full length."""
+    if problem := cache_problem(config, engine):
+        raise UserError(problem)
+
+
 def engine_limits(config: Config, engine: EngineMemory, *, on_gpu: bool) -> EngineLimits:
     """What an engine may do at once: the section's keys or, where they are not set,
 

@@ -28,6 +28,7 @@ from gpg_megatron.placement.memory import (
     EngineLimits,
     EngineMemory,
     PolicyMemory,
+    cache_problem,
     engine_limits,
     engine_memory,
     gpu_states,
@@ -251,17 +252,8 @@ def problems(plan: RunPlan) -> list[str]:
     """What would not fit, most telling first; empty when nothing is known to be wrong."""
     config, engine = plan.config, plan.engine
     found = []
-    if engine.kv_cache <= 0:
-        found.append(
-            f"engine: the weights take {gib(engine.parameters)} of the {gib(engine.reserved)} "
-            f"that rollout.gpu_memory_utilization={config.rollout.gpu_memory_utilization:g} "
-            f"gives each worker; raise it or rollout.tensor_model_parallel_size"
-        )
-    elif engine.kv_tokens < plan.longest:
-        found.append(
-            f"engine: the cache holds {engine.kv_tokens:,} tokens, one sequence may have "
-            f"{plan.longest:,}; raise rollout.gpu_memory_utilization (on CPU rollout.kv_cache_gb)"
-        )
+    if problem := cache_problem(config, engine):
+        found.append(problem)
     if plan.device_bytes is None:
         ranks = sum(len(stage.ranks) * stage.memory.total for stage in plan.stages)
         engines = len(plan.engine_gpus) * engine.reserved
