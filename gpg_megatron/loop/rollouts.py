@@ -8,7 +8,7 @@ the policy learns from the present one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -79,18 +79,11 @@ class Rollouts:
 
     def take(self, step: int) -> Rollout:
         """The batch of a step; the engines begin the next one if they may run ahead."""
-        rollout = self._share(lambda: self._drawn.take(step))
-        if self._collector is not None and step < self._last_ahead:
-            self._collector.begin(step + 1)
-        return rollout
-
-    def _share(self, draw: Callable[[], Rollout]) -> Rollout:
-        """What draw returns on rank 0, on every rank. Arrays are not pickled."""
         mine: list[tuple[Rollout, FlatGroups]] = []
 
         def describe() -> tuple[Rollout, str, int, int]:
-            rollout = draw()
-            flat = flatten(map(_without_texts, rollout.groups))
+            rollout = self._drawn.take(step)
+            flat = flatten(rollout.groups, with_texts=False)
             mine.append((rollout, flat))
             return replace(rollout, groups=()), flat.text, len(flat.tokens), len(flat.logprobs)
 
@@ -98,7 +91,11 @@ class Rollouts:
         rollout, flat = mine.pop() if mine else (rest, _empty(text, n_tokens, n_logprobs))
         for array in (flat.tokens, flat.logprobs):
             self._broadcast(array)
-        return rollout if self._collector else replace(rest, groups=unflatten(flat))
+        if self._collector is None:
+            return replace(rest, groups=unflatten(flat))
+        if step < self._last_ahead:
+            self._collector.begin(step + 1)
+        return rollout
 
     def drain(self) -> None:
         """Wait until the engines have drawn what they began: weights must not change under it."""
@@ -224,15 +221,6 @@ class Collector:
 def _without_extra_info(group: ScoredGroup) -> ScoredGroup:
     """The rewards are known, and it may hold what neither JSON nor another rank can read."""
     return replace(group, prompt=replace(group.prompt, extra_info={}))
-
-
-def _without_texts(group: ScoredGroup) -> ScoredGroup:
-    """What the policy learns from: a third of it would be texts."""
-    return replace(
-        group,
-        prompt=replace(group.prompt, messages=()),
-        completions=tuple(replace(completion, text="") for completion in group.completions),
-    )
 
 
 def _empty(text: str, n_tokens: int, n_logprobs: int) -> FlatGroups:

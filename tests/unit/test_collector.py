@@ -3,18 +3,20 @@ held and made to fail at will."""
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, RolloutConfig, TrainerConfig
 from gpg_megatron.data.stream import PromptStream
-from gpg_megatron.loop.rollouts import Collector, Rollout
+from gpg_megatron.loop.rollouts import Collector, Rollout, Rollouts
 from gpg_megatron.loop.state import read_state, write_state
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.rollout.sampling import SamplingRequest
@@ -49,7 +51,7 @@ class Engines:
                 token_ids=int32((r.params.seed % 97,)),
                 logprobs=float32((-0.5,)),
                 finish_reason="stop",
-                text="",
+                text="a word",
                 versions=(VersionSpan(version=self.version, start=0, end=1),),
             )
             for r in requests
@@ -120,6 +122,34 @@ def test_it_is_drawn_while_the_caller_does_something_else(make: Make) -> None:
     engines.version = 7  # a publish after wait() does not reach what was drawn
     spans = [c.versions for group in collector.take(1).groups for c in group.completions]
     assert {span.version for (span,) in spans} == {0}
+
+
+def test_other_ranks_get_what_is_learned_from_and_arrays_are_not_pickled(make: Make) -> None:
+    collector, _ = make()
+    sent: list[bytes] = []
+    arrays: list[Any] = []
+
+    def ask(action: Callable[[], Any]) -> Any:
+        answer = action()
+        sent.append(pickle.dumps(answer))
+        return answer
+
+    none: Any = None
+    mine = Rollouts(collector, ask, arrays.append, none, last_ahead=0).take(1)
+    assert len(sent) == 1 and b"numpy" not in sent[0]
+    other = Rollouts(
+        None,
+        lambda _: pickle.loads(sent[0]),
+        lambda array: np.copyto(array, arrays.pop(0)),
+        none,
+        last_ahead=0,
+    )
+    bare = tuple(
+        replace(group, completions=tuple(replace(c, text="") for c in group.completions))
+        for group in mine.groups
+    )
+    assert {c.text for group in mine.groups for c in group.completions} == {"a word"}
+    assert plain(other.take(1)) == plain(replace(mine, groups=bare)) and not arrays
 
 
 def test_one_batch_at_a_time(make: Make) -> None:
