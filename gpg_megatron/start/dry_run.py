@@ -165,7 +165,9 @@ def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> 
         config=config,
         shape=shape,
         n_parameters=_count(hf_shapes(shape)),
-        stages=tuple(_stage(config, shape, grid, number) for number in range(grid.pp_size)),
+        stages=tuple(
+            _stage(config, shape, grid, number, on_gpus=on_gpus) for number in range(grid.pp_size)
+        ),
         engine=memory,
         limits=engine_limits(config, memory, on_gpu=on_gpus),
         publish=forecast(grid, engine, planned_links(config, device, machine.gpus)),
@@ -176,7 +178,9 @@ def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> 
     )
 
 
-def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> Stage:
+def _stage(
+    config: Config, shape: ModelShape, grid: PolicyGrid, number: int, *, on_gpus: bool
+) -> Stage:
     shapes = local_shapes(shape, grid, grid.rank(tp=0, dp=0, pp=number))
     n_parameters = _count(shapes)
     n_in_experts = _count({name: x for name, x in shapes.items() if ".experts." in name})
@@ -188,7 +192,12 @@ def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> 
         n_in_experts=n_in_experts,
         largest=max(map(math.prod, shapes.values())),
         memory=policy_memory(
-            config, shape, n_parameters=n_parameters, n_in_experts=n_in_experts, stage=number
+            config,
+            shape,
+            n_parameters=n_parameters,
+            n_in_experts=n_in_experts,
+            stage=number,
+            fused=on_gpus and config.model.dtype != "fp32",
         ),
     )
 
