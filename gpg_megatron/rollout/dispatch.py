@@ -1,21 +1,21 @@
-"""Which engine answers which request.
+"""Which engine answers which request: one queue, handed out as the engines have room.
 
-requests that the engines can run at once --spread----> engine 0 .. N-1
-more than that                            --handed out, as engines have room-->
+A request is a call of its own, so that its samples come as soon as they are finished, and Ray's
+object store never holds a batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpg_megatron.rollout.calls import PendingCalls
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest
 
-Ask = Callable[[int, Sequence[SamplingRequest]], Any]
-"""Sends requests to an engine; Ray's reference to its answer."""
+Ask = Callable[[int, SamplingRequest], Any]
+"""Sends a request to an engine; Ray's reference to its samples."""
 
 
 def largest_first(requests: Sequence[SamplingRequest]) -> list[int]:
@@ -27,20 +27,6 @@ def _cost(request: SamplingRequest) -> int:
     return len(request.prompt.token_ids) + request.params.n * request.params.max_tokens
 
 
-def spread(requests: Sequence[SamplingRequest], num_engines: int) -> list[list[int]]:
-    """Indices of the requests for each engine, balanced by their token limits.
-
-    Largest first, each to the engine with the least so far; ties go to the lower index.
-    """
-    load = [0] * num_engines
-    parts: list[list[int]] = [[] for _ in range(num_engines)]
-    for i in largest_first(requests):
-        engine = load.index(min(load))
-        parts[engine].append(i)
-        load[engine] += _cost(requests[i])
-    return parts
-
-
 def sample(
     requests: Sequence[SamplingRequest],
     ask: Ask,
@@ -49,8 +35,11 @@ def sample(
     num_engines: int,
     max_num_seqs: int,
     timeout_s: float,
-) -> list[list[Sampled]]:
-    """[request][sample].
+) -> Iterator[tuple[int, Sampled]]:
+    """(index of a request, its samples), in the order in which they are finished.
+
+    The largest request first, each to the engine with most room; none idles while others have a
+    queue of their own.
 
     Args:
         calls: none yet.
@@ -60,54 +49,18 @@ def sample(
     Raises:
         EngineDied, EngineError, TimeoutError
     """
-    if sum(r.params.n for r in requests) <= max_num_seqs * num_engines:
-        answers = _spread(requests, ask, calls, num_engines, timeout_s)
-    else:
-        answers = _hand_out(requests, ask, calls, [max_num_seqs] * num_engines, timeout_s)
-    return [answers[k] for k in range(len(requests))]
-
-
-def _spread(
-    requests: Sequence[SamplingRequest],
-    ask: Ask,
-    calls: PendingCalls,
-    num_engines: int,
-    timeout_s: float,
-) -> dict[int, list[Sampled]]:
-    """Everything at once, since the engines can run all of it at once."""
-    parts = spread(requests, num_engines)
-    asked = [engine for engine, part in enumerate(parts) if part]
-    for engine in asked:
-        calls.add(ask(engine, [requests[k] for k in parts[engine]]), engine)
-    return {
-        k: samples
-        for engine, answer in zip(asked, calls.answers(timeout_s), strict=True)
-        for k, samples in zip(parts[engine], answer, strict=True)
-    }
-
-
-def _hand_out(
-    requests: Sequence[SamplingRequest],
-    ask: Ask,
-    calls: PendingCalls,
-    room: list[int],
-    timeout_s: float,
-) -> dict[int, list[Sampled]]:
-    """The largest first, each to the engine with most room; none idles while others have a
-    queue of their own."""
     deadline = time.monotonic() + timeout_s
     waiting = deque(largest_first(requests))
+    room = [max_num_seqs] * num_engines
     places: dict[Any, tuple[int, int]] = {}
-    answers: dict[int, list[Sampled]] = {}
     while waiting or calls:
         while waiting and max(room) > 0:
             k, engine = waiting.popleft(), room.index(max(room))
-            ref = ask(engine, [requests[k]])
+            ref = ask(engine, requests[k])
             calls.add(ref, engine)
             places[ref] = engine, k
             room[engine] -= requests[k].params.n
-        for ref, answer in calls.next_answers(deadline, timeout_s).items():
+        for ref, sampled in calls.next_answers(deadline, timeout_s).items():
             engine, k = places.pop(ref)
-            (answers[k],) = answer
             room[engine] += requests[k].params.n
-    return answers
+            yield k, sampled

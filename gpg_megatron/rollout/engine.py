@@ -110,10 +110,12 @@ class Engine:
         await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
 
-    async def generate(
-        self, requests: Sequence[SamplingRequest], version: int
-    ) -> list[list[Sampled]]:
-        """[request][sample]; all requests at once, batched by vLLM."""
+    async def answer(self, request: SamplingRequest, version: int) -> Sampled:
+        """The samples of one request; vLLM batches it with the others that run."""
+        self._refuse_unless_ready()
+        return await self._alive(self._generate_one(request, version))
+
+    def _refuse_unless_ready(self) -> None:
         if self._asleep:
             raise RuntimeError(f"the engine sleeps: {', '.join(sorted(self._asleep))} must wake")
         if not self._whole:
@@ -121,18 +123,15 @@ class Engine:
                 "the weights are incomplete, since an update failed or they were dropped; they "
                 "must be published again"
             )
-        return await self._alive(
-            asyncio.gather(*(self._generate_one(request, version) for request in requests))
-        )
 
-    async def _generate_one(self, request: SamplingRequest, version: int) -> list[Sampled]:
+    async def _generate_one(self, request: SamplingRequest, version: int) -> Sampled:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         wanted = request.params
         # The salt keeps cached prefixes of older weights from being reused.
         prompt = TokensPrompt(
-            prompt_token_ids=list(request.prompt.token_ids), cache_salt=str(version)
+            prompt_token_ids=request.prompt.token_ids.tolist(), cache_salt=str(version)
         )
         params = SamplingParams(
             n=wanted.n,
@@ -154,7 +153,7 @@ class Engine:
         async for output in self._llm.generate(prompt, params, str(self._serial)):
             final = output
         assert final is not None and final.finished and len(final.outputs) == wanted.n
-        return [from_vllm(o) for o in sorted(final.outputs, key=lambda o: o.index)]
+        return from_vllm(sorted(final.outputs, key=lambda o: o.index))
 
     async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """[worker rank]; the method of the worker extension, on every worker at once."""

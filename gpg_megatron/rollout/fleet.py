@@ -16,7 +16,7 @@ from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
 from gpg_megatron.rollout.dispatch import sample
 from gpg_megatron.rollout.engine import Engine, PauseMode, SleepLevel
 from gpg_megatron.rollout.ray_session import open_ray
-from gpg_megatron.rollout.sampling import SamplingRequest, to_completion
+from gpg_megatron.rollout.sampling import SamplingRequest, to_completions
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, EnginePart
 
@@ -116,19 +116,16 @@ class Fleet:
             assert length <= self._spec.max_model_len, f"prompt {r.prompt.id}: {length} tokens"
         # Engines read token ids; what else a row holds may not exist on their hosts.
         bare = [replace(r, prompt=replace(r.prompt, extra_info={})) for r in requests]
-        by_request = sample(
+        answers = sample(
             bare,
-            lambda engine, part: self._actors[engine].generate.remote(part, self._version),
+            lambda engine, request: self._actors[engine].answer.remote(request, self._version),
             self._pending("generating a rollout batch", {}),
             num_engines=self.num_engines,
             max_num_seqs=self._spec.max_num_seqs,
             timeout_s=self._spec.rollout.generate_timeout_s,
         )
-        return [
-            to_completion(request, index, sampled)
-            for request, samples in zip(requests, by_request, strict=True)
-            for index, sampled in enumerate(samples)
-        ]
+        found = {k: to_completions(requests[k], sampled) for k, sampled in answers}
+        return [completion for k in range(len(requests)) for completion in found[k]]
 
     def call_workers(
         self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
