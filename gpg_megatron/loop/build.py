@@ -25,7 +25,13 @@ from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import open_stream
-from gpg_megatron.host.collectives import OnRank0, kept_on_rank0, on_rank0
+from gpg_megatron.host.collectives import (
+    Broadcast,
+    OnRank0,
+    broadcast,
+    kept_on_rank0,
+    on_rank0,
+)
 from gpg_megatron.host.device import Device
 from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
@@ -34,7 +40,6 @@ from gpg_megatron.loop.checkpoints import (
     RunCheckpoints,
     check_bytes,
     layout_of,
-    read_trainer_state,
     saving_of,
 )
 from gpg_megatron.loop.engines import start_engines
@@ -43,6 +48,7 @@ from gpg_megatron.loop.handover import Handover
 from gpg_megatron.loop.inputs import is_converted, load_inputs
 from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Collector, Rollouts
+from gpg_megatron.loop.state import read_state
 from gpg_megatron.loop.trainer import Run, Schedule
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.hub import local_directory
@@ -70,6 +76,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
     peak = _peak_of_all_ranks(device, DTYPES[config.model.dtype])
     group = dist.new_group(timeout=_rank0_limit(config), backend="gloo")
     ask_rank0: OnRank0 = partial(on_rank0, group=group)
+    from_rank0: Broadcast = partial(broadcast, group=group)
     with ExitStack() as ends:
         watchdog = ends.enter_context(
             closing(Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S))
@@ -91,7 +98,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
             rank0.say_what_was_decided()
-        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, point)
+        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, from_rank0, point)
         placement.enter(State.SYNC)
         side = PolicySide(
             shards=policy.named_shards(),
@@ -200,6 +207,7 @@ def open_rollouts(
     rank0: Rank0 | None,
     watchdog: Watchdog,
     ask_rank0: OnRank0,
+    from_rank0: Broadcast,
     point: ResumePoint | None,
 ) -> Rollouts:
     """The batches of the run, from where the resume point left them."""
@@ -216,11 +224,12 @@ def open_rollouts(
         )
         collector = Collector(config, stream, rank0.fleet, rank0.pool, watchdog)
         if point is not None:
-            collector.restore(read_trainer_state(point.directory))
+            collector.restore(read_state(point.directory))
             rank0.message(f"resumed from {point.directory}")
         return collector
 
-    return Rollouts(kept_on_rank0(open_collector, ask_rank0), ask_rank0, watchdog, last_ahead=last)
+    collector = kept_on_rank0(open_collector, ask_rank0)
+    return Rollouts(collector, ask_rank0, from_rank0, watchdog, last_ahead=last)
 
 
 def _pids() -> list[int]:

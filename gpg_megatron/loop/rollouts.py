@@ -8,17 +8,20 @@ the policy learns from the present one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+
+import numpy as np
 
 from gpg_megatron.algorithm.advantages import check_dead_by
-from gpg_megatron.algorithm.redraw import Selection, draw_size, needs_redraw, select
+from gpg_megatron.algorithm.redraw import draw_size, needs_redraw, select
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import Stream
-from gpg_megatron.host.collectives import OnRank0
-from gpg_megatron.loop.group_json import from_json, to_json
+from gpg_megatron.host.collectives import Broadcast, OnRank0
+from gpg_megatron.loop.group_arrays import FlatGroups, flatten, unflatten
+from gpg_megatron.loop.state import LoopState
+from gpg_megatron.observe.metrics import rollout_metrics
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
@@ -30,19 +33,14 @@ from gpg_megatron.types import Prompt, ScoredGroup
 class Rollout:
     """One rollout batch, as every rank sees it."""
 
-    selection: Selection
-    drawn: tuple[ScoredGroup, ...]
-    """Sampled for this step, whether they are trained on now, later or never."""
-    redraws: int
-    n_carried: int
-    """Groups that the step before left to this one."""
+    groups: tuple[ScoredGroup, ...]
+    """To train on. Only rank 0 has their messages and texts."""
+    skipped: bool
+    """No update is to be made."""
+    metrics: Mapping[str, float]
+    """Of what was sampled for this step, whether it is trained on now, later or never."""
     timings: Mapping[str, float]
     """timing/rollout_s and timing/reward_s, whenever they were spent."""
-
-    @property
-    def groups(self) -> tuple[ScoredGroup, ...]:
-        """To train on."""
-        return self.selection.groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +60,7 @@ class Rollouts:
         self,
         collector: Collector | None,
         on_rank0: OnRank0,
+        broadcast: Broadcast,
         watchdog: Watchdog,
         *,
         last_ahead: int,
@@ -74,15 +73,32 @@ class Rollouts:
         """
         self._collector = collector
         self._on_rank0 = on_rank0
+        self._broadcast = broadcast
         self._watchdog = watchdog
         self._last_ahead = last_ahead
 
     def take(self, step: int) -> Rollout:
         """The batch of a step; the engines begin the next one if they may run ahead."""
-        rollout = self._on_rank0(lambda: self._drawn.take(step))
+        rollout = self._share(lambda: self._drawn.take(step))
         if self._collector is not None and step < self._last_ahead:
             self._collector.begin(step + 1)
         return rollout
+
+    def _share(self, draw: Callable[[], Rollout]) -> Rollout:
+        """What draw returns on rank 0, on every rank. Arrays are not pickled."""
+        mine: list[tuple[Rollout, FlatGroups]] = []
+
+        def describe() -> tuple[Rollout, str, int, int]:
+            rollout = draw()
+            flat = flatten(map(_without_texts, rollout.groups))
+            mine.append((rollout, flat))
+            return replace(rollout, groups=()), flat.text, len(flat.tokens), len(flat.logprobs)
+
+        rest, text, n_tokens, n_logprobs = self._on_rank0(describe)
+        rollout, flat = mine.pop() if mine else (rest, _empty(text, n_tokens, n_logprobs))
+        for array in (flat.tokens, flat.logprobs):
+            self._broadcast(array)
+        return rollout if self._collector else replace(rest, groups=unflatten(flat))
 
     def drain(self) -> None:
         """Wait until the engines have drawn what they began: weights must not change under it."""
@@ -90,8 +106,8 @@ class Rollouts:
             with self._watchdog.phase("wait"):
                 self._on_rank0(lambda: self._drawn.wait())
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain JSON. On rank 0."""
+    def state(self) -> LoopState:
+        """What a resumed run needs. On rank 0."""
         return self._drawn.state()
 
     @property
@@ -145,29 +161,41 @@ class Collector:
         selection = select([*carried, *drawn.groups], self._config.algorithm, batch_size=size)
         self._carried = selection.carried
         return Rollout(
-            selection=selection,
-            drawn=drawn.groups,
-            redraws=drawn.redraws,
-            n_carried=len(carried),
+            groups=selection.groups,
+            skipped=selection.skipped,
+            metrics={
+                **rollout_metrics(drawn.groups),
+                "group/redraws": drawn.redraws,
+                "group/redraws_exhausted": int(selection.exhausted),
+                "group/drawn": len(drawn.groups),
+                "group/carried_in": len(carried),
+                "group/carried_out": len(selection.carried),
+                "group/filtered": selection.n_filtered,
+            },
             timings=drawn.timings,
         )
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain JSON: the position, and what was drawn and not yet
-        trained on."""
-        drawn = self._ahead[1].result() if self._ahead else None
-        return {
-            "stream": self._stream.state(),
-            "carried": list(map(to_json, self._carried)),
-            "ahead": drawn and _to_json(drawn),
-        }
+    def state(self) -> LoopState:
+        """What a resumed run needs: the position, and what was drawn and not yet trained on."""
+        ahead, drawn = None, self._ahead[1].result() if self._ahead else None
+        if drawn is not None:
+            ahead = {"step": drawn.step, "redraws": drawn.redraws, "timings": dict(drawn.timings)}
+        return LoopState(
+            values={
+                "stream": self._stream.state(),
+                "carried": len(self._carried),
+                "ahead": ahead,
+            },
+            groups=(*self._carried, *(drawn.groups if drawn else ())),
+        )
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: LoopState) -> None:
         """Go on where state() was taken. Raises UserError: the data or the seed are others."""
-        self._stream.restore(state["stream"])
-        self._carried = tuple(map(from_json, state["carried"]))
-        if state["ahead"]:
-            drawn = _from_json(state["ahead"])
+        values, n_carried = state.values, state.values["carried"]
+        self._stream.restore(values["stream"])
+        self._carried = state.groups[:n_carried]
+        if values["ahead"]:
+            drawn = _Drawn(groups=state.groups[n_carried:], **values["ahead"])
             future: Future[_Drawn] = Future()
             future.set_result(drawn)
             self._ahead = drawn.step, future
@@ -198,17 +226,21 @@ def _without_extra_info(group: ScoredGroup) -> ScoredGroup:
     return replace(group, prompt=replace(group.prompt, extra_info={}))
 
 
-def _to_json(drawn: _Drawn) -> dict[str, Any]:
-    return {
-        "step": drawn.step,
-        "groups": list(map(to_json, drawn.groups)),
-        "redraws": drawn.redraws,
-        "timings": dict(drawn.timings),
-    }
+def _without_texts(group: ScoredGroup) -> ScoredGroup:
+    """What the policy learns from: a third of it would be texts."""
+    return replace(
+        group,
+        prompt=replace(group.prompt, messages=()),
+        completions=tuple(replace(completion, text="") for completion in group.completions),
+    )
 
 
-def _from_json(data: Mapping[str, Any]) -> _Drawn:
-    return _Drawn(**dict(data) | {"groups": tuple(map(from_json, data["groups"]))})
+def _empty(text: str, n_tokens: int, n_logprobs: int) -> FlatGroups:
+    return FlatGroups(
+        text=text,
+        tokens=np.empty(n_tokens, np.int32),
+        logprobs=np.empty(n_logprobs, np.float32),
+    )
 
 
 def sampling_requests(

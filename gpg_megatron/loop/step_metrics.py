@@ -7,7 +7,7 @@ from statistics import fmean
 
 from gpg_megatron.algorithm.advantages import AdvantageStats
 from gpg_megatron.loop.rollouts import Rollout
-from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics, update_metrics
+from gpg_megatron.observe.metrics import staleness_metrics, update_metrics
 from gpg_megatron.types import StepResult, TrainBatch, TrainSample
 
 
@@ -21,10 +21,9 @@ def step_metrics(
     """The metrics of one step that do not depend on the clock."""
     updated = [r for r in results if r.updated]
     return {
-        **rollout_metrics(rollout.drawn),
+        **rollout.metrics,
         **staleness_metrics(samples, results[0].version - results[0].updated),
         **update_metrics(results),
-        **redraw_metrics(rollout),
         "version": results[-1].version,
         "group/alpha": stats.alpha * fmean(batch.alpha for batch in batches),
         "group/live_fraction": stats.live_fraction,
@@ -37,19 +36,6 @@ def step_metrics(
         "policy/tokens_skipped": sum(b.n_skipped_tokens for b in batches),
         "policy/tokens_shared": sum(b.n_shared_tokens for b in batches),
         "policy/flops": sum(b.flops for b in batches),
-    }
-
-
-def redraw_metrics(rollout: Rollout) -> dict[str, float]:
-    """How the batch came about, all counts."""
-    selection = rollout.selection
-    return {
-        "group/redraws": rollout.redraws,
-        "group/redraws_exhausted": int(selection.exhausted),
-        "group/drawn": len(rollout.drawn),
-        "group/carried_in": rollout.n_carried,
-        "group/carried_out": len(selection.carried),
-        "group/filtered": selection.n_filtered,
     }
 
 

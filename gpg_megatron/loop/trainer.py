@@ -37,7 +37,7 @@ def train(run: Run) -> None:
         with run.place(State.ROLLOUT):
             rollout = run.rollouts.take(step)
         samples, stats = assign_advantages(rollout.groups, run.algorithm)
-        batches = make_batches(samples, run.plan, skipped=rollout.selection.skipped)
+        batches = make_batches(samples, run.plan, skipped=rollout.skipped)
         with run.place(State.POLICY), run.phase("policy"):
             results = run.policy.learn(batches)
         is_judged = run.guard.check(step, samples, results)

@@ -132,7 +132,7 @@ class Engine:
         wanted = request.params
         # The salt keeps cached prefixes of older weights from being reused.
         prompt = TokensPrompt(
-            prompt_token_ids=list(request.prompt.token_ids), cache_salt=str(version)
+            prompt_token_ids=request.prompt.token_ids.tolist(), cache_salt=str(version)
         )
         params = SamplingParams(
             n=wanted.n,

@@ -1,4 +1,4 @@
-"""How prompts are answered, as the sections say it, and what comes back, as plain values.
+"""How prompts are answered, as the sections say it, and what comes back.
 
 Shape legend: L response tokens of one completion.
 """
@@ -10,8 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, get_args
 
+import numpy as np
+
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
-from gpg_megatron.types import Completion, FinishReason, Prompt, SamplingParams, VersionSpan
+from gpg_megatron.types import (
+    Completion,
+    FinishReason,
+    LogProbs,
+    Prompt,
+    SamplingParams,
+    Tokens,
+    VersionSpan,
+)
 
 CANARY_TOKENS = 32
 
@@ -24,7 +34,7 @@ class SamplingRequest:
     params: SamplingParams
 
     def __post_init__(self) -> None:
-        assert self.prompt.token_ids, f"prompt {self.prompt.id} is empty"
+        assert len(self.prompt.token_ids), f"prompt {self.prompt.id} is empty"
 
 
 class Sampler(Protocol):
@@ -89,8 +99,8 @@ def stream_seed(request: SamplingRequest) -> int:
 class Sampled:
     """One sample of one request as the engine's actor returns it."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: Tokens
+    logprobs: LogProbs
     finish_reason: str | None
     text: str
     versions: tuple[tuple[str, int, int], ...]
@@ -98,12 +108,12 @@ class Sampled:
 
 
 def from_vllm(output: Any) -> Sampled:
-    """Plain values of a vllm.outputs.CompletionOutput with flat log-probs."""
+    """Of a vllm.outputs.CompletionOutput with flat log-probs."""
     flat = output.logprobs
     assert list(flat.start_indices) == list(range(len(output.token_ids))), "one log-prob per token"
     return Sampled(
-        token_ids=tuple(output.token_ids),
-        logprobs=tuple(flat.logprobs),
+        token_ids=np.array(output.token_ids, np.int32),
+        logprobs=np.array(flat.logprobs, np.float32),
         finish_reason=output.finish_reason,
         text=output.text,
         versions=tuple((s.version, s.start, s.end) for s in output.weight_versions or ()),
@@ -111,7 +121,7 @@ def from_vllm(output: Any) -> Sampled:
 
 
 def to_completion(request: SamplingRequest, index: int, sampled: Sampled) -> Completion:
-    """The completion that crosses to the other rooms.
+    """The completion that crosses to the other rooms, with arrays of its own.
 
     vLLM labels spans with the string that an update's commit gave it.
     """
@@ -128,8 +138,9 @@ def to_completion(request: SamplingRequest, index: int, sampled: Sampled) -> Com
     return Completion(
         prompt_id=request.prompt.id,
         index=index,
-        token_ids=sampled.token_ids,
-        logprobs=sampled.logprobs,
+        # Copies: what Ray hands over lies in its store, and fills it as long as it is referred to.
+        token_ids=sampled.token_ids.copy(),
+        logprobs=sampled.logprobs.copy(),
         finish_reason=cast(FinishReason, sampled.finish_reason),
         text=sampled.text,
         versions=spans,

@@ -20,6 +20,7 @@ from gpg_megatron.algorithm.redraw import (
 )
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.samples import float32, int32
 
 
 def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
@@ -29,8 +30,8 @@ def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
         Completion(
             prompt_id=name,
             index=i,
-            token_ids=(7,),
-            logprobs=(-1.0,),
+            token_ids=int32((7,)),
+            logprobs=float32((-1.0,)),
             finish_reason="stop",
             text="",
             versions=(VersionSpan(version=version, start=0, end=1),),
@@ -38,7 +39,9 @@ def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
         for i in range(2)
     )
     return ScoredGroup(
-        prompt=Prompt(id=name, token_ids=(1,), messages=(), ground_truth="", data_source="toy"),
+        prompt=Prompt(
+            id=name, token_ids=int32((1,)), messages=(), ground_truth="", data_source="toy"
+        ),
         completions=completions,
         rewards=tuple(Reward(score=a, accuracy=a, parts={}) for a in accuracies),
     )

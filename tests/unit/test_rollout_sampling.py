@@ -31,6 +31,7 @@ from gpg_megatron.rollout.sampling import (
 )
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
+from tests.samples import float32, int32, plain
 
 
 def _request(
@@ -38,7 +39,7 @@ def _request(
 ) -> SamplingRequest:
     prompt = Prompt(
         id=f"d/{i}",
-        token_ids=tuple(range(length)),
+        token_ids=int32(range(length)),
         messages=(),
         ground_truth="",
         data_source="d",
@@ -113,18 +114,20 @@ def test_from_vllm_keeps_tokens_logprobs_and_spans() -> None:
         text="ab",
         weight_versions=[SimpleNamespace(version="3", start=0, end=2)],
     )
-    assert from_vllm(output) == Sampled(
-        token_ids=(5, 6),
-        logprobs=(-0.5, -1.5),
-        finish_reason="stop",
-        text="ab",
-        versions=(("3", 0, 2),),
+    assert plain(from_vllm(output)) == plain(
+        Sampled(
+            token_ids=int32((5, 6)),
+            logprobs=float32((-0.5, -1.5)),
+            finish_reason="stop",
+            text="ab",
+            versions=(("3", 0, 2),),
+        )
     )
 
 
 SAMPLED = Sampled(
-    token_ids=(5, 6, 7),
-    logprobs=(-0.5, -1.5, -2.5),
+    token_ids=int32((5, 6, 7)),
+    logprobs=float32((-0.5, -1.5, -2.5)),
     finish_reason="length",
     text="abc",
     versions=(("3", 0, 1), ("4", 1, 3)),
@@ -146,7 +149,7 @@ def test_completion_carries_the_version_of_every_token() -> None:
         {"versions": ()},
         {"versions": (("3", 0, 2),)},
         {"versions": (("3", 0, 1), ("4", 2, 3))},
-        {"logprobs": (-0.5,)},
+        {"logprobs": float32((-0.5,))},
         {"finish_reason": "abort"},
         {"finish_reason": None},
     ],

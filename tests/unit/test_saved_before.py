@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from gpg_megatron.checkpoint.marker import damaged_file, read_marker
 from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf
-from gpg_megatron.loop.checkpoints import read_trainer_state
-from gpg_megatron.loop.group_json import from_json
+from gpg_megatron.loop.state import read_state
 from gpg_megatron.model.shape import load_model_shape
+from tests.samples import plain
 from tests.saved_before.problem import FOLDER, MODEL, STEP, config
 
 
@@ -24,13 +24,13 @@ def test_a_run_finds_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_loop_reads_what_it_remembered() -> None:
-    state = read_trainer_state(STEP)
-    carried = [from_json(group) for group in state["carried"]]
-    drawn = [from_json(group) for group in state["ahead"]["groups"]]
-    assert [group.prompt.id for group in carried] == ["toy/2", "toy/1"]
-    assert state["ahead"]["step"] == 3 and len(drawn) >= 2
+    state = read_state(STEP)
+    assert state.values["carried"] == 2 and state.values["ahead"]["step"] == 3
+    first, second, *drawn = state.groups
+    assert [first.prompt.id, second.prompt.id] == ["toy/2", "toy/1"] and len(drawn) >= 2
     completion = drawn[0].completions[0]
-    assert completion.logprobs == (-0.5,) and completion.versions[0].end == 1
+    assert plain(completion.logprobs) == ("float32", [-0.5]) and completion.versions[0].end == 1
+    assert set(state.values["ahead"]) == {"step", "redraws", "timings"}
 
 
 def test_a_converted_model_gives_back_the_tensors(tmp_path: Path) -> None:
