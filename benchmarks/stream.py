@@ -2,10 +2,10 @@
 
     python -m benchmarks.stream [--setup 7b ...] [--batches 60] [--lengths FILE] [--plot FILE]
 
-Engines and trainer are cost models. A decode step of an engine with b sequences takes t0 + b t1; the
-trainer takes so many seconds for a token, and so many to publish. Answers have lognormal lengths,
-half of the variance from the prompt, or those of a file, one number a line. A setup's own numbers
-can be set: --engines 16. Last line: JSON.
+Engines and trainer are cost models. A decode step of an engine with b sequences takes t0 + b t1;
+the trainer takes so many seconds for a token, and so many to publish. Answers have lognormal
+lengths, half of the variance from the prompt, or those of a file, one number a line. A setup's own
+numbers can be set: --engines 16. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -27,12 +27,11 @@ from gpg_megatron.loop.stream import (
     Event,
     Finished,
     Group,
-    Published,
     PublishBegan,
+    Published,
     Rules,
     Start,
     State,
-    Stop,
     Taken,
     advance,
     age,
@@ -40,7 +39,7 @@ from gpg_megatron.loop.stream import (
     next_batch,
 )
 
-WARM_UP = 10
+WARM_UP = 12
 """Batches that are not counted: it begins with all engines empty."""
 
 
@@ -86,12 +85,12 @@ SETUPS = {
     # H100: 15 GB of weights at 3.35 TB/s and what else a step needs; 6 x 7.6e9 operations a token
     # at 40 % of 989 TFLOP/s.
     "7b": Setup(
-        engines=4, seqs=256, t0=8e-3, t1=3e-5, ranks=4, tokens_per_s=8700, publish=2.0,
+        engines=2, seqs=512, t0=8e-3, t1=3e-5, ranks=6, tokens_per_s=8700, publish=2.0,
         prompts=128, n=8, median=1200, sigma=0.9, longest=8192,
     ),
     # Engines of two GPUs; 3.3e9 active parameters at 25 %.
     "30b-a3b": Setup(
-        engines=16, seqs=256, t0=10e-3, t1=4e-5, ranks=32, tokens_per_s=12500, publish=5.0,
+        engines=20, seqs=256, t0=10e-3, t1=4e-5, ranks=24, tokens_per_s=12500, publish=5.0,
         prompts=512, n=8, median=4000, sigma=0.9, longest=32768,
     ),
 }  # fmt: skip
@@ -150,7 +149,8 @@ class Engines:
         self._left: dict[tuple[int, int], int] = {}
         """(ticket, attempt) -> answers that have not ended."""
         self._attempt: Counter[int] = Counter()
-        self.cut: set[int] = set()
+        self._began: dict[tuple[int, int], tuple[int, float]] = {}
+        """(ticket, attempt) -> its engine, and the step at which it began."""
 
     def start(self, ticket: int, lengths: Sequence[int]) -> None:
         """On the engine with the least to do."""
@@ -158,20 +158,20 @@ class Engines:
         key = ticket, self._attempt[ticket]
         self._left[key] = len(lengths)
         engine = min(range(self.setup.engines), key=lambda e: len(self._running[e]))
+        self._began[key] = engine, self._clock[engine]
         for length in lengths:
             heapq.heappush(self._running[engine], (self._clock[engine] + length, *key))
 
-    def stop(self, ticket: int) -> bool:
-        """End what runs of it; whether anything did."""
+    def stop(self, ticket: int) -> int:
+        """End what runs of it; tokens of each answer that did, 0: none ran."""
         key = ticket, self._attempt[ticket]
         if not self._left.pop(key, 0):
-            return False
-        for running in self._running:
-            kept = [x for x in running if x[1:] != key]
-            if len(kept) < len(running):
-                running[:] = kept
-                heapq.heapify(running)
-        return True
+            return 0
+        engine, began = self._began[key]
+        running = self._running[engine]
+        running[:] = [x for x in running if x[1:] != key]
+        heapq.heapify(running)
+        return max(1, round(self._clock[engine] - began))
 
     def next_end(self) -> float:
         """When the next answer ends, if nothing is started before."""
@@ -224,6 +224,8 @@ class Result:
     """Mean tokens of the answers of the first batches, over that of all answers."""
     late_length: float
     """The same for the batches that are counted."""
+    cut: float
+    """Share of the answers that were cut."""
 
 
 class Simulation:
@@ -240,6 +242,7 @@ class Simulation:
         self.ages: list[Counter[int]] = []
         self.ends: list[float] = []
         self.learning = 0.0
+        self.n_cut = 0
 
     def run(self) -> None:
         """To the last batch."""
@@ -265,19 +268,21 @@ class Simulation:
         self.engines.pause(self.setup.publish)
         self.event(Published())
 
-    def wait(self, there: Any) -> None:
+    def wait(self, there: Callable[[], bool]) -> None:
         while not there():
-            end = self.engines.next_end()
-            assert end < math.inf, "nothing is in flight, and something is waited for"
-            self.work_until(end)
+            while not self.work_until(self.engines.next_end()):
+                assert self.engines.next_end() < math.inf, "it will never be there"
 
-    def work_until(self, then: float) -> None:
+    def work_until(self, then: float) -> bool:
+        """Whether a group finished."""
+        any_finished = False
         while True:
             end = min(then, self.engines.next_end())
             for ticket in self.engines.go_to(end):
                 self.event(Finished(ticket, True))
+                any_finished = True
             if end >= then:
-                return
+                return any_finished
 
     def event(self, event: Event) -> None:
         self.state, actions = advance(self.rules, self.state, event)
@@ -286,7 +291,9 @@ class Simulation:
                 if isinstance(action, Start):
                     self.lengths[ticket] = self.answers.draw(ticket)
                     self.engines.start(ticket, self.lengths[ticket])
-                elif self.engines.stop(ticket) and action.keep:
+                elif (done := self.engines.stop(ticket)) and action.keep:
+                    self.n_cut += sum(length > done for length in self.lengths[ticket])
+                    self.lengths[ticket] = [min(n, done) for n in self.lengths[ticket]]
                     self.event(Finished(ticket, True))
 
 
@@ -312,21 +319,23 @@ def simulate(setup: Setup, mode: Mapping[str, Any], batches: int, lengths: Seque
         ages={a: n / ages.total() for a, n in sorted(ages.items())},
         early_length=fmean(n for batch in run.trained[:3] for n in batch) / whole,
         late_length=fmean(n for batch in run.trained[WARM_UP:] for n in batch) / whole,
+        cut=run.n_cut / sum(map(len, run.trained)),
     )
 
 
 def table(results: Mapping[str, Result]) -> str:
     """Markdown."""
     lines = [
-        "| mode | step, s | of the bound | engines | trainer | ages of the groups | length, first 3 "
-        "batches | length, later |",
-        "|---" * 8 + "|",
+        "| mode | step, s | of the bound | engines | trainer | ages of the groups | "
+        "length, first 3 batches | length, later | cut |",
+        "|---" * 9 + "|",
     ]
     for mode, r in results.items():
         ages = ", ".join(f"{a}: {share:.0%}" for a, share in r.ages.items() if share >= 0.005)
         lines.append(
             f"| {mode} | {r.step_s:.1f} | {r.bound_s / r.step_s:.2f} | {r.engines_busy:.0%} | "
-            f"{r.trainer_busy:.0%} | {ages} | {r.early_length:.2f} | {r.late_length:.2f} |"
+            f"{r.trainer_busy:.0%} | {ages} | {r.early_length:.2f} | {r.late_length:.2f} | "
+            f"{r.cut:.1%} |"
         )
     return "\n".join(lines)
 
@@ -350,6 +359,9 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
     figure.savefig(path)
 
 
+_KEYS = {key.name for key in fields(Setup)}
+
+
 def main() -> None:
     """Print a table for each setup."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__)
@@ -363,7 +375,7 @@ def main() -> None:
     if args.batches <= WARM_UP:
         parser.error(f"--batches: expected more than {WARM_UP}")
     lengths = [int(line) for line in args.lengths.read_text().split()] if args.lengths else []
-    own = {key.name: value for key in fields(Setup) if (value := getattr(args, key.name)) is not None}
+    own = {name: x for name, x in vars(args).items() if name in _KEYS and x is not None}
     results = {}
     for name in args.setup:
         setup = replace(SETUPS[name], **own)

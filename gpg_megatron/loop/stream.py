@@ -1,5 +1,5 @@
-"""Which prompts are started when, and of which groups a batch is made: a state machine that decides,
-and starts nothing. docs/rollouts.md has it as a picture.
+"""Which prompts are started when, and of which groups a batch is made: a state machine that
+decides, and starts nothing. docs/rollouts.md has it as a picture.
 
     (new) --Start--> in flight --Finished--> ready --Taken--> trained on
                       ^  |                   |  ^
@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ Event: TypeAlias = Asked | Finished | Lost | Taken | PublishBegan | Published
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Give these prompts to engines. No two starts of a run have the same (batch, redraw, place)."""
+    """Give these prompts to engines. No two of a run have the same (batch, redraw, place)."""
 
     tickets: tuple[int, ...]
     batch: int
@@ -205,7 +205,8 @@ def next_batch(rules: Rules, state: State) -> tuple[Group, ...] | None:
     for count, group in enumerate(finished, start=1):
         n_live += group.live
         enough = n_live >= rules.wanted * rules.size
-        if count >= rules.size and (enough or count == n and state.redraws == rules.max_redraws):
+        is_last = count == n and state.redraws == rules.max_redraws
+        if count >= rules.size and (enough or is_last):
             return finished[:count]
     return None
 
@@ -243,8 +244,8 @@ def _after(rules: Rules, state: State, event: Event) -> tuple[State, tuple[Actio
         case PublishBegan():
             return replace(state, publishing=True), ()
         case Published():
-            new = {"published": state.closed, "weights": state.learned}
-            return replace(state, publishing=False, **new), ()
+            published, weights = state.closed, state.learned
+            return replace(state, publishing=False, published=published, weights=weights), ()
 
 
 def _taken(rules: Rules, state: State, event: Taken) -> tuple[State, tuple[Action, ...]]:
@@ -277,7 +278,8 @@ def _cut(rules: Rules, state: State) -> tuple[Stop, ...]:
     """All but `extra` of the next batch have finished."""
     window = state.pool[: _window(rules, state)]
     late = tuple(t for t in window if t in state.flying)
-    is_time = 0 < len(late) <= rules.extra and len(_finished(rules, state)) + len(late) == len(window)
+    n_there = len(_finished(rules, state)) + len(late)
+    is_time = 0 < len(late) <= rules.extra and n_there == len(window)
     return (Stop(late, keep=True),) if is_time else ()
 
 
@@ -315,9 +317,7 @@ def _needs_redraw(rules: Rules, state: State) -> bool:
         return False
     finished = _finished(rules, state)
     n_live = sum(group.live for group in finished)
-    return (
-        len(finished) >= rules.size * (1 + state.redraws) and n_live < rules.wanted * rules.size
-    )
+    return len(finished) >= rules.size * (1 + state.redraws) and n_live < rules.wanted * rules.size
 
 
 def _startable(rules: Rules, state: State) -> tuple[int, ...]:
@@ -329,7 +329,7 @@ def _startable(rules: Rules, state: State) -> tuple[int, ...]:
     ahead = min(ahead, rules.last - state.closed)
     if ahead < 1:
         return ()
-    # What is aborted never gets old; all others must fit into the batches that they are in time for.
+    # What is aborted never gets old; others must fit into the batches that they are in time for.
     reach = ahead * rules.size + (rules.extra if rules.unfinished == "abort" else 0)
     reach = max(reach, rules.size * (1 + state.redraws))
     if state.publishing:
@@ -340,25 +340,3 @@ def _startable(rules: Rules, state: State) -> tuple[int, ...]:
     wanted += range(state.next_ticket, state.next_ticket + n_new)
     room = len(wanted) if rules.room is None else max(0, rules.room - len(state.flying))
     return tuple(wanted[:room])
-
-
-def to_json(state: State) -> dict[str, Any]:
-    """What from_json reads, as plain JSON."""
-    return {
-        name: getattr(state, name)
-        for name in ("next_ticket", "closed", "learned", "published", "weights", "redraws", "places")
-    } | {
-        "waiting": list(state.waiting),
-        "flying": [list(pair) for pair in state.flying.items()],
-        "ready": [[g.ticket, g.weights, g.live, g.carried] for g in state.ready],
-    }
-
-
-def from_json(data: Mapping[str, Any]) -> State:
-    """The state that a run goes on from."""
-    groups = (
-        Group(ticket=ticket, weights=weights, live=live, carried=carried)
-        for ticket, weights, live, carried in data["ready"]
-    )
-    lists = {"waiting": tuple(data["waiting"]), "flying": dict(data["flying"])}
-    return resumed(State(**{**data, **lists, "ready": tuple(groups)}))

@@ -114,7 +114,8 @@ def from_vllm(output: Any) -> Sampled:
     return Sampled(
         token_ids=np.array(output.token_ids, np.int32),
         logprobs=np.array(flat.logprobs, np.float32),
-        finish_reason=output.finish_reason,
+        # Where a request was stopped, its answers end as they would at the length limit.
+        finish_reason="length" if output.finish_reason == "abort" else output.finish_reason,
         text=output.text,
         versions=tuple((s.version, s.start, s.end) for s in output.weight_versions or ()),
     )

@@ -9,11 +9,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.redraw import select
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.loop.state import machine_from_json, machine_to_json
 from gpg_megatron.loop.stream import (
     Action,
     Asked,
@@ -21,18 +23,16 @@ from gpg_megatron.loop.stream import (
     Finished,
     Group,
     Lost,
-    Published,
     PublishBegan,
+    Published,
     Rules,
     Start,
     State,
     Stop,
     Taken,
     advance,
-    from_json,
     may_publish,
     next_batch,
-    to_json,
 )
 from gpg_megatron.types import Prompt, Reward, ScoredGroup
 
@@ -99,6 +99,26 @@ def test_dead_groups_are_redrawn_and_surplus_live_ones_are_carried() -> None:
     state, actions = play(rules, Taken(frozenset({5})), *PUBLISH, Asked(), state=state)
     assert actions == [Start((6, 7), 2, 0, 0)], "one of three is there already"
     assert state.ready == (Group(ticket=5, weights=0, carried=True),)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted", "redraws"),
+    [
+        ("dddddddddd", 0.0, 0),  # off
+        ("LLLLLddddd", 0.6, 1),  # 5 of 10 < 6
+        ("LLLLLLdddd", 0.6, 0),  # met exactly
+        ("LLLLLddddd" + "Lddddddddd", 0.6, 1),  # accumulated: 6
+        ("dddddddddd" * 3, 0.6, 3),
+        ("dddddddddd" * 4, 0.6, 3),  # no draw is left
+        ("LLLLLLLLLL", 1.0, 0),
+    ],
+)
+def test_live_groups_add_up_over_draws(pattern: str, wanted: float, redraws: int) -> None:
+    rules = Rules(size=10, staleness=0, last=1, wanted=wanted, max_redraws=3)
+    events = [Finished(ticket, letter == "L") for ticket, letter in enumerate(pattern)]
+    state, _ = play(rules, Asked(), *events)
+    assert state.redraws == redraws
+    assert (next_batch(rules, state) is not None) is (len(pattern) == 10 * (1 + redraws))
 
 
 def test_no_draw_is_left() -> None:
@@ -232,13 +252,13 @@ class World:
         """The process ends; another one goes on from what was written last."""
         self.flying.clear()
         state, self.trained, self.dropped, self.seeds, self.batches = copy.deepcopy(self.saved)
-        self.state = from_json(json.loads(state))
+        self.state = machine_from_json(json.loads(state))
         self.phase = "publish"
 
     def save(self) -> None:
         """As the loop does after a publish."""
         parts = (self.trained, self.dropped, self.seeds, self.batches)
-        self.saved = copy.deepcopy((json.dumps(to_json(self.state)), *parts))
+        self.saved = copy.deepcopy((json.dumps(machine_to_json(self.state)), *parts))
 
     def trainer(self) -> None:
         """What the loop does next, if it can."""
