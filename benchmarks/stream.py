@@ -15,7 +15,7 @@ import heapq
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from gpg_megatron.loop.stream import (
     age,
     may_publish,
     next_batch,
+    room_for,
 )
 
 WARM_UP = 12
@@ -74,11 +75,6 @@ class Setup:
     def engine_rate(self) -> float:
         """Tokens a second of all engines when they are full."""
         return self.engines * self.seqs / (self.t0 + self.seqs * self.t1)
-
-    @property
-    def room(self) -> int:
-        """Groups in flight."""
-        return self.engines * self.seqs // self.n
 
 
 SETUPS = {
@@ -146,6 +142,8 @@ class Engines:
         """Steps that each has done."""
         self._running: list[list[tuple[float, int, int]]] = [[] for _ in range(setup.engines)]
         """Heaps of (step at which it ends, ticket, attempt)."""
+        self._queues: list[deque[tuple[int, int, int]]] = [deque() for _ in range(setup.engines)]
+        """(tokens, ticket, attempt) of those that an engine has no room for."""
         self._left: dict[tuple[int, int], int] = {}
         """(ticket, attempt) -> answers that have not ended."""
         self._attempt: Counter[int] = Counter()
@@ -157,10 +155,18 @@ class Engines:
         self._attempt[ticket] += 1
         key = ticket, self._attempt[ticket]
         self._left[key] = len(lengths)
-        engine = min(range(self.setup.engines), key=lambda e: len(self._running[e]))
+        engine = min(
+            range(self.setup.engines), key=lambda e: len(self._running[e]) + len(self._queues[e])
+        )
         self._began[key] = engine, self._clock[engine]
-        for length in lengths:
-            heapq.heappush(self._running[engine], (self._clock[engine] + length, *key))
+        self._queues[engine] += [(length, *key) for length in lengths]
+        self._fill(engine)
+
+    def _fill(self, engine: int) -> None:
+        waiting, running = self._queues[engine], self._running[engine]
+        while waiting and len(running) < self.setup.seqs:
+            length, *key = waiting.popleft()
+            heapq.heappush(running, (self._clock[engine] + length, key[0], key[1]))
 
     def stop(self, ticket: int) -> int:
         """End what runs of it; tokens of each answer that did, 0: none ran."""
@@ -171,6 +177,8 @@ class Engines:
         running = self._running[engine]
         running[:] = [x for x in running if x[1:] != key]
         heapq.heapify(running)
+        self._queues[engine] = deque(x for x in self._queues[engine] if x[1:] != key)
+        self._fill(engine)
         return max(1, round(self._clock[engine] - began))
 
     def next_end(self) -> float:
@@ -191,6 +199,7 @@ class Engines:
                 self._left[key[0], key[1]] -= 1
                 if not self._left[key[0], key[1]]:
                     done.append(key[0])
+            self._fill(engine)
         self.now = now
         return done
 
@@ -199,7 +208,7 @@ class Engines:
         self.now += seconds
 
     def _step_s(self, engine: int) -> float:
-        return self.setup.t0 + self.setup.t1 * min(len(self._running[engine]), self.setup.seqs)
+        return self.setup.t0 + self.setup.t1 * len(self._running[engine])
 
     def _until(self, engine: int) -> float:
         running = self._running[engine]
@@ -301,7 +310,8 @@ def simulate(setup: Setup, mode: Mapping[str, Any], batches: int, lengths: Seque
     """One mode of one setup."""
     answers = Answers(setup=setup, lengths=lengths)
     extra = math.ceil(mode.get("extra", 0) * setup.prompts)
-    rules = Rules(**{**mode, "extra": extra}, size=setup.prompts, last=batches, room=setup.room)
+    room = room_for(setup.engines * setup.seqs, setup.n)
+    rules = Rules(**{**mode, "extra": extra}, size=setup.prompts, last=batches, room=room)
     run = Simulation(setup, rules, answers)
     run.run()
     counted = batches - WARM_UP

@@ -38,6 +38,7 @@ from gpg_megatron.loop.stream import (
     age,
     may_publish,
     next_batch,
+    room_for,
 )
 from gpg_megatron.observe.metrics import rollout_metrics
 from gpg_megatron.observe.watchdog import Watchdog
@@ -70,7 +71,7 @@ def rules_of(config: Config, room: int) -> Rules:
         staleness=t.max_staleness,
         last=t.total_training_steps,
         in_flight=r.update == "in-flight",
-        room=max(1, room // r.n),
+        room=room_for(room, r.n),
         wanted=config.algorithm.wanted_fraction,
         max_redraws=config.algorithm.max_redraws,
         extra=math.ceil(r.oversample * t.train_batch_size),

@@ -46,6 +46,12 @@ class Rules:
         return self.extra > 0 and self.unfinished != "cut"
 
 
+def room_for(samples: int, n: int) -> int:
+    """Groups of n that may be in flight where engines decode so many samples at once. Half as many
+    again wait in their queues: the samples of a group do not end together."""
+    return max(1, 3 * samples // (2 * n))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Group:
     """One that is ready."""

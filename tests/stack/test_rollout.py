@@ -363,6 +363,29 @@ class TestOneEngine:
         # The prompt's keys and values of the old weights are still there.
         assert max(logprob_gap(model, prompt, fresh, old_until=0)) < 1e-4
 
+    def test_groups_end_in_any_order_and_can_be_stopped(self, fleet: Fleet) -> None:
+        long, flights = request(3, max_tokens=240, temperature=1.0, seed=11), fleet.flights()
+        whole = fleet.generate([long])
+        flights.start(1, long)
+        flights.start(2, request(max_tokens=1))
+        ((key, answers),) = flights.next()
+        assert key == 2 and tokens(answers) == tokens(fleet.generate([request(max_tokens=1)]))
+        flights.start(3, request(max_tokens=240, temperature=1.0, seed=12))
+        time.sleep(0.3)
+        flights.stop(1, keep=True)
+        flights.stop(3, keep=False)
+        assert len(flights) == 1, "what is not kept never comes"
+        while not (landed := flights.next()):
+            pass
+        ((key, answers),) = landed
+        n_tokens = [sum(len(c.token_ids) for c in part) for part in (answers, whole)]
+        assert key == 1 and n_tokens[0] < n_tokens[1]
+        for a, b in zip(answers, whole, strict=True):
+            n = len(a.token_ids)
+            assert a.token_ids.tolist() == b.token_ids[:n].tolist() and len(a.logprobs) == n
+            assert a.finish_reason == ("length" if n < len(b.token_ids) else b.finish_reason)
+        assert len(fleet.generate([request()])) == 4, "the engine goes on"
+
     def test_calls_reach_the_workers(self, fleet: Fleet) -> None:
         assert fleet.call_workers("hello", [(1, "a")], timeout_s=30) == [[[0, [1, "a"]]]]
 
