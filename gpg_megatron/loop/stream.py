@@ -340,9 +340,9 @@ def _startable(rules: Rules, state: State) -> tuple[int, ...]:
     reach = max(reach, rules.size * (1 + state.redraws))
     if state.publishing:
         reach = min(reach, _window(rules, state))
-    pool = state.pool
-    n_new = max(0, reach - len(pool))
-    wanted = [t for t in pool[:reach] if t in state.waiting]
+    n_pool = len(state.waiting) + len(state.flying) + len(state.ready)
+    n_new = max(0, reach - n_pool)
+    wanted = [t for t in state.pool[:reach] if t in state.waiting] if state.waiting else []
     wanted += range(state.next_ticket, state.next_ticket + n_new)
     room = len(wanted) if rules.room is None else max(0, rules.room - len(state.flying))
     return tuple(wanted[:room])

@@ -24,6 +24,8 @@ from gpg_megatron.types import Completion, EnginePart
 PLACEMENT_TIMEOUT_S = 120.0
 SHUTDOWN_TIMEOUT_S = 8.0
 EXIT_GRACE_S = 3.0
+MOST_CALLS = 10_000
+"""At once to one engine: each group is one, and Ray would let control wait behind 1,000 of them."""
 MAX_SCRATCH_PATH = 40
 
 
@@ -79,7 +81,8 @@ class Fleet:
         import ray
 
         gpus = self._spec.gpus
-        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Engine)
+        options = {"max_restarts": 0, "max_concurrency": MOST_CALLS}
+        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, **options)(Engine)
         self._actors = [actor_class.remote(self._spec, str(log)) for log in self._logs]
         self._placing = self._send("placement by Ray", lambda actor: actor.placed.remote())
         self._loading = self._send(
