@@ -147,8 +147,6 @@ class PackedOnDemand(Sequence[MicroBatch]):
         return len(self._packers)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return PackedOnDemand(self._packers[index])
         return self._packers[index]()
 
 

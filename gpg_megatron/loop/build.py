@@ -25,13 +25,7 @@ from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import open_stream
-from gpg_megatron.host.collectives import (
-    Broadcast,
-    OnRank0,
-    broadcast,
-    kept_on_rank0,
-    on_rank0,
-)
+from gpg_megatron.host.collectives import OnRank0, broadcast, kept_on_rank0, on_rank0
 from gpg_megatron.host.device import Device
 from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
@@ -77,7 +71,6 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
     peak = _peak_of_all_ranks(device, DTYPES[config.model.dtype])
     group = dist.new_group(timeout=_rank0_limit(config), backend="gloo")
     ask_rank0: OnRank0 = partial(on_rank0, group=group)
-    from_rank0: Broadcast = partial(broadcast, group=group)
     with ExitStack() as ends:
         watchdog = ends.enter_context(
             closing(Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S))
@@ -99,7 +92,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
             rank0.say_what_was_decided()
-        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, from_rank0, point)
+        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, group, point)
         placement.enter(State.SYNC)
         side = PolicySide(
             shards=policy.named_shards(),
@@ -208,7 +201,7 @@ def open_rollouts(
     rank0: Rank0 | None,
     watchdog: Watchdog,
     ask_rank0: OnRank0,
-    from_rank0: Broadcast,
+    group: dist.ProcessGroup,
     point: ResumePoint | None,
 ) -> Rollouts:
     """The batches of the run, from where the resume point left them."""
@@ -232,7 +225,7 @@ def open_rollouts(
 
     collector = kept_on_rank0(open_collector, ask_rank0)
     ahead = config.trainer.max_staleness > 0
-    return Rollouts(collector, ask_rank0, from_rank0, watchdog, ahead=ahead)
+    return Rollouts(collector, ask_rank0, partial(broadcast, group=group), watchdog, ahead=ahead)
 
 
 def _pids() -> list[int]:

@@ -43,8 +43,7 @@ from gpg_megatron.loop.stream import (
 from gpg_megatron.observe.metrics import rollout_metrics
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
-from gpg_megatron.rollout.dispatch import largest_first
-from gpg_megatron.rollout.flights import Flights
+from gpg_megatron.rollout.flights import Flights, largest_first
 from gpg_megatron.rollout.sampling import SamplingRequest, training_params
 from gpg_megatron.types import Prompt, ScoredGroup
 

@@ -36,21 +36,26 @@ class FlatGroups:
     logprobs: LogProbs
 
 
-def flatten(groups: Iterable[ScoredGroup]) -> FlatGroups:
-    """A copy. extra_info and parts must be plain JSON."""
+def flatten(groups: Iterable[ScoredGroup], *, with_texts: bool = True) -> FlatGroups:
+    """A copy. extra_info and parts must be plain JSON.
+
+    Args:
+        with_texts: False: messages and texts, which the policy does not learn from, are empty.
+    """
     tokens: list[Tokens] = [np.empty(0, np.int32)]
     logprobs: list[LogProbs] = [np.empty(0, np.float32)]
     rows = []
     for group in groups:
         tokens += [group.prompt.token_ids, *(c.token_ids for c in group.completions)]
         logprobs += [c.logprobs for c in group.completions]
-        rows.append(
-            {
-                "prompt": _fields(group.prompt, token_ids=len(group.prompt.token_ids)),
-                "completions": list(map(_completion_row, group.completions)),
-                "rewards": list(map(_fields, group.rewards)),
-            }
-        )
+        prompt = _fields(group.prompt, token_ids=len(group.prompt.token_ids))
+        completions = list(map(_completion_row, group.completions))
+        if not with_texts:
+            prompt["messages"] = ()
+            for row in completions:
+                row["text"] = ""
+        rewards = list(map(_fields, group.rewards))
+        rows.append({"prompt": prompt, "completions": completions, "rewards": rewards})
     return FlatGroups(
         text=json.dumps(rows), tokens=np.concatenate(tokens), logprobs=np.concatenate(logprobs)
     )

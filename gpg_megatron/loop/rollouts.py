@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -13,7 +13,6 @@ from gpg_megatron.loop.collector import Collector, Rollout
 from gpg_megatron.loop.group_arrays import FlatGroups, flatten, unflatten
 from gpg_megatron.loop.state import LoopState
 from gpg_megatron.observe.watchdog import Watchdog
-from gpg_megatron.types import ScoredGroup
 
 
 class Rollouts:
@@ -40,17 +39,16 @@ class Rollouts:
         self._ahead = ahead
 
     def take(self) -> Rollout:
-        """The next batch."""
+        """The next batch. Arrays are not pickled."""
         with self._watchdog.phase("wait") if self._ahead else nullcontext():
-            return self._share(lambda: self._here.take())
+            return self._take()
 
-    def _share(self, draw: Callable[[], Rollout]) -> Rollout:
-        """What draw returns on rank 0, on every rank. Arrays are not pickled."""
+    def _take(self) -> Rollout:
         mine: list[tuple[Rollout, FlatGroups]] = []
 
         def describe() -> tuple[Rollout, str, int, int]:
-            rollout = draw()
-            flat = flatten(map(_without_texts, rollout.groups))
+            rollout = self._here.take()
+            flat = flatten(rollout.groups, with_texts=False)
             mine.append((rollout, flat))
             return replace(rollout, groups=()), flat.text, len(flat.tokens), len(flat.logprobs)
 
@@ -77,15 +75,6 @@ class Rollouts:
     def _here(self) -> Collector:
         assert self._collector is not None, "called on rank 0 only"
         return self._collector
-
-
-def _without_texts(group: ScoredGroup) -> ScoredGroup:
-    """What the policy learns from: a third of it would be texts."""
-    return replace(
-        group,
-        prompt=replace(group.prompt, messages=()),
-        completions=tuple(replace(completion, text="") for completion in group.completions),
-    )
 
 
 def _empty(text: str, n_tokens: int, n_logprobs: int) -> FlatGroups:

@@ -110,17 +110,9 @@ class Engine:
         await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
 
-    async def generate(
-        self, requests: Sequence[SamplingRequest], version: int
-    ) -> list[list[Sampled]]:
-        """[request][sample]; all requests at once, batched by vLLM."""
-        self._refuse_unless_ready()
-        return await self._alive(
-            asyncio.gather(*(self._generate_one(request, version) for request in requests))
-        )
-
-    async def answer(self, request: SamplingRequest, version: int, name: str) -> list[Sampled]:
-        """The samples of one request; stop(name) ends it."""
+    async def answer(self, request: SamplingRequest, version: int, name: str = "") -> Sampled:
+        """The samples of one request; vLLM batches it with the others that run. stop(name) ends
+        it."""
         self._refuse_unless_ready()
         return await self._alive(self._generate_one(request, version, name))
 
@@ -137,9 +129,7 @@ class Engine:
                 "must be published again"
             )
 
-    async def _generate_one(
-        self, request: SamplingRequest, version: int, name: str = ""
-    ) -> list[Sampled]:
+    async def _generate_one(self, request: SamplingRequest, version: int, name: str) -> Sampled:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -168,7 +158,7 @@ class Engine:
         async for output in self._llm.generate(prompt, params, name or str(self._serial)):
             final = output
         assert final is not None and final.finished and len(final.outputs) == wanted.n
-        return [from_vllm(o) for o in sorted(final.outputs, key=lambda o: o.index)]
+        return from_vllm(sorted(final.outputs, key=lambda o: o.index))
 
     async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """[worker rank]; the method of the worker extension, on every worker at once."""

@@ -1,6 +1,6 @@
 """The fleet of engines that rank 0 drives. Every wait has a time-out (calls.py).
 
-requests --dispatch.py--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
+requests --flights.py--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
-from gpg_megatron.rollout.dispatch import sample
 from gpg_megatron.rollout.engine import Engine, PauseMode, SleepLevel
-from gpg_megatron.rollout.flights import Flights
+from gpg_megatron.rollout.flights import Flights, answer_all
 from gpg_megatron.rollout.ray_session import open_ray
-from gpg_megatron.rollout.sampling import SamplingRequest, to_completion
+from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, EnginePart
 
@@ -115,20 +114,8 @@ class Fleet:
         Raises:
             EngineDied, EngineError, TimeoutError
         """
-        bare = list(map(self._fitting, requests))
-        by_request = sample(
-            bare,
-            lambda engine, part: self._actors[engine].generate.remote(part, self._version),
-            self._pending("generating a rollout batch", {}),
-            num_engines=self.num_engines,
-            max_num_seqs=self._spec.max_num_seqs,
-            timeout_s=self._spec.rollout.generate_timeout_s,
-        )
-        return [
-            to_completion(request, index, sampled)
-            for request, samples in zip(requests, by_request, strict=True)
-            for index, sampled in enumerate(samples)
-        ]
+        answers = answer_all(self.flights(), requests, self.room)
+        return [completion for group in answers for completion in group]
 
     def flights(self) -> Flights:
         """For requests that are started one by one, and answered as they end."""

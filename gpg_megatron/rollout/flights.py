@@ -1,4 +1,5 @@
-"""Groups that engines are answering, each by a call of its own: they end in any order.
+"""Groups that engines are answering, each by a call of its own: they end in any order, and Ray's
+object store never holds a batch.
 
 start(key, request) --Ray--> the engine that owes least --> next(): (key, completions)
 stop(key) ----------Ray--> that engine
@@ -9,12 +10,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
-from gpg_megatron.rollout.sampling import SamplingRequest, to_completion
+from gpg_megatron.rollout.sampling import SamplingRequest, to_completions
 from gpg_megatron.types import Completion
 
 Ask = Callable[[int, SamplingRequest, str], Any]
@@ -66,6 +68,11 @@ class Flights:
     def __len__(self) -> int:
         """Those whose answers are wanted."""
         return len(self._flying) - len(self._unwanted)
+
+    @property
+    def owed(self) -> int:
+        """Samples, of all engines."""
+        return sum(self._load)
 
     def start(self, key: int, request: SamplingRequest) -> None:
         """Returns at once. No two whose answers are wanted have the same key."""
@@ -121,11 +128,34 @@ class Flights:
         with self._lock:
             self._load[flight.engine] -= flight.request.params.n
         if flight.future.exception() is None:
-            samples = flight.future.result()
+            sampled = flight.future.result()
         else:
-            (samples,) = self._pending({flight.ref: flight.engine}).answers(CONTROL_TIMEOUT_S)
+            (sampled,) = self._pending({flight.ref: flight.engine}).answers(CONTROL_TIMEOUT_S)
         if name in self._unwanted:
             self._unwanted.remove(name)
             return None
-        answers = [to_completion(flight.request, i, sampled) for i, sampled in enumerate(samples)]
-        return flight.key, answers
+        return flight.key, to_completions(flight.request, sampled)
+
+
+def largest_first(requests: Sequence[SamplingRequest]) -> list[int]:
+    """Indices of the requests by their token limits, the largest first; ties in their order."""
+    return sorted(range(len(requests)), key=lambda i: (-_cost(requests[i]), i))
+
+
+def _cost(request: SamplingRequest) -> int:
+    return len(request.prompt.token_ids) + request.params.n * request.params.max_tokens
+
+
+def answer_all(
+    flights: Flights, requests: Sequence[SamplingRequest], room: int
+) -> list[list[Completion]]:
+    """[request][sample]. The largest request first, as long as the engines owe fewer samples than
+    they have room for; none idles while others have a queue of their own. Raises as next does."""
+    waiting = deque(largest_first(requests))
+    found: dict[int, list[Completion]] = {}
+    while len(found) < len(requests):
+        while waiting and flights.owed < room:
+            k = waiting.popleft()
+            flights.start(k, requests[k])
+        found.update(flights.next())
+    return [found[k] for k in range(len(requests))]

@@ -35,21 +35,20 @@ class Engine:
     def __init__(self, seed: int) -> None:
         self._seconds = cycle(SECONDS[seed:] + SECONDS[:seed])
 
-    async def answer(self, request: SamplingRequest) -> list[Sampled]:
+    async def answer(self, request: SamplingRequest) -> Sampled:
         """The same answer a few times."""
         import asyncio
 
         await asyncio.sleep(next(self._seconds))
-        return [
-            Sampled(
-                token_ids=int32(range(1000)),
-                logprobs=float32([-1.0] * 1000),
-                finish_reason="stop",
-                text="#### 1",
-                versions=(("0", 0, 1000),),
-            )
-            for _ in range(request.params.n)
-        ]
+        n = request.params.n
+        return Sampled(
+            lengths=(1000,) * n,
+            token_ids=int32(range(1000 * n)),
+            logprobs=float32([-1.0] * 1000 * n),
+            finish_reasons=("stop",) * n,
+            texts=("#### 1",) * n,
+            versions=((("0", 0, 1000),),) * n,
+        )
 
 
 @pytest.fixture(scope="module")

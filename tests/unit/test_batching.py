@@ -289,6 +289,14 @@ def test_more_ranks_than_samples_gives_fillers_that_carry_nothing() -> None:
     assert batches[0].n_skipped_tokens == 4
 
 
+def test_micro_batches_are_packed_when_they_are_asked_for() -> None:
+    (batch,) = update([train_sample(index=i, response=(3, 4, 5)) for i in range(6)], 1, 10)
+    rows = batch.micro_batches
+    assert len(rows) == 3
+    assert rows[0] is not rows[0], "nobody keeps it"
+    assert all(torch.equal(x.labels_T, y.labels_T) for x, y in zip(rows, rows, strict=True))
+
+
 def test_no_live_sample_means_no_micro_batch_on_any_rank() -> None:
     dead = [train_sample(advantage=0.0), train_sample(index=1, response=(), advantage=3.0)]
     for batch in update(dead, dp_size=2):

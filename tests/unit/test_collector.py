@@ -3,18 +3,21 @@ fail at will."""
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, RolloutConfig, TrainerConfig
 from gpg_megatron.data.stream import PromptStream
 from gpg_megatron.loop.collector import Collector, Rollout, rules_of
+from gpg_megatron.loop.rollouts import Rollouts
 from gpg_megatron.loop.state import read_state, write_state
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.rollout.sampling import SamplingRequest
@@ -54,7 +57,7 @@ class Engines:
                 token_ids=int32((request.params.seed % 97,)),
                 logprobs=float32((-0.5,)),
                 finish_reason="stop",
-                text="",
+                text="a word",
                 versions=(VersionSpan(version=self.version, start=0, end=1),),
             )
             for index in range(request.params.n)
@@ -174,6 +177,34 @@ def test_groups_are_drawn_while_the_caller_does_something_else(make: Make) -> No
     collector.end_publish()
     spans = [c.versions for group in collector.take().groups for c in group.completions]
     assert {span.version for (span,) in spans} == {0}
+
+
+def test_other_ranks_get_what_is_learned_from_and_arrays_are_not_pickled(make: Make) -> None:
+    collector, _ = make(config())
+    sent: list[bytes] = []
+    arrays: list[Any] = []
+
+    def ask(action: Callable[[], Any]) -> Any:
+        answer = action()
+        sent.append(pickle.dumps(answer))
+        return answer
+
+    none: Any = None
+    mine = Rollouts(collector, ask, arrays.append, none, ahead=False).take()
+    assert len(sent) == 1 and b"numpy" not in sent[0]
+    other = Rollouts(
+        None,
+        lambda _: pickle.loads(sent[0]),
+        lambda array: np.copyto(array, arrays.pop(0)),
+        none,
+        ahead=False,
+    )
+    bare = tuple(
+        replace(group, completions=tuple(replace(c, text="") for c in group.completions))
+        for group in mine.groups
+    )
+    assert {c.text for group in mine.groups for c in group.completions} == {"a word"}
+    assert plain(other.take()) == plain(replace(mine, groups=bare)) and not arrays
 
 
 @pytest.mark.parametrize("how", ["publish", "take", "state"])
