@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import cycle
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -35,6 +36,9 @@ class Engine:
     def __init__(self, seed: int) -> None:
         self._seconds = cycle(SECONDS[seed:] + SECONDS[:seed])
 
+    async def ready(self) -> None:
+        """The process is there."""
+
     async def answer(self, request: SamplingRequest) -> Sampled:
         """The same answer a few times."""
         import asyncio
@@ -61,7 +65,9 @@ def actors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
         object_store_memory=100 * 2**20,
         logging_level="ERROR",
     )
-    yield [ray.remote(num_cpus=1)(Engine).remote(3 * i) for i in range(N_ENGINES)]
+    engines = [ray.remote(num_cpus=1)(Engine).remote(3 * i) for i in range(N_ENGINES)]
+    ray.get([engine.ready.remote() for engine in engines], timeout=300)
+    yield engines
     ray.shutdown()
 
 
@@ -85,7 +91,7 @@ def step_seconds(
     flights = Flights(
         lambda engine, request, name: actors[engine].answer.remote(request),
         lambda engine, name: None,
-        lambda sent: PendingCalls("waiting", [], sent),
+        lambda sent: PendingCalls("waiting", [Path("none")] * N_ENGINES, sent),
         num_engines=N_ENGINES,
         timeout_s=60,
     )
