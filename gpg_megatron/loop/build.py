@@ -36,12 +36,13 @@ from gpg_megatron.loop.checkpoints import (
     layout_of,
     saving_of,
 )
+from gpg_megatron.loop.collector import Collector, rules_of
 from gpg_megatron.loop.engines import start_engines
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.handover import Handover
 from gpg_megatron.loop.inputs import is_converted, load_inputs
 from gpg_megatron.loop.rank0 import Rank0
-from gpg_megatron.loop.rollouts import Collector, Rollouts
+from gpg_megatron.loop.rollouts import Rollouts
 from gpg_megatron.loop.state import read_state
 from gpg_megatron.loop.trainer import Run, Schedule
 from gpg_megatron.model.flops import token_costs
@@ -204,7 +205,6 @@ def open_rollouts(
     point: ResumePoint | None,
 ) -> Rollouts:
     """The batches of the run, from where the resume point left them."""
-    last = config.trainer.total_training_steps if config.trainer.max_staleness else 0
 
     def open_collector() -> Collector:
         assert rank0 is not None
@@ -215,16 +215,17 @@ def open_rollouts(
             seed=config.trainer.seed,
             shuffle=config.data.shuffle,
         )
-        collector = Collector(config, stream, rank0.fleet, rank0.pool, watchdog)
+        rules, flights = rules_of(config, rank0.fleet.room), rank0.fleet.flights()
+        collector = Collector(config, rules, stream, flights, rank0.pool, watchdog)
         if point is not None:
-            collector.restore(read_state(point.directory))
+            by_id = {prompt.id: prompt for prompt in rank0.inputs.train_prompts}
+            collector.restore(read_state(point.directory, point.marker.step), by_id)
             rank0.message(f"resumed from {point.directory}")
         return collector
 
     collector = kept_on_rank0(open_collector, ask_rank0)
-    return Rollouts(
-        collector, ask_rank0, partial(broadcast, group=group), watchdog, last_ahead=last
-    )
+    ahead = config.trainer.max_staleness > 0
+    return Rollouts(collector, ask_rank0, partial(broadcast, group=group), watchdog, ahead=ahead)
 
 
 def _pids() -> list[int]:

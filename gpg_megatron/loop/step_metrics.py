@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from gpg_megatron.algorithm.advantages import AdvantageStats
-from gpg_megatron.loop.rollouts import Rollout
+from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.observe.metrics import staleness_metrics, update_metrics
 from gpg_megatron.types import StepResult, TrainBatch, TrainSample
 
@@ -42,8 +42,11 @@ def step_metrics(
 def throughput(metrics: dict[str, float], peak_flops_per_s: float) -> dict[str, float]:
     """Tokens and operations per second of the phases that ran."""
     flops_per_s = metrics["policy/flops"] / metrics["timing/policy_s"]
-    return {
-        "throughput/rollout_tokens_per_s": metrics["response/tokens"] / metrics["timing/rollout_s"],
+    rates = {}
+    # Where batches lie ready, one may be taken right after another.
+    if rollout_s := metrics.get("timing/rollout_s"):
+        rates["throughput/rollout_tokens_per_s"] = metrics["response/tokens"] / rollout_s
+    return rates | {
         "throughput/policy_tokens_per_s": metrics["policy/tokens"] / metrics["timing/policy_s"],
         "throughput/policy_flops_per_s": flops_per_s,
         "throughput/policy_mfu": flops_per_s / peak_flops_per_s,

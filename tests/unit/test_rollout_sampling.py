@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.rollout.dispatch import sample
 from gpg_megatron.rollout.engine import sanitize_environment
 from gpg_megatron.rollout.failures import with_log
+from gpg_megatron.rollout.flights import Flights, answer_all
 from gpg_megatron.rollout.ray_session import check_resources
 from gpg_megatron.rollout.sampling import (
     Sampled,
@@ -33,7 +33,7 @@ from gpg_megatron.rollout.sampling import (
     validation_params,
 )
 from gpg_megatron.rollout.spec import EngineSpec
-from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
+from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
 from tests.samples import float32, int32, plain
 
 
@@ -78,29 +78,40 @@ def test_the_canary_is_short_and_of_the_whole_distribution(longest: int, tokens:
     )
 
 
-class Calls:
-    """Engines that finish a request when the test says so; each call is its own reference."""
+class Watched(Flights):
+    """Engines that finish a request when the test says so."""
 
-    def __init__(self, finish: Callable[[int], int]) -> None:
-        self._finish = finish
-        self._open: list[tuple[int, SamplingRequest]] = []
+    def __init__(self, num_engines: int, random: Random) -> None:
+        none: Any = None
+        super().__init__(self._send, none, none, num_engines=num_engines, timeout_s=1.0)
+        self._random = random
+        self._open: list[tuple[int, SamplingRequest, Future[Sampled]]] = []
         self.loads: list[Counter[int]] = []
         """Samples of each engine, whenever an answer is waited for."""
 
-    def __len__(self) -> int:
-        return len(self._open)
+    def _send(self, engine: int, request: SamplingRequest, name: str) -> Any:
+        future: Future[Sampled] = Future()
+        self._open.append((engine, request, future))
+        return SimpleNamespace(future=lambda: future)
 
-    def add(self, call: tuple[int, SamplingRequest], engine: int) -> None:
-        assert call[0] == engine
-        self._open.append(call)
-
-    def next_answers(self, deadline: float, timeout_s: float) -> dict[Any, str]:
+    def next(self) -> list[tuple[int, list[Completion]]]:
         load: Counter[int] = Counter()
-        for engine, request in self._open:
+        for engine, request, _ in self._open:
             load[engine] += request.params.n
         self.loads.append(load)
-        call = self._open.pop(self._finish(len(self._open)))
-        return {call: call[1].prompt.id}
+        _, request, future = self._open.pop(self._random.randrange(len(self._open)))
+        n = request.params.n
+        future.set_result(
+            Sampled(
+                lengths=(1,) * n,
+                token_ids=int32([7] * n),
+                logprobs=float32([-1.0] * n),
+                finish_reasons=("stop",) * n,
+                texts=("",) * n,
+                versions=((("0", 0, 1),),) * n,
+            )
+        )
+        return super().next()
 
 
 @given(
@@ -113,20 +124,14 @@ def test_each_request_is_answered_once_and_no_engine_idles_while_any_waits(
     sizes: list[tuple[int, int, int]], n_engines: int, max_num_seqs: int, random: Random
 ) -> None:
     requests = [_request(i, length=p, n=n, max_tokens=m) for i, (p, n, m) in enumerate(sizes)]
-    calls: Any = Calls(random.randrange)
-    answers: Any = sample(
-        requests,
-        lambda engine, request: (engine, request),
-        calls,
-        num_engines=n_engines,
-        max_num_seqs=max_num_seqs,
-        timeout_s=1.0,
-    )
-    assert sorted(answers) == [(i, f"d/{i}") for i in range(len(requests))]
-    for load in calls.loads:
-        assert max(load.values()) < max_num_seqs + 8, "there was room when the last one was sent"
+    flights = Watched(n_engines, random)
+    answers = answer_all(flights, requests, n_engines * max_num_seqs)
+    found = [[(c.prompt_id, c.index) for c in group] for group in answers]
+    assert found == [[(f"d/{i}", k) for k in range(n)] for i, (_, n, _) in enumerate(sizes)]
+    for load in flights.loads:
+        assert sum(load.values()) < n_engines * max_num_seqs + 8, "there was room for the last one"
     if sum(n for _, n, _ in sizes) >= n_engines * (max_num_seqs + 8):
-        assert all(calls.loads[0][engine] >= max_num_seqs for engine in range(n_engines))
+        assert all(flights.loads[0][engine] > max_num_seqs - 8 for engine in range(n_engines))
 
 
 def test_stream_seed_is_fixed_and_keeps_streams_apart() -> None:

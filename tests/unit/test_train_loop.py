@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,10 @@ from gpg_megatron.checkpoint.marker import Marker, read_marker
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import CheckpointConfig, Config
 from gpg_megatron.loop.checkpoints import RunCheckpoints, Saving
+from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.inputs import Inputs
 from gpg_megatron.loop.rank0 import Rank0
-from gpg_megatron.loop.rollouts import Rollout
 from gpg_megatron.loop.state import LoopState, read_state
 from gpg_megatron.loop.trainer import Run, Schedule, train
 from gpg_megatron.model.flops import TokenCosts
@@ -90,6 +90,7 @@ class World:
         self.version = schedule.done
         self.in_engines: int | None = None
         self.n_published = 0
+        self.step = schedule.done
 
     def perform(self, action: Action) -> None:
         """Engines and policy never hold more than the table of states allows."""
@@ -142,8 +143,9 @@ class World:
         self.n_published += 1
 
     # ---- rollouts
-    def take(self, step: int) -> Rollout:
+    def take(self) -> Rollout:
         self.generates()
+        step = self.step = self.step + 1
         self.calls.append(f"take {step}")
         live = self.live[(step - 1) % len(self.live)]
         groups = tuple(group(f"p{i}", live=live, version=self.version) for i in range(2))
@@ -154,8 +156,9 @@ class World:
             timings={"timing/rollout_s": 1.0},
         )
 
-    def drain(self) -> None:
-        """Nothing is drawn ahead."""
+    def updating(self) -> AbstractContextManager[None]:
+        """Nothing is in flight."""
+        return nullcontext()
 
     def generates(self) -> None:
         self.needs("weights", "kv_cache")
@@ -320,7 +323,7 @@ def test_the_best_of_three_steps_is_kept_for_its_own_metric(tmp_path: Path) -> N
         checkpoints.save_at(step, cast(Any, WrittenAtOnce()), {"eval/d/mean@1": accuracy})
     kept = {path.name: read_marker(path).metric for path in saving.root.iterdir()}
     assert kept == {"step_2": 0.9, "step_3": 0.5}
-    assert read_state(saving.root / "step_2").values == {"stream": 7}
+    assert read_state(saving.root / "step_2", 2).values == {"stream": 7}
 
 
 @pytest.mark.parametrize(("n_filtered", "n_lines"), [(3, 1), (0, 0)])
