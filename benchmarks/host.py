@@ -130,9 +130,9 @@ def step(turn: Any, rank: int, case: Case, before: int = 0) -> Mapping[str, floa
     link = Link(clock, turn)
     with turn, closing(Watchdog(rank=rank, limit_s=3600)) as watchdog:
         collector = collector_of(config, clock, watchdog) if rank == 0 else None
-        rollouts = Rollouts(collector, link.on_rank0, link.broadcast, watchdog, last_ahead=0)
+        rollouts = Rollouts(collector, link.on_rank0, link.broadcast, watchdog, ahead=False)
         with clock.part("share"):
-            rollout = rollouts.take(1)
+            rollout = rollouts.take()
         with clock.part("advantages"):
             samples, _ = assign_advantages(rollout.groups, config.algorithm)
         plan = BatchPlan(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import PromptStream
 from gpg_megatron.host.collectives import broadcast, on_rank0
-from gpg_megatron.loop.rollouts import Collector, Rollout
+from gpg_megatron.loop.collector import Collector, Rollout, rules_of
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, to_completions
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup
@@ -81,22 +81,29 @@ class Link:
 
 
 class Engines:
-    """Random answers, in the form in which Ray hands them over: views of its store."""
+    """Random answers, in the form in which Ray hands them over, views of its store, and in the
+    order in which they are asked for."""
 
     def __init__(self, clock: Clock, mean_tokens: int) -> None:
         self._clock = clock
         self._mean = mean_tokens
         self._rng = np.random.default_rng(3)
+        self._asked: list[tuple[int, SamplingRequest]] = []
 
-    def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
-        found = []
-        for first in range(0, len(requests), AT_ONCE):
-            part = requests[first : first + AT_ONCE]
-            with self._clock.part("engines"):
-                sent = [self._answer(request.params.n) for request in part]
-            for request, (answer, buffers) in zip(part, sent, strict=True):
-                found += to_completions(request, pickle.loads(answer, buffers=buffers))
-        return found
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def start(self, key: int, request: SamplingRequest) -> None:
+        self._asked.append((key, request))
+
+    def next(self) -> list[tuple[int, list[Completion]]]:
+        part, self._asked = self._asked[:AT_ONCE], self._asked[AT_ONCE:]
+        with self._clock.part("engines"):
+            sent = [self._answer(request.params.n) for _, request in part]
+        return [
+            (key, to_completions(request, pickle.loads(answer, buffers=buffers)))
+            for (key, request), (answer, buffers) in zip(part, sent, strict=True)
+        ]
 
     def _answer(self, n: int) -> tuple[bytes, list[pickle.PickleBuffer]]:
         lengths = self._rng.integers(1, 2 * self._mean, n).tolist()
@@ -141,9 +148,9 @@ class Taken:
         self._collector = collector
         self._clock = clock
 
-    def take(self, step: int) -> Rollout:
+    def take(self) -> Rollout:
         with self._clock.part("take"):
-            return self._collector.take(step)
+            return self._collector.take()
 
 
 def collector_of(config: Config, clock: Clock, watchdog: Watchdog) -> Any:
@@ -161,4 +168,5 @@ def collector_of(config: Config, clock: Clock, watchdog: Watchdog) -> Any:
         for i in range(config.trainer.train_batch_size)
     ]
     stream = PromptStream(prompts, seed=0, shuffle=False)
-    return Taken(Collector(config, stream, engines, scorers, watchdog), clock)
+    rules = rules_of(config, room=ANSWERS * len(prompts))
+    return Taken(Collector(config, rules, stream, engines, scorers, watchdog), clock)
