@@ -13,11 +13,13 @@ from itertools import chain
 from typing import get_args
 
 from gpg_megatron.config import off_policy
-from gpg_megatron.config.algorithm import group_rules
+from gpg_megatron.config.algorithm import group_rules, update_rules
 from gpg_megatron.config.ranges import ranges
 from gpg_megatron.config.sections import Config, PolicyConfig, RewardConfig, Scorer
 from gpg_megatron.errors import UserError
 
+STOP_SIGNS = {"entropy": False, "kl": True, "accuracy": False}
+"""What trainer.stop_on may name: whether its limit is the most that is allowed, or the least."""
 REWARD_PARTS = ("answer", "format", "overlong", "length")
 """What reward.weights may name."""
 
@@ -66,6 +68,7 @@ def _about_the_algorithm(config: Config) -> Iterator[tuple[bool, str]]:
     for broken, message in chain(
         group_rules(config.algorithm, group_size=config.rollout.n),
         off_policy.rules(config.objective, config.sampled),
+        update_rules(config.objective),
     ):
         yield broken, f"algorithm.{message}"
 
@@ -125,6 +128,15 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         t.train_batch_size % t.prompts_per_update != 0,
         f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
         f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
+    )
+    for sign, limit in t.stop_on.items():
+        key = f"trainer.stop_on.{sign}"
+        yield sign not in STOP_SIGNS, f"{key} is unknown; expected {', '.join(STOP_SIGNS)}"
+        yield not 0 <= limit < math.inf, f"{key} is {limit}; expected a number of at least 0"
+    yield (
+        "kl" in t.stop_on and config.rollout.truncates,
+        "trainer.stop_on.kl compares with the engine's log-probs, but rollout.top_p or "
+        "rollout.top_k cut the distribution that they belong to; expected entropy or accuracy",
     )
     for key, values, last in (
         ("steps", t.profile_steps, t.total_training_steps),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.config.off_policy import Sampled, settled
 from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
@@ -168,25 +169,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BridgeConfig:
-    """Moving the policy's weights into the engines."""
-
-    transport: Literal["auto", "shm", "gloo", "nccl", "cuda_ipc"] = "auto"
-    """auto: the best of each pair of rank and engine worker. Or one for all of them: shm needs a
-    common host, cuda_ipc a common GPU; gloo goes to any host through host memory, nccl between
-    GPUs."""
-    bucket_mb: int = ranged(16, at_least=1)
-    """Bytes moved per message, MiB; each sender holds two."""
-    verify: Literal["never", "first", "always"] = "first"
-    """Which publishes are read back from the engines' parameters and compared by checksum."""
-    timeout_s: int = ranged(300, at_least=1)
-    """Limit of every wait between a policy rank and an engine worker, in seconds."""
-    canary_tolerance: Optional[float] = ranged(None, above=0)
-    """Largest accepted mean of |engine log-prob - policy log-prob|, nats, after the first sync
-    and at every step. None: measured for the model when a run starts."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """Scoring of completions."""
 
@@ -234,6 +216,9 @@ class TrainerConfig:
     seed: int = ranged(1, at_least=0, below=2**63)
     output_dir: str = file_path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    stop_on: dict[str, float] = field(default_factory=dict)
+    """Limits beyond which a run has collapsed and ends: the least entropy and accuracy of the
+    answers, the most kl to what sampled them."""
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
     """colocated: policy ranks and engines share GPUs and hand their memory to each other;
     disaggregated: each has GPUs of its own, and on CPU nothing is moved."""

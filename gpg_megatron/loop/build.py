@@ -283,5 +283,6 @@ def _guard(config: Config, rank0: Rank0 | None) -> Guard:
         max_bad_steps=config.trainer.max_bad_steps,
         samples_file=Path(config.trainer.output_dir) / "bad_samples.jsonl",
         say=rank0.message if rank0 is not None else lambda text: None,
+        stop_on=config.trainer.stop_on,
         is_rank0=rank0 is not None,
     )
