@@ -87,6 +87,11 @@ def _about_model_and_data(
         "data.chat_template_kwargs is set with data.apply_chat_template=false; expected a template "
         "to be applied, or no arguments of it",
     )
+    yield (
+        d.curriculum != "none" and config.rollout.n == 1,
+        f"data.curriculum={d.curriculum} looks for prompts whose answers differ, but rollout.n is "
+        "1; expected rollout.n of at least 2, or none",
+    )
     n_weights, n_files = len(d.train_weights), len(d.train_files)
     yield (
         n_weights not in (0, n_files),
@@ -124,11 +129,6 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         f"rollout.max_num_batched_tokens ({n_tokens}) is less than rollout.max_num_seqs "
         f"({n_seqs}); expected at least as many: each sequence has a token in every step",
     )
-    yield (
-        t.train_batch_size % t.prompts_per_update != 0,
-        f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
-        f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
-    )
     for sign, limit in t.stop_on.items():
         key = f"trainer.stop_on.{sign}"
         yield sign not in STOP_SIGNS, f"{key} is unknown; expected {', '.join(STOP_SIGNS)}"
@@ -137,6 +137,11 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         "kl" in t.stop_on and config.rollout.truncates,
         "trainer.stop_on.kl compares with the engine's log-probs, but rollout.top_p or "
         "rollout.top_k cut the distribution that they belong to; expected entropy or accuracy",
+    )
+    yield (
+        t.train_batch_size % t.prompts_per_update != 0,
+        f"trainer.mini_batch_size ({t.prompts_per_update}) does not divide "
+        f"trainer.train_batch_size ({t.train_batch_size}); expected a divisor of it",
     )
     for key, values, last in (
         ("steps", t.profile_steps, t.total_training_steps),

@@ -52,6 +52,9 @@ class DataConfig:
     overlong_prompts: Literal["error", "filter"] = "error"
     """What happens to a prompt of more than max_prompt_length tokens."""
     shuffle: bool = True
+    curriculum: Literal["none", "thompson", "pools"] = "none"
+    """Which prompts come more often: none; those whose groups are likely to be live, by a draw from
+    what is known of each; those not at rest, as always-right and always-wrong ones are."""
     val_max_rows: Optional[int] = ranged(None, at_least=1)
     """Evaluate on the first N rows only; None: all."""
 
@@ -213,12 +216,12 @@ class TrainerConfig:
     max_bad_steps: int = ranged(3, at_least=1)
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
-    seed: int = ranged(1, at_least=0, below=2**63)
-    output_dir: str = file_path("runs/default")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
     stop_on: dict[str, float] = field(default_factory=dict)
     """Limits beyond which a run has collapsed and ends: the least entropy and accuracy of the
     answers, the most kl to what sampled them."""
+    seed: int = ranged(1, at_least=0, below=2**63)
+    output_dir: str = file_path("runs/default")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
     """colocated: policy ranks and engines share GPUs and hand their memory to each other;
     disaggregated: each has GPUs of its own, and on CPU nothing is moved."""

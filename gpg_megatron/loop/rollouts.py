@@ -141,6 +141,7 @@ class Collector:
         assert self._ahead is not None and self._ahead[0] == step
         drawn, carried = self._ahead[1].result(), self._carried
         self._ahead = None
+        self._stream.seen(drawn.groups)
         size = self._config.trainer.train_batch_size
         selection = select([*carried, *drawn.groups], self._config.algorithm, batch_size=size)
         self._carried = selection.carried
