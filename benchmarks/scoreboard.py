@@ -32,15 +32,15 @@ def arms(batch_size: int) -> dict[str, tuple[str, ...]]:
 
     Every preset with one update for each batch and with 4 ("x4"); the paper's objective without a
     correction, with the default one and with ess_lr also with 16 ("x16") and with batches that are
-    one step old ("old1"), where GRPO is beside it; and redraws with each curriculum, for data of
-    few enough prompts that they come again.
+    one and three steps old ("old1", "old3"), where GRPO is beside it; and redraws with each
+    curriculum, for data of few enough prompts that they come again.
     """
     presets = {name: (f"algorithm.preset={name}",) for name in PRESETS}
     ways = {
         f"x{n}": (f"trainer.mini_batch_size={batch_size // n}",)
         for n in (4, 16)
         if batch_size % n == 0
-    } | {"old1": ("trainer.max_staleness=1",)}
+    } | {f"old{n}": (f"trainer.max_staleness={n}",) for n in (1, 3)}
     kinds = {
         "-none": ("algorithm.correction=none",),
         "": (),

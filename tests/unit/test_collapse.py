@@ -16,10 +16,10 @@ from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError
 from gpg_megatron.loop.checkpoints import RunCheckpoints
 from gpg_megatron.loop.collapse import Collapsed, signs, verdict
-from gpg_megatron.loop.rollouts import Rollout
+from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.loop.trainer import Schedule
-from gpg_megatron.types import Reward, StepResult, TrainSample
-from tests.samples import train_sample
+from gpg_megatron.types import StepResult, TrainSample
+from tests.samples import float32, train_sample
 from tests.unit.test_train_loop import World, run
 
 
@@ -28,7 +28,7 @@ def result(**metrics: float) -> StepResult:
 
 
 def sample(*logprobs: float) -> TrainSample:
-    return replace(train_sample(response=(3,) * len(logprobs)), rollout_logprobs=logprobs)
+    return replace(train_sample(response=(3,) * len(logprobs)), rollout_logprobs=float32(logprobs))
 
 
 def test_signs_by_hand() -> None:
@@ -64,11 +64,10 @@ class Worse(World):
 
     saved: Path | None = None
 
-    def take(self, step: int) -> Rollout:
-        rollout = super().take(step)
-        wrong = (Reward(score=0.0, accuracy=0.0, parts={}),) * 2
-        drawn = tuple(replace(group, rewards=wrong) for group in rollout.drawn)
-        return replace(rollout, drawn=drawn) if step == 2 else rollout
+    def take(self) -> Rollout:
+        rollout = super().take()
+        wrong = {"reward/accuracy": 0.0}
+        return replace(rollout, metrics=wrong) if self.step == 2 else rollout
 
     def newest(self) -> Path | None:
         return self.saved
