@@ -46,6 +46,7 @@ from gpg_megatron.policy.model import forward_arguments  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
 from gpg_megatron.start.dry_run import Stage, plan_run  # noqa: E402
 from gpg_megatron.types import MicroBatch, TrainSample  # noqa: E402
+from tests.samples import float32, int32  # noqa: E402
 
 CASES = (
     "qwen2-7b_math_megatron:0",
@@ -149,8 +150,9 @@ def full_row(config: Config) -> MicroBatch:
     while True:
         group = [
             TrainSample(
-                prompt_id="p", group=len(samples), index=i, prompt_token_ids=(1,) * prompt,
-                response_token_ids=(2,) * response, rollout_logprobs=(0.0,) * response,
+                prompt_id="p", group=len(samples), index=i,
+                prompt_token_ids=int32((1,) * prompt), response_token_ids=int32((2,) * response),
+                rollout_logprobs=float32((0.0,) * response),
                 advantage=1.0, version=0, live=True, score=1.0,
             )
             for i in range(config.rollout.n)
