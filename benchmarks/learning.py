@@ -35,7 +35,7 @@ from benchmarks.scoreboard import arms, write_scoreboard
 from gpg_megatron.config.algorithm import PRESETS
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError, exit_codes
-from gpg_megatron.observe.rundir import read_metrics
+from gpg_megatron.observe.rundir import METRICS, read_metrics
 
 DEMO = Path("configs/demo_cpu.yaml")
 # Name -> what it changes. The presets not named here can be asked for, too.
@@ -131,11 +131,13 @@ def run(
             command, stdout=out, stderr=err, env=os.environ, timeout=RUN_LIMIT_S, check=False
         )
     lines = (folder / "stderr.log").read_text(encoding="utf-8").splitlines() or [""]
-    if done.returncode == 2 or done.returncode >= 128 or done.returncode < 0:
+    began = (folder / METRICS).exists()
+    if not began or done.returncode == 2 or done.returncode >= 128 or done.returncode < 0:
         raise UserError(f"{method}, seed {seed}: gpg-train ended ({done.returncode}): {lines[-1]}")
     result = {"method": method, "seed": seed, "settings": settings}
     result |= curves(read_metrics(folder))
-    result["ended"] = lines[0] if done.returncode else ""
+    errors = [line for line in lines if line.startswith("error: ")] or lines
+    result["ended"] = errors[0] if done.returncode else ""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result), encoding="utf-8")
     part.replace(path)

@@ -223,7 +223,6 @@ SAVING = (
     "policy.pipeline_model_parallel_size=2",
     "checkpoint.save_freq=2",
     "trainer.test_freq=2",
-    "data.curriculum=thompson",
     "logging.rollout_samples=64",
 )
 
