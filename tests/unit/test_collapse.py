@@ -96,7 +96,8 @@ def test_the_newest_checkpoint_is_one_that_is_whole(tmp_path: Path) -> None:
         if whole:
             (tmp_path / f"step_{step}" / MARKER).write_text("{}")
     saving: Any = SimpleNamespace(root=tmp_path, config=SimpleNamespace(async_save=False))
-    checkpoints = RunCheckpoints(saving, lambda action: action(), dict)
+    nothing: Any = dict
+    checkpoints = RunCheckpoints(saving, lambda action: action(), nothing)
     assert checkpoints.newest() == tmp_path / "step_10"
 
 
