@@ -231,6 +231,10 @@ class TrainerConfig:
     max_bad_steps: int = ranged(3, at_least=1)
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
+    max_hours: Optional[float] = ranged(None, above=0)
+    """A run that takes longer leaves in order after the step in hand; None: no limit."""
+    grace_s: int = ranged(240, at_least=1)
+    """Seconds that a run has to leave in order after it was asked by a signal."""
     seed: int = ranged(1, at_least=0, below=2**63)
     output_dir: str = file_path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"

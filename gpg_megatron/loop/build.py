@@ -27,6 +27,7 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import open_stream
 from gpg_megatron.host.collectives import OnRank0, kept_on_rank0, on_rank0
 from gpg_megatron.host.device import Device
+from gpg_megatron.host.leaving import LeaveRequest
 from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.layout.topology import policy_grid
@@ -122,6 +123,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
             rank0=rank0,
             peak_flops_per_s=peak,
             trace=trace_of(config.trainer, dist.get_rank()),
+            asked_to_leave=LeaveRequest(config.trainer.output_dir, config.trainer.max_hours),
         )
 
 

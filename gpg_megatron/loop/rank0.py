@@ -11,6 +11,7 @@ from gpg_megatron.algorithm.advantages import AdvantageStats
 from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import Config
 from gpg_megatron.evaluation.evaluate import evaluate
+from gpg_megatron.host.leaving import forget_request
 from gpg_megatron.loop.inputs import Inputs
 from gpg_megatron.loop.rollouts import sampling_requests
 from gpg_megatron.observe.loggers import RunLogger
@@ -107,8 +108,15 @@ class Rank0:
             file=sys.stderr,
         )
 
-    def finish(self) -> None:
-        """Write the report page of a run that came to its end, and say what there is to say."""
+    def finish(self, left_because: str) -> None:
+        """Write the report page of a run that came to its end, and say what there is to say.
+
+        Args:
+            left_because: why it leaves before; empty: it does not.
+        """
         page = write_report(self.config.trainer.output_dir)
         for line in (*summary_lines(read_metrics(page.parent)), f"report: {page}"):
             self.message(line)
+        if left_because:
+            forget_request(self.config.trainer.output_dir)
+            self.message(f"left in order: {left_because}; started again, the run goes on")

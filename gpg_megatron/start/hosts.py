@@ -22,6 +22,7 @@ from gpg_megatron.loop.inputs import check_model
 from gpg_megatron.placement.devices import visible_devices
 from gpg_megatron.placement.hosts import HostOffer, HostShare, share_hosts
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
+from gpg_megatron.start.leaving import leaving_in_order
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
 from gpg_megatron.start.preflight import has_work, preflight
 from gpg_megatron.start.world import own_run, run_ranks, stopped, world_of
@@ -107,9 +108,10 @@ def _run_host(
         arguments.append(f"rollout.ray_address={hosts.address}:{hosts.ray_port}")
         _start_ray(meeting, hosts, run_id, own_address, shares[hosts.rank])
     if not shares[hosts.rank].n_ranks:
-        meeting.wait_for_the_end()
+        with leaving_in_order(config):
+            meeting.wait_for_the_end()
         return None
-    return run_ranks(_world_of_hosts(hosts, shares, on_gpus), arguments)
+    return run_ranks(config, _world_of_hosts(hosts, shares, on_gpus), arguments)
 
 
 def _world_of_hosts(hosts: Hosts, shares: Sequence[HostShare], on_gpus: bool) -> LaunchConfig:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.leaving import BEGAN_VARIABLE, forget_request
 from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.hosts import run_among_hosts
@@ -72,6 +74,9 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     allow_open_files()
     n_ranks = config.policy.world_size
     on_gpus = resolve_device(config.trainer.device) == "cuda"
+    os.environ[BEGAN_VARIABLE] = str(time.time())
+    if hosts.rank == 0:
+        forget_request(config.trainer.output_dir)
     if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hosts.count == 1:
@@ -84,7 +89,8 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
         if not has_work(config, preflight(config, n_ranks)):
             return 0
         with own_run() as run_id:
-            failure = run_ranks(one_host_world(run_id, n_ranks, on_gpus, is_alone), arguments)
+            world = one_host_world(run_id, n_ranks, on_gpus, is_alone)
+            failure = run_ranks(config, world, arguments)
     else:
         failure = run_among_hosts(config, arguments, hosts)
     if failure is None:

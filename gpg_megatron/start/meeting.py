@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import EXIT_STOPPED, UserError
 
 JOIN_TIMEOUT_S = 900.0
 STORE_TIMEOUT_S = 60.0
@@ -66,10 +66,10 @@ class Failure:
 
     def line(self, here: int) -> str:
         """What host `here` prints of it; empty: nothing."""
+        if self.is_said and (self.host == here or self.exit_code == EXIT_STOPPED):
+            return ""
         if self.host != here:
             return f"error: host {self.host}: {self.text}"
-        if self.is_said:
-            return ""
         return self.text if self.exit_code > 128 else f"error: {self.text}"
 
 
@@ -158,7 +158,8 @@ class Meeting:
             time.sleep(BEAT_S / 2)
 
     def watch(self) -> None:
-        """From now on SIGTERM comes to this process when another host fails or is silent."""
+        """From now on SIGHUP comes to this process when another host fails or is silent: it ends
+        the ranks at once, where other signals ask them to leave in order."""
         self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
         self._watcher.start()
 
@@ -169,7 +170,7 @@ class Meeting:
             self._watcher.join()
         known = [] if self._reason is None else [self._reason]
         # The watcher's own signal is no news.
-        if failure is not None and not (known and failure.exit_code == 128 + signal.SIGTERM):
+        if failure is not None and not (known and failure.exit_code == 128 + signal.SIGHUP):
             known.append(failure)
         try:
             known += self._leave(known)
@@ -210,7 +211,7 @@ class Meeting:
             except RuntimeError:  # torch's, when the store is gone
                 self._reason = _lost(0, "is gone")
             if self._reason is not None:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGHUP)
                 return
 
     def _silent(self, seen: dict[int, tuple[str, float]]) -> Failure | None:
