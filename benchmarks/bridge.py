@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -285,7 +286,7 @@ def _canary(policy: Any, fleet: Any, shape: Any) -> float:
     prompts = [
         Prompt(
             id=f"canary/{i}",
-            token_ids=tuple((17 * i + 5 * j) % 250 for j in range(8 + i)),
+            token_ids=np.array([(17 * i + 5 * j) % 250 for j in range(8 + i)], np.int32),
             messages=(),
             ground_truth="",
             data_source="canary",

@@ -1,9 +1,10 @@
-"""Seconds of a whole step by phase, drawing ahead switched off and on.
+"""Seconds of a whole step by phase, and held-out accuracy, for engines that run ahead by K batches.
 
     python -m benchmarks.loop --config FILE [--steps 12] [--repeats 2] [a.b=value ...]
 
-Real gpg-train runs, off and on by turns, so that a busy machine slows both. The first two steps of
-a run are left out: they warm up. Medians over the other steps. Last line: JSON.
+Real gpg-train runs, by turns, so that a busy machine slows all. The first two steps of a run are
+left out: they warm up. Medians over the other steps; accuracy is the mean of the runs, each with a
+seed of its own, and its range. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.machine import machine
@@ -23,8 +24,13 @@ from gpg_megatron.observe.rundir import read_metrics
 
 N_WARM_UP = 2
 RUN_LIMIT_S = 3600
-MODES = {"off": "trainer.max_staleness=0", "on": "trainer.max_staleness=1"}
-COLUMNS = ("rollout", "reward", "policy", "wait", "sync", "step")
+MODES = {
+    "K = 0": ["trainer.max_staleness=0"],
+    "K = 1": ["trainer.max_staleness=1"],
+    "K = 2, in flight": ["trainer.max_staleness=2", "rollout.update=in-flight"],
+    "K = 4, in flight": ["trainer.max_staleness=4", "rollout.update=in-flight"],
+}
+COLUMNS = ("rollout", "reward", "policy", "wait", "idle", "sync", "step")
 
 
 def main() -> None:
@@ -37,15 +43,16 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.steps <= N_WARM_UP:
         parser.error(f"--steps: expected more than {N_WARM_UP}")
-    print(f"{machine()}; {args.repeats} runs of {args.steps} steps each way")
+    print(f"{machine()}; {args.repeats} runs of {args.steps} steps each")
     steps: dict[str, list[Mapping[str, Any]]] = {mode: [] for mode in MODES}
-    for _ in range(args.repeats):
-        for mode, override in MODES.items():
-            steps[mode] += train(args.config, [*args.overrides, override], args.steps)
+    for seed in range(1, args.repeats + 1):
+        for mode, overrides in MODES.items():
+            own = [*args.overrides, *overrides, f"trainer.seed={seed}"]
+            steps[mode] += train(args.config, own, args.steps)
     seconds = {mode: medians(rows) for mode, rows in steps.items()}
-    print(table(seconds))
-    off, on = seconds["off"]["step"], seconds["on"]["step"]
-    print(json.dumps({"step_s_off": off, "step_s_on": on, "speedup_ahead": round(off / on, 3)}))
+    print(table(seconds, {mode: accuracies(rows) for mode, rows in steps.items()}))
+    first = seconds["K = 0"]["step"]
+    print(json.dumps({mode: round(first / row["step"], 3) for mode, row in seconds.items()}))
 
 
 def train(config: Path, overrides: Sequence[str], steps: int) -> list[Mapping[str, Any]]:
@@ -54,7 +61,7 @@ def train(config: Path, overrides: Sequence[str], steps: int) -> list[Mapping[st
         command = [sys.executable, "-m", "gpg_megatron.start.train", "--config", str(config)]
         command += [*overrides, f"trainer.total_training_steps={steps}"]
         command += [f"trainer.output_dir={folder}/run", "validation.before_train=false"]
-        command += ["checkpoint.save_freq=0", "checkpoint.hf_export=never"]
+        command += ["checkpoint.save_freq=0", "checkpoint.hf_export=never", "trainer.test_freq=0"]
         done = subprocess.run(command, timeout=RUN_LIMIT_S, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"gpg-train ended with {done.returncode}: {done.stderr}")
@@ -68,11 +75,27 @@ def medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def table(seconds: Mapping[str, Mapping[str, float]]) -> str:
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Held-out, after the last step of each run."""
+    return [
+        value
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("eval/") and not key.endswith("/ci95")
+    ]
+
+
+def table(seconds: Mapping[str, Mapping[str, float]], found: Mapping[str, Sequence[float]]) -> str:
     """Markdown."""
-    lines = ["| drawing ahead | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        "| ahead | " + " | ".join(COLUMNS) + " | accuracy |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
     for mode, row in seconds.items():
-        lines.append(f"| {mode} | " + " | ".join(f"{row[name]:.2f}" for name in COLUMNS) + " |")
+        cells = [mode, *(f"{row[name]:.2f}" for name in COLUMNS)]
+        values = found[mode]
+        cells.append(f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

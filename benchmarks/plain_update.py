@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.policy_batches import sequence
 from gpg_megatron.types import TrainSample
 
 
@@ -45,7 +46,7 @@ class PlainUpdate:
         return total, norm.item()
 
     def _loss(self, samples: Sequence[TrainSample], weights: Sequence[float]) -> torch.Tensor:
-        rows = [torch.tensor(s.prompt_token_ids + s.response_token_ids) for s in samples]
+        rows = [torch.from_numpy(sequence(sample)).long() for sample in samples]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         attention_mask = torch.arange(tokens.shape[1]) < lengths[:, None]

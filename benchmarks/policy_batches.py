@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +16,7 @@ from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.batching.updates import BatchPlan, make_update, pack
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
-from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
+from gpg_megatron.types import MicroBatch, Tokens, TrainBatch, TrainSample
 
 AGGREGATION: Final = "group-token-mean"
 
@@ -56,8 +57,8 @@ def make_samples(options: argparse.Namespace, vocab_size: int, dead: float) -> l
     """Random tokens; the first groups are live, with as many right answers as wrong ones."""
     rng = random.Random(3)
 
-    def tokens(n: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(vocab_size) for _ in range(n))
+    def tokens(n: int) -> Tokens:
+        return np.array([rng.randrange(vocab_size) for _ in range(n)], np.int32)
 
     n_live = options.prompts - round(options.prompts * dead)
     shortest = options.shortest or options.response_tokens
@@ -73,7 +74,7 @@ def make_samples(options: argparse.Namespace, vocab_size: int, dead: float) -> l
                     index=index,
                     prompt_token_ids=prompt,
                     response_token_ids=tokens(n),
-                    rollout_logprobs=(-10.0,) * n,
+                    rollout_logprobs=np.full(n, -10.0, np.float32),
                     advantage=(0.5 if index % 2 else -0.5) if group < n_live else 0.0,
                     version=0,
                     live=group < n_live,
@@ -117,8 +118,8 @@ def make_batch(
     return replace(batch, micro_batches=tuple(micro_batches))
 
 
-def sequence(sample: TrainSample) -> tuple[int, ...]:
-    return sample.prompt_token_ids + sample.response_token_ids
+def sequence(sample: TrainSample) -> Tokens:
+    return np.concatenate((sample.prompt_token_ids, sample.response_token_ids))
 
 
 def _with_dead(

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.spelling.tables import grade_school, mathematical
@@ -36,6 +37,7 @@ from gpg_megatron.types import Completion, Prompt
 
 SEED = 20261125
 TIMEOUT_S = 10.0
+NONE = np.zeros(0, np.int32)
 
 Judge = Callable[[Sequence[Pair]], list[bool]]
 
@@ -164,13 +166,13 @@ def speed(scorer: str, source: str, n_answers: int) -> dict[str, Any]:
 
 def item(truth: str, responses: Sequence[str]) -> tuple[Prompt, list[Completion]]:
     """A problem and the answers to it, as the pool takes them."""
-    prompt = Prompt(id="-", token_ids=(0,), messages=(), ground_truth=truth, data_source="-")
+    prompt = Prompt(id="-", token_ids=NONE, messages=(), ground_truth=truth, data_source="-")
     return prompt, [
         Completion(
             prompt_id="-",
             index=i,
-            token_ids=(),
-            logprobs=(),
+            token_ids=NONE,
+            logprobs=np.zeros(0, np.float32),
             finish_reason="stop",
             text=text,
             versions=(),

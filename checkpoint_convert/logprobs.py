@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,14 +62,14 @@ def _batch(ids: torch.Tensor) -> MicroBatch:
             prompt_id=str(number),
             group=number,
             index=0,
-            prompt_token_ids=(first,),
-            response_token_ids=tuple(rest),
-            rollout_logprobs=(0.0,) * len(rest),
+            prompt_token_ids=row[:1],
+            response_token_ids=row[1:],
+            rollout_logprobs=np.zeros(len(row) - 1, np.float32),
             advantage=1.0,
             version=0,
             live=True,
             score=1.0,
         )
-        for number, (first, *rest) in enumerate(ids.tolist())
+        for number, row in enumerate(ids.to(torch.int32).numpy())
     ]
     return pack(samples, [1.0] * len(samples))

@@ -3,7 +3,7 @@
     Prompt -> Completion -> ScoredGroup -> TrainSample -> TrainBatch (+ Anchors) -> StepResult
 
 All of them are frozen, slotted and keyword-only, and a field exists only once it is true:
-nothing here is None until later.
+nothing here is None until later. Those with arrays compare by identity.
 
 Shape legend: L response tokens of one completion, G completions of one group,
 T packed tokens of one micro-batch, S sequences of one micro-batch.
@@ -12,12 +12,16 @@ T packed tokens of one micro-batch, S sequences of one micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+Tokens = npt.NDArray[np.int32]
+LogProbs = npt.NDArray[np.float32]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The names of the configuration -> what parameters are stored and computed in."""
 FinishReason = Literal["stop", "length"]
@@ -27,13 +31,13 @@ EnginePart = Literal["weights", "kv_cache"]
 """What an engine worker holds; the names are vLLM's tags."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
     """One problem, rendered and tokenised."""
 
     id: str
     """Unique among the prompts of training or of validation; the same in every epoch."""
-    token_ids: tuple[int, ...]
+    token_ids: Tokens
     """What the engine is given, special tokens included."""
     messages: tuple[Mapping[str, str], ...]
     """The chat messages {role, content} that token_ids were rendered from."""
@@ -80,16 +84,16 @@ class VersionSpan:
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
     """One sampled answer."""
 
     prompt_id: str
     index: int
     """Position in its group, 0 .. G-1."""
-    token_ids: tuple[int, ...]
+    token_ids: Tokens
     """[L] response tokens, the end-of-sequence token included when it was sampled."""
-    logprobs: tuple[float, ...]
+    logprobs: LogProbs
     """[L] natural-log probability of each token under the sampling distribution
     (after temperature), as the engine computed it."""
     finish_reason: FinishReason
@@ -114,7 +118,7 @@ class Reward:
     None: it found none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredGroup:
     """One prompt with its G completions and their rewards."""
 
@@ -123,7 +127,7 @@ class ScoredGroup:
     rewards: tuple[Reward, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainSample:
     """One prompt + response with the scalar that multiplies its log-probabilities."""
 
@@ -132,10 +136,10 @@ class TrainSample:
     """Index of its group within the rollout batch."""
     index: int
     """Index of the sample within its group."""
-    prompt_token_ids: tuple[int, ...]
-    response_token_ids: tuple[int, ...]
+    prompt_token_ids: Tokens
+    response_token_ids: Tokens
     """[L]; every one of them carries loss."""
-    rollout_logprobs: tuple[float, ...]
+    rollout_logprobs: LogProbs
     """[L] from the engine."""
     advantage: float
     """alpha * (r_i - baseline) / F_norm; exactly 0.0 for a sample that carries no gradient.
@@ -189,9 +193,9 @@ class MicroBatch:
 class TrainBatch:
     """What one data-parallel rank computes in one optimizer step."""
 
-    micro_batches: tuple[MicroBatch, ...]
-    """This rank's part; the same number on every rank. Empty when no sample of the global
-    batch carries gradient: the step is skipped."""
+    micro_batches: Sequence[MicroBatch]
+    """This rank's part, each packed when it is asked for; the same number on every rank. Empty
+    when no sample of the global batch carries gradient: the step is skipped."""
     n_computed_tokens: int
     """Prompt and response tokens that go through the network, all ranks."""
     n_skipped_tokens: int

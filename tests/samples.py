@@ -1,10 +1,33 @@
-"""Training samples for tests of what is made of them."""
+"""Arrays and training samples for tests, and objects that hold arrays in a form that compares."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
-from gpg_megatron.types import TrainSample
+import numpy as np
+
+from gpg_megatron.types import LogProbs, Tokens, TrainSample
+
+
+def int32(values: Iterable[int]) -> Tokens:
+    """Token ids."""
+    return np.array(list(values), np.int32)
+
+
+def float32(values: Iterable[float]) -> LogProbs:
+    """Log-probs."""
+    return np.array(list(values), np.float32)
+
+
+def plain(thing: Any) -> Any:
+    """A dataclass with all that it holds as dictionaries, lists and (type, values) of arrays."""
+    if dataclasses.is_dataclass(thing):
+        return {f.name: plain(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+    if isinstance(thing, np.ndarray):
+        return thing.dtype.name, thing.tolist()
+    return [plain(part) for part in thing] if isinstance(thing, (list, tuple)) else thing
 
 
 def train_sample(
@@ -21,9 +44,9 @@ def train_sample(
         prompt_id=f"toy/{group}",
         group=group,
         index=index,
-        prompt_token_ids=tuple(prompt),
-        response_token_ids=response,
-        rollout_logprobs=tuple(-0.125 * token for token in response),
+        prompt_token_ids=int32(prompt),
+        response_token_ids=int32(response),
+        rollout_logprobs=float32(-0.125 * token for token in response),
         advantage=advantage,
         version=0,
         live=True,

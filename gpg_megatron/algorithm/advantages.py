@@ -220,7 +220,7 @@ def _without_alpha(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> li
                 prompt_token_ids=group.prompt.token_ids,
                 response_token_ids=completion.token_ids,
                 rollout_logprobs=completion.logprobs,
-                advantage=x if taught and completion.token_ids else 0.0,
+                advantage=x if taught and len(completion.token_ids) else 0.0,
                 version=min((span.version for span in completion.versions), default=newest),
                 live=live,
                 score=reward.score,

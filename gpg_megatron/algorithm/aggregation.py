@@ -51,7 +51,7 @@ def aggregation_weights(
         weights = _micro_batch_token_mean(samples, cells)
     else:
         weights = _WEIGHTS[mode](samples, max_response_length)
-    return [w if s.response_token_ids else 0.0 for s, w in zip(samples, weights, strict=True)]
+    return [w if len(s.response_token_ids) else 0.0 for s, w in zip(samples, weights, strict=True)]
 
 
 def _token_mean(samples: Sequence[TrainSample], _: int) -> list[float]:

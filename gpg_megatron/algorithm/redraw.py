@@ -1,4 +1,4 @@
-"""How many prompts one step draws, and which groups it trains on: the paper's beta_th.
+"""Which of the groups that were drawn a step trains on: the paper's beta_th.
 
 carried groups + first draw -> too few are live: another draw, and another
                             -> live groups beyond the batch size are carried to the next step
@@ -35,32 +35,6 @@ class Selection:
     """No update is made."""
 
 
-def draw_size(n_groups: int, batch_size: int) -> int:
-    """Prompts of the next draw: what carried groups leave of the first one, then a whole batch.
-
-    Args:
-        n_groups: that the step has; at first the carried ones, which are fewer than a batch.
-    """
-    return batch_size - n_groups if n_groups < batch_size else batch_size
-
-
-def needs_redraw(
-    groups: Sequence[ScoredGroup], config: AlgorithmConfig, rounds_done: int, *, batch_size: int
-) -> bool:
-    """The paper's beta_th rule: whether another batch of prompts has to be drawn.
-
-    Live groups accumulate over the draws and are compared with the size of one draw: the share
-    within everything that was drawn would not grow however often one draws.
-
-    Args:
-        groups: all groups of this step so far, carried ones and every draw included.
-        config: beta_th (0 turns the rule off) or filter_groups, and max_redraws.
-        rounds_done: draws made after the first one, at least 0.
-        batch_size: prompts of a batch.
-    """
-    return rounds_done < config.max_redraws and _too_few(groups, config, batch_size)
-
-
 def select(groups: Sequence[ScoredGroup], config: AlgorithmConfig, *, batch_size: int) -> Selection:
     """Decide what to train on when drawing has ended.
 
@@ -73,7 +47,7 @@ def select(groups: Sequence[ScoredGroup], config: AlgorithmConfig, *, batch_size
         RedrawsExhausted
     """
     live = [group for group in groups if is_live(group, config.dead_by)]
-    exhausted = _too_few(groups, config, batch_size)
+    exhausted = len(live) < config.wanted_fraction * batch_size
     if exhausted and config.on_exhausted == "error":
         raise RedrawsExhausted(
             f"after {config.max_redraws} redraws {len(live)} groups are live of the "
@@ -93,8 +67,3 @@ def select(groups: Sequence[ScoredGroup], config: AlgorithmConfig, *, batch_size
         exhausted=exhausted,
         skipped=skipped,
     )
-
-
-def _too_few(groups: Sequence[ScoredGroup], config: AlgorithmConfig, batch_size: int) -> bool:
-    n_live = sum(is_live(group, config.dead_by) for group in groups)
-    return n_live < config.wanted_fraction * batch_size

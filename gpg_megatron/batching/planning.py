@@ -39,7 +39,7 @@ def shared_runs(samples: Sequence[TrainSample], *, share: bool) -> list[list[Tra
     """
     if not share:
         return [[sample] for sample in samples]
-    runs = [list(run) for _, run in groupby(samples, key=lambda s: s.prompt_token_ids)]
+    runs = [list(run) for _, run in groupby(samples, key=_prompt)]
     return [
         part
         for run in runs
@@ -47,11 +47,16 @@ def shared_runs(samples: Sequence[TrainSample], *, share: bool) -> list[list[Tra
     ]
 
 
+def _prompt(sample: TrainSample) -> bytes:
+    """Equal for equal prompts."""
+    return sample.prompt_token_ids.tobytes()
+
+
 def _can_share(run: Sequence[TrainSample]) -> bool:
     return (
         len(run) > 1
         and len(run[0].prompt_token_ids) > 1
-        and all(sample.response_token_ids for sample in run)
+        and all(len(sample.response_token_ids) for sample in run)
     )
 
 
@@ -123,7 +128,7 @@ def _bundles(
     """The samples of each prompt in as few bundles as the token budget allows."""
     families: dict[object, list[int]] = {}
     for i, sample in enumerate(samples):
-        families.setdefault(sample.prompt_token_ids if share else i, []).append(i)
+        families.setdefault(_prompt(sample) if share else i, []).append(i)
     return [
         _bundle(samples, indices, costs)
         for family in families.values()

@@ -11,16 +11,19 @@ Shape legend: L response tokens of a sample, T packed tokens of a micro-batch, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
-from gpg_megatron.types import MicroBatch, TrainBatch, TrainSample
+from gpg_megatron.types import MicroBatch, Tokens, TrainBatch, TrainSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +118,16 @@ def make_update(
     n_chosen_tokens = sum(map(_n_tokens, chosen))
     n_packed_tokens = sum(map(run_tokens, runs))
     return TrainBatch(
-        micro_batches=tuple(
-            pack(
-                [chosen[i] for i in cell] or [_filler(chosen[0])],
-                [weights[i] for i in cell] or [0.0],
-                share_prompts=share,
-            )
-            for cell in grid[plan.dp_rank]
+        micro_batches=PackedOnDemand(
+            [
+                partial(
+                    pack,
+                    [chosen[i] for i in cell] or [_filler(chosen[0])],
+                    [weights[i] for i in cell] or [0.0],
+                    share_prompts=share,
+                )
+                for cell in grid[plan.dp_rank]
+            ]
         ),
         n_computed_tokens=n_packed_tokens + n_fillers,
         n_skipped_tokens=sum(map(_n_tokens, samples)) - n_chosen_tokens,
@@ -131,9 +137,22 @@ def make_update(
     )
 
 
+class PackedOnDemand(Sequence[MicroBatch]):
+    """Micro-batches that are packed anew whenever they are asked for: only one is there at once."""
+
+    def __init__(self, packers: Sequence[Callable[[], MicroBatch]]) -> None:
+        self._packers = packers
+
+    def __len__(self) -> int:
+        return len(self._packers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._packers[index]()
+
+
 def _has_gradient(sample: TrainSample, plan: BatchPlan) -> bool:
     weighs = sample.advantage != 0.0 or plan.algorithm.needs_every_sample
-    return weighs and bool(sample.response_token_ids)
+    return weighs and len(sample.response_token_ids) > 0
 
 
 def pack(
@@ -152,8 +171,9 @@ def pack(
         masked-in positions follow the order of the samples.
     """
     weight_of = iter(weights)
-    row = _Row()
-    for run in shared_runs(samples, share=share_prompts):
+    runs = shared_runs(samples, share=share_prompts)
+    row = _Row(sum(map(run_tokens, runs)))
+    for run in runs:
         n_shared = len(run[0].prompt_token_ids) - 1 if len(run) > 1 else 0
         prompt = row.add_prompt(run[0].prompt_token_ids) if n_shared else -1
         for sample in run:
@@ -162,31 +182,23 @@ def pack(
     return row.finish()
 
 
-@dataclass(slots=True)
 class _Row:
-    """The lists that a MicroBatch is made of, element by element."""
+    """The arrays that a MicroBatch is made of, filled from left to right."""
 
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    responses: list[int] = field(default_factory=list)
-    n_samples: int = 0
-    cu_seqlens: list[int] = field(default_factory=lambda: [0])
-    prompts: list[int] = field(default_factory=list)
+    def __init__(self, n_tokens: int) -> None:
+        self._tokens, self._positions, self._labels, self._responses = np.zeros(
+            (4, n_tokens), np.int64
+        )
+        self._advantages, self._weights, self._logprobs = np.zeros((3, n_tokens), np.float32)
+        self._mask = np.zeros(n_tokens, np.bool_)
+        self._borders = [0]
+        self._prompts: list[int] = []
+        self._n_samples = 0
 
-    def add_prompt(self, token_ids: Sequence[int]) -> int:
+    def add_prompt(self, token_ids: Tokens) -> int:
         """The segment of a prompt without its last token; returns its number."""
-        n = len(token_ids) - 1
-        self._add(token_ids[:-1], token_ids[1:], first_position=0, prompt=-1)
-        for values in (self.advantages, self.weights, self.logprobs):
-            values += [0.0] * n
-        self.responses += [0] * n
-        self.mask += [False] * n
-        return len(self.prompts) - 1
+        self._add(token_ids, first_position=0, prompt=-1)
+        return len(self._prompts) - 1
 
     def add_sequence(self, sample: TrainSample, weight: float, n_shared: int, prompt: int) -> None:
         """A sequence without its first n_shared tokens, which segment `prompt` has.
@@ -194,44 +206,47 @@ class _Row:
         Where they are shared, the last token is left out too: nothing depends on it. On its own
         a sequence keeps it, as the engine had it.
         """
-        n_before, n_loss = (
-            len(sample.prompt_token_ids) - 1 - n_shared,
-            len(sample.response_token_ids),
+        before, response = sample.prompt_token_ids[n_shared:], sample.response_token_ids
+        assert len(before), f"prompt {sample.prompt_id!r} has no token to predict from"
+        assert len(sample.rollout_logprobs) == len(response), sample.prompt_id
+        first = self._borders[-1] + len(before) - 1
+        loss = slice(first, first + len(response))
+        self._add(
+            np.concatenate((before, response)),
+            first_position=n_shared,
+            prompt=prompt,
+            n_without_label=0 if n_shared else 1,
         )
-        assert n_before >= 0, f"prompt {sample.prompt_id!r} has no token to predict from"
-        assert len(sample.rollout_logprobs) == n_loss, sample.prompt_id
-        sequence = (*sample.prompt_token_ids, *sample.response_token_ids)[n_shared:]
-        after = 0 if n_shared else 1
-        tokens, labels = (sequence, (*sequence[1:], 0)) if after else (sequence[:-1], sequence[1:])
-        self._add(tokens, labels, first_position=n_shared, prompt=prompt)
-        self.mask += [False] * n_before + [True] * n_loss + [False] * after
-        self.advantages += [0.0] * n_before + [sample.advantage] * n_loss + [0.0] * after
-        self.weights += [0.0] * n_before + [weight] * n_loss + [0.0] * after
-        self.logprobs += (*[0.0] * n_before, *sample.rollout_logprobs, *[0.0] * after)
-        self.responses += [0] * n_before + [self.n_samples] * n_loss + [0] * after
-        self.n_samples += 1
+        self._mask[loss] = True
+        self._advantages[loss] = sample.advantage
+        self._weights[loss] = weight
+        self._logprobs[loss] = sample.rollout_logprobs
+        self._responses[loss] = self._n_samples
+        self._n_samples += 1
 
     def _add(
-        self, tokens: Sequence[int], labels: Sequence[int], *, first_position: int, prompt: int
+        self, token_ids: Tokens, *, first_position: int, prompt: int, n_without_label: int = 0
     ) -> None:
-        self.tokens += tokens
-        self.positions += range(first_position, first_position + len(tokens))
-        self.labels += labels
-        self.cu_seqlens.append(len(self.tokens))
-        self.prompts.append(prompt)
+        begin, n_labels = self._borders[-1], len(token_ids) - 1
+        n = n_labels + n_without_label
+        self._tokens[begin : begin + n] = token_ids[:n]
+        self._labels[begin : begin + n_labels] = token_ids[1:]
+        self._positions[begin : begin + n] = np.arange(first_position, first_position + n)
+        self._borders.append(begin + n)
+        self._prompts.append(prompt)
 
     def finish(self) -> MicroBatch:
         return MicroBatch(
-            input_ids_T=torch.tensor(self.tokens, dtype=torch.int64),
-            position_ids_T=torch.tensor(self.positions, dtype=torch.int64),
-            labels_T=torch.tensor(self.labels, dtype=torch.int64),
-            cu_seqlens_S1=torch.tensor(self.cu_seqlens, dtype=torch.int32),
-            prompt_S=torch.tensor(self.prompts, dtype=torch.int32),
-            loss_mask_T=torch.tensor(self.mask, dtype=torch.bool),
-            advantages_T=torch.tensor(self.advantages, dtype=torch.float32),
-            weights_T=torch.tensor(self.weights, dtype=torch.float32),
-            rollout_logprobs_T=torch.tensor(self.logprobs, dtype=torch.float32),
-            responses_T=torch.tensor(self.responses, dtype=torch.int64),
+            input_ids_T=torch.from_numpy(self._tokens),
+            position_ids_T=torch.from_numpy(self._positions),
+            labels_T=torch.from_numpy(self._labels),
+            cu_seqlens_S1=torch.tensor(self._borders, dtype=torch.int32),
+            prompt_S=torch.tensor(self._prompts, dtype=torch.int32),
+            loss_mask_T=torch.from_numpy(self._mask),
+            advantages_T=torch.from_numpy(self._advantages),
+            weights_T=torch.from_numpy(self._weights),
+            rollout_logprobs_T=torch.from_numpy(self._logprobs),
+            responses_T=torch.from_numpy(self._responses),
         )
 
 
@@ -239,8 +254,8 @@ def _filler(sample: TrainSample) -> TrainSample:
     return replace(
         sample,
         prompt_token_ids=sample.prompt_token_ids[:1],
-        response_token_ids=(),
-        rollout_logprobs=(),
+        response_token_ids=sample.response_token_ids[:0],
+        rollout_logprobs=sample.rollout_logprobs[:0],
         advantage=0.0,
     )
 

@@ -144,8 +144,8 @@ def warnings_about(a: AlgorithmConfig, s: Sampled) -> list[str]:
             else "algorithm.correction=auto corrects them"
         )
         return [
-            "trainer.max_staleness=1 makes every rollout batch one step old, and no ratio weighs "
-            f"its samples; {remedy}"
+            "trainer.max_staleness lets rollout batches be of older weights, and no ratio weighs "
+            f"their samples; {remedy}"
         ]
     if not a.clips and a.correction == "none" and s.n_updates > 1:
         return [

@@ -36,6 +36,7 @@ def validate(config: Config, *, trains: bool = True, has_model: bool = True) -> 
         _about_model_and_data(config, trains, has_model),
         _about_the_policy(config.policy),
         _about_the_loop(config),
+        _about_the_stream(config),
         _about_stop_strings(config.rollout.stop),
         _about_checkpoints(config),
         _about_rewards(config.reward, config.rollout.max_response_length),
@@ -155,6 +156,31 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         v.temperature == 0 and v.n > 1,
         f"validation.n is {v.n} with validation.temperature=0, where all answers are the same; "
         "expected 1",
+    )
+
+
+def _about_the_stream(config: Config) -> Iterator[tuple[bool, str]]:
+    r, staleness = config.rollout, config.trainer.max_staleness
+    yield (
+        r.update == "in-flight" and staleness == 0,
+        "rollout.update is in-flight with trainer.max_staleness=0, where no request runs while "
+        "weights change; expected drain, or a trainer.max_staleness of at least 1",
+    )
+    yield (
+        r.unfinished != "carry" and r.oversample == 0,
+        f"rollout.unfinished is {r.unfinished} with rollout.oversample=0, where a batch waits "
+        "for all of its groups; expected carry, or an oversample above 0",
+    )
+    yield (
+        r.oversample > 0 and r.unfinished == "carry" and (r.update == "drain" or staleness < 2),
+        f"rollout.oversample is {r.oversample} with rollout.unfinished=carry, but groups can only "
+        "go on with rollout.update=in-flight and a trainer.max_staleness of at least 2; expected "
+        "them, or abort or cut",
+    )
+    yield (
+        r.update == "drain" and r.in_flight_cache != "keep",
+        "rollout.in_flight_cache is recompute with rollout.update=drain, where no request goes on "
+        "after an update; expected keep, or rollout.update=in-flight",
     )
 
 

@@ -42,8 +42,7 @@ class DataConfig:
     system_prompt: Optional[str] = None
     """System message of every row that has none of its own."""
     apply_chat_template: bool = True
-    """False: the contents of the messages are joined as they are and tokenised without
-    special tokens (base models, completion-style prompts)."""
+    """False: the contents of the messages are joined, and tokenised without special tokens."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments that the chat template reads, such as enable_thinking."""
     max_prompt_length: int = ranged(1024, at_least=1)
@@ -127,8 +126,7 @@ class RolloutConfig:
     """The vLLM engines and how they sample."""
 
     n: int = ranged(8, at_least=1, at_most=MOST_SAMPLES)
-    """G, samples per prompt. A group of one carries no gradient, except where nothing is compared
-    with it (algorithm.dead_by: none)."""
+    """G, samples per prompt. A group of one has no gradient, but with algorithm.dead_by: none."""
     temperature: float = ranged(1.0, at_least=0.01, at_most=2)
     top_p: float = ranged(1.0, above=0, at_most=1)
     top_k: int = ranged(-1, at_least=1, or_value=-1)
@@ -147,8 +145,7 @@ class RolloutConfig:
     kv_cache_gb: float = ranged(1.0, above=0)
     """Key-value cache of each worker of an engine on CPU, GiB."""
     max_num_seqs: Optional[int] = ranged(None, at_least=1)
-    """Sequences that an engine decodes at once; None: 256, and on a GPU as many more as its cache
-    holds at full length, at most 1,024."""
+    """Sequences that an engine decodes at once; None: 256, on a GPU up to 1,024 if they fit."""
     max_num_batched_tokens: Optional[int] = ranged(None, at_least=1)
     """Prompt and decode tokens of one engine step; None: a share of the cache."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -157,7 +154,15 @@ class RolloutConfig:
     """True: no compilation and no graph capture; starts faster."""
     startup_timeout_s: int = ranged(600, at_least=1)
     generate_timeout_s: int = ranged(3600, at_least=1)
-    """Limit of one rollout batch, in seconds."""
+    """Limit of one group, or of one batch of held-out prompts, in seconds."""
+    update: Literal["drain", "in-flight"] = "drain"
+    """What new weights do with running requests: wait for their end, or change under them."""
+    in_flight_cache: Literal["keep", "recompute"] = "keep"
+    """What older weights computed for a request that goes on."""
+    oversample: float = ranged(0.0, at_least=0, below=1)
+    """Share of a batch whose slowest groups it does not wait for."""
+    unfinished: Literal["carry", "abort", "cut"] = "carry"
+    """Those come into a later batch; or are drawn again; or end as they are, in the batch."""
     ray_address: Optional[str] = None
     """None: a private Ray inside rank 0; otherwise the address of a cluster to join."""
 
@@ -225,9 +230,8 @@ class TrainerConfig:
     """Prompts per rollout batch."""
     mini_batch_size: Optional[int] = ranged(None, at_least=1)
     """Prompts per optimizer step; None: the whole rollout batch."""
-    max_staleness: Literal[0, 1] = 0
-    """1: the engines draw the next rollout batch while the policy learns from this one, so that
-    every batch is one step old; 0: they take turns."""
+    max_staleness: int = ranged(0, at_least=0)
+    """Rollout batches that weights learned from since they sampled; 0: they take turns."""
     max_bad_steps: int = ranged(3, at_least=1)
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
@@ -239,8 +243,7 @@ class TrainerConfig:
     output_dir: str = file_path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     placement: Literal["colocated", "disaggregated"] = "disaggregated"
-    """colocated: policy ranks and engines share GPUs and hand their memory to each other;
-    disaggregated: each has GPUs of its own, and on CPU nothing is moved."""
+    """colocated: ranks and engines share GPUs, and hand their memory to each other."""
     test_freq: int = ranged(0, at_least=0)
     """Evaluate every N steps; 0: only before the first and after the last step."""
     profile_steps: tuple[int, ...] = ()

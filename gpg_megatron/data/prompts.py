@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gpg_megatron.config.sections import DataConfig
@@ -73,7 +74,7 @@ def render_all(
             if _fits(len(ids), problem.location, data):
                 prompt = Prompt(
                     id=f"{problem.data_source}/{label}/{row}",
-                    token_ids=ids,
+                    token_ids=np.array(ids, np.int32),
                     messages=problem.messages,
                     ground_truth=problem.ground_truth,
                     data_source=problem.data_source,

@@ -61,7 +61,8 @@ class PromptStream:
         """What decides which prompts come, and in which order."""
         digest = hashlib.blake2b(digest_size=16)
         for p in self._prompts:
-            digest.update(repr((p.id, p.token_ids, p.ground_truth, p.data_source)).encode())
+            ids = tuple(p.token_ids.tolist())
+            digest.update(repr((p.id, ids, p.ground_truth, p.data_source)).encode())
         return {
             "n_prompts": len(self._prompts),
             "seed": self._seed,

@@ -111,7 +111,7 @@ def _run(
     from gpg_megatron.host.device import device_bytes, resolve_device
     from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
     from gpg_megatron.model.shape import load_model_shape
-    from gpg_megatron.placement.memory import engine_limits, engine_memory
+    from gpg_megatron.placement.memory import check_cache, engine_limits, engine_memory
     from gpg_megatron.rollout.fleet import Fleet
     from gpg_megatron.rollout.spec import EngineSpec
 
@@ -124,6 +124,7 @@ def _run(
     memory = engine_memory(
         config, shape, n_parameters=n_parameters, device_bytes=device_bytes(device)
     )
+    check_cache(config, memory)
     limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,

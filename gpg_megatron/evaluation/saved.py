@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
+
 from gpg_megatron.data.records import read_file
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Completion, FinishReason, Prompt
@@ -74,7 +76,7 @@ def _prompt(values: Mapping[str, Any], row: Mapping[str, Any]) -> Prompt:
     messages = row.get("messages")
     return Prompt(
         id=values["prompt_id"],
-        token_ids=(),
+        token_ids=np.zeros(0, np.int32),
         messages=tuple(messages) if isinstance(messages, list) else (),
         ground_truth=values["ground_truth"],
         data_source=values["data_source"],
@@ -91,8 +93,8 @@ def _completion(values: Mapping[str, Any], location: str) -> Completion:
     return Completion(
         prompt_id=values["prompt_id"],
         index=values["index"],
-        token_ids=(0,) * length,
-        logprobs=(0.0,) * length,
+        token_ids=np.zeros(length, np.int32),
+        logprobs=np.zeros(length, np.float32),
         finish_reason=cast(FinishReason, reason),
         text=values["response"],
         versions=(),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from gpg_megatron.errors import RunError, UserError
 
 T = TypeVar("T")
+Broadcast = Callable[[Any], None]
+"""broadcast with its group."""
 
 
 class OnRank0(Protocol):
@@ -49,6 +52,16 @@ def on_rank0(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     if box[1] is not None:
         raise UserError(str(box[1])) if box[2] else Rank0Failed(str(box[1]))
     return cast(T, box[0])
+
+
+def broadcast(array: Any, group: dist.ProcessGroup | None = None) -> None:
+    """Collective. What rank 0 has in a numpy array is written into those of the other ranks, which
+    have its type and shape; no copy is made on the way.
+
+    Args:
+        group: that holds rank 0, of gloo; None: the default group.
+    """
+    dist.broadcast(torch.from_numpy(array), src=0, group=group)
 
 
 def kept_on_rank0(action: Callable[[], T], on_rank0: OnRank0) -> T | None:

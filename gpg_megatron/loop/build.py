@@ -25,7 +25,7 @@ from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.stream import open_stream
-from gpg_megatron.host.collectives import OnRank0, kept_on_rank0, on_rank0
+from gpg_megatron.host.collectives import OnRank0, broadcast, kept_on_rank0, on_rank0
 from gpg_megatron.host.device import Device
 from gpg_megatron.host.leaving import LeaveRequest
 from gpg_megatron.host.peak import peak_flops_per_s
@@ -35,15 +35,16 @@ from gpg_megatron.loop.checkpoints import (
     RunCheckpoints,
     check_bytes,
     layout_of,
-    read_trainer_state,
     saving_of,
 )
+from gpg_megatron.loop.collector import Collector, rules_of
 from gpg_megatron.loop.engines import start_engines
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.handover import Handover
 from gpg_megatron.loop.inputs import is_converted, load_inputs
 from gpg_megatron.loop.rank0 import Rank0
-from gpg_megatron.loop.rollouts import Collector, Rollouts
+from gpg_megatron.loop.rollouts import Rollouts
+from gpg_megatron.loop.state import read_state
 from gpg_megatron.loop.trainer import Run, Schedule
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.hub import local_directory
@@ -92,7 +93,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
             rank0.say_what_was_decided()
-        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, point)
+        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, group, point)
         placement.enter(State.SYNC)
         side = PolicySide(
             shards=policy.named_shards(),
@@ -202,10 +203,10 @@ def open_rollouts(
     rank0: Rank0 | None,
     watchdog: Watchdog,
     ask_rank0: OnRank0,
+    group: dist.ProcessGroup,
     point: ResumePoint | None,
 ) -> Rollouts:
     """The batches of the run, from where the resume point left them."""
-    last = config.trainer.total_training_steps if config.trainer.max_staleness else 0
 
     def open_collector() -> Collector:
         assert rank0 is not None
@@ -216,13 +217,17 @@ def open_rollouts(
             seed=config.trainer.seed,
             shuffle=config.data.shuffle,
         )
-        collector = Collector(config, stream, rank0.fleet, rank0.pool, watchdog)
+        rules, flights = rules_of(config, rank0.fleet.room), rank0.fleet.flights()
+        collector = Collector(config, rules, stream, flights, rank0.pool, watchdog)
         if point is not None:
-            collector.restore(read_trainer_state(point.directory))
+            by_id = {prompt.id: prompt for prompt in rank0.inputs.train_prompts}
+            collector.restore(read_state(point.directory, point.marker.step), by_id)
             rank0.message(f"resumed from {point.directory}")
         return collector
 
-    return Rollouts(kept_on_rank0(open_collector, ask_rank0), ask_rank0, watchdog, last_ahead=last)
+    collector = kept_on_rank0(open_collector, ask_rank0)
+    ahead = config.trainer.max_staleness > 0
+    return Rollouts(collector, ask_rank0, partial(broadcast, group=group), watchdog, ahead=ahead)
 
 
 def _pids() -> list[int]:

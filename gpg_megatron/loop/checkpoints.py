@@ -6,13 +6,11 @@ prepare (rank 0) -> every rank writes its shards -> stamps, marker, pruning, exp
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -36,6 +34,7 @@ from gpg_megatron.config.sections import CheckpointConfig, Config, PolicyConfig
 from gpg_megatron.errors import UserError, writing
 from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.inputs import model_files
+from gpg_megatron.loop.state import LoopState, write_state
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.policy.checkpoint import (
     CheckpointWriter,
@@ -45,8 +44,6 @@ from gpg_megatron.policy.checkpoint import (
 )
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import DTYPES, ModelShape
-
-TRAINER_STATE = "trainer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +95,8 @@ def saving_of(config: Config, shape: ModelShape) -> Saving:
 class RunCheckpoints:
     """The checkpoints of one run, as every rank sees them. Its methods are collective."""
 
-    def __init__(
-        self, saving: Saving, on_rank0: OnRank0, state: Callable[[], Mapping[str, Any]]
-    ) -> None:
-        """state: called on rank 0: what the loop itself has to remember, as plain JSON."""
+    def __init__(self, saving: Saving, on_rank0: OnRank0, state: Callable[[], LoopState]) -> None:
+        """state: called on rank 0."""
         self._saving = saving
         self._on_rank0 = on_rank0
         self._state = state
@@ -152,7 +147,7 @@ class RunCheckpoints:
                 remove(directory)  # this very step again, after a resume from an earlier one
             make_folders(directory)
             copy_hf_files(self._saving.model_files, directory / HF_FILES)
-            (directory / TRAINER_STATE).write_text(json.dumps(self._state()))
+            write_state(directory, self._state())
             (directory / "config.yaml").write_text(self._saving.config_yaml)
         return directory
 
@@ -202,9 +197,3 @@ def check_bytes(directory: Path, marker: Marker) -> None:
     dist.all_gather_object(problems, damaged_file(directory, marker, share))
     if found := sorted(filter(None, problems)):
         raise UserError(found[0])
-
-
-def read_trainer_state(directory: Path) -> dict[str, Any]:
-    """What RunCheckpoints.save was given."""
-    state: dict[str, Any] = json.loads((directory / TRAINER_STATE).read_text())
-    return state

@@ -12,8 +12,8 @@ from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import Config
 from gpg_megatron.evaluation.evaluate import evaluate
 from gpg_megatron.host.leaving import forget_request
+from gpg_megatron.loop.collector import sampling_requests
 from gpg_megatron.loop.inputs import Inputs
-from gpg_megatron.loop.rollouts import sampling_requests
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from gpg_megatron.algorithm.advantages import AdvantageStats
-from gpg_megatron.loop.rollouts import Rollout
-from gpg_megatron.observe.metrics import rollout_metrics, staleness_metrics, update_metrics
+from gpg_megatron.loop.collector import Rollout
+from gpg_megatron.observe.metrics import staleness_metrics, update_metrics
 from gpg_megatron.types import StepResult, TrainBatch, TrainSample
 
 
@@ -21,10 +21,9 @@ def step_metrics(
     """The metrics of one step that do not depend on the clock."""
     updated = [r for r in results if r.updated]
     return {
-        **rollout_metrics(rollout.drawn),
+        **rollout.metrics,
         **staleness_metrics(samples, results[0].version - results[0].updated),
         **update_metrics(results),
-        **redraw_metrics(rollout),
         "version": results[-1].version,
         "group/alpha": stats.alpha * fmean(batch.alpha for batch in batches),
         "group/live_fraction": stats.live_fraction,
@@ -40,24 +39,14 @@ def step_metrics(
     }
 
 
-def redraw_metrics(rollout: Rollout) -> dict[str, float]:
-    """How the batch came about, all counts."""
-    selection = rollout.selection
-    return {
-        "group/redraws": rollout.redraws,
-        "group/redraws_exhausted": int(selection.exhausted),
-        "group/drawn": len(rollout.drawn),
-        "group/carried_in": rollout.n_carried,
-        "group/carried_out": len(selection.carried),
-        "group/filtered": selection.n_filtered,
-    }
-
-
 def throughput(metrics: dict[str, float], peak_flops_per_s: float) -> dict[str, float]:
     """Tokens and operations per second of the phases that ran."""
     flops_per_s = metrics["policy/flops"] / metrics["timing/policy_s"]
-    return {
-        "throughput/rollout_tokens_per_s": metrics["response/tokens"] / metrics["timing/rollout_s"],
+    rates = {}
+    # Where batches lie ready, one may be taken right after another.
+    if rollout_s := metrics.get("timing/rollout_s"):
+        rates["throughput/rollout_tokens_per_s"] = metrics["response/tokens"] / rollout_s
+    return rates | {
         "throughput/policy_tokens_per_s": metrics["policy/tokens"] / metrics["timing/policy_s"],
         "throughput/policy_flops_per_s": flops_per_s,
         "throughput/policy_mfu": flops_per_s / peak_flops_per_s,

@@ -17,9 +17,10 @@ from gpg_megatron.bridge.bridge import WeightBridge
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.checkpoints import RunCheckpoints
+from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.rank0 import Rank0
-from gpg_megatron.loop.rollouts import Rollout, Rollouts
+from gpg_megatron.loop.rollouts import Rollouts
 from gpg_megatron.loop.step_metrics import step_metrics, throughput
 from gpg_megatron.observe.trace import Trace
 from gpg_megatron.observe.watchdog import Watchdog
@@ -36,9 +37,9 @@ def train(run: Run) -> str:
     run.evaluate_first()
     for step in run.steps():
         with run.place(State.ROLLOUT):
-            rollout = run.rollouts.take(step)
+            rollout = run.rollouts.take()
         samples, stats = assign_advantages(rollout.groups, run.algorithm)
-        batches = make_batches(samples, run.plan, skipped=rollout.selection.skipped)
+        batches = make_batches(samples, run.plan, skipped=rollout.skipped)
         with run.place(State.POLICY), run.phase("policy"):
             results = run.policy.learn(batches)
         is_judged = run.guard.check(step, samples, results)
@@ -119,12 +120,12 @@ class Run:
 
     def publish(self) -> None:
         """The engines have the policy's weights. Nothing moves where they have them already."""
-        self.rollouts.drain()
-        if self.policy.version == self._published and not self.placement.must_publish:
-            return
-        with self.place(State.SYNC), self.phase("sync"):
-            self.bridge.publish(self.policy.version)
-        self._published = self.policy.version
+        with self.rollouts.updating():
+            if self.policy.version == self._published and not self.placement.must_publish:
+                return
+            with self.place(State.SYNC), self.phase("sync"):
+                self.bridge.publish(self.policy.version)
+            self._published = self.policy.version
 
     def check_first_sync(self) -> None:
         """Refuse to train when the engines do not compute what the policy computes."""

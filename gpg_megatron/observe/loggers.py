@@ -152,6 +152,7 @@ def _mend(path: Path) -> None:
 def _rollout_row(
     step: int, prompt: Prompt, completion: Completion, reward: Reward, sample: TrainSample
 ) -> dict[str, Any]:
+    logprobs = completion.logprobs.tolist()
     return {
         "step": step,
         "group": sample.group,
@@ -165,7 +166,7 @@ def _rollout_row(
         "parts": {part: _finite(value) for part, value in reward.parts.items()},
         "advantage": _finite(sample.advantage),
         "version": sample.version,
-        "logprob_mean": _finite(fmean(completion.logprobs)) if completion.logprobs else None,
+        "logprob_mean": _finite(fmean(logprobs)) if logprobs else None,
         "length": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
     }

@@ -118,6 +118,9 @@ def _charts(frame: DataFrame) -> Iterator[tuple[str, str, list[Panel]]]:
           _panel(frame, "gradient norm", ["policy/grad_norm"])]),
         ("Log-prob mismatch", "|engine - policy| over the sampled tokens.",
          [_panel(frame, "nats", ["mismatch/logprob_max", "mismatch/logprob_mean"], kind="log")]),
+        ("Age of the groups", "In rollout batches; and what was not yet in a batch.",
+         [_panel(frame, "share", sorted(frame.filter(regex="^staleness/batch_"), key=_last_number)),
+          _panel(frame, "groups", ["stream/ready", "stream/in_flight", "stream/waiting"])]),
         ("Time by phase", "What a step is made of.", [_timing_panel(frame)]),
         ("Throughput", "Tokens sampled and tokens trained on, per second of their phase.",
          [_panel(frame, "tokens/s",
@@ -135,6 +138,10 @@ def _panel(frame: DataFrame, label: str, keys: Sequence[str], kind: Kind = "line
     limits = (-0.02, 1.02) if is_share else None
     series = {_label(key): frame[key] for key in found}
     return Panel(label=label, series=series, kind=kind, limits=limits)
+
+
+def _last_number(key: str) -> int:
+    return int(key.rpartition("_")[2])
 
 
 def _timing_panel(frame: DataFrame) -> Panel:

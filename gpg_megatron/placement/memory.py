@@ -76,7 +76,13 @@ class EngineLimits:
 
 
 def policy_memory(
-    config: Config, shape: ModelShape, *, n_parameters: int, n_in_experts: int = 0, stage: int
+    config: Config,
+    shape: ModelShape,
+    *,
+    n_parameters: int,
+    n_in_experts: int = 0,
+    stage: int,
+    fused: bool = False,
 ) -> PolicyMemory:
     """Of a rank of a pipeline stage that holds n_parameters, n_in_experts of them in experts.
 
@@ -97,7 +103,7 @@ def policy_memory(
     layers = pipeline_stages(p, shape.num_layers).count(stage)
     in_flight = min(pp - stage, micro_batches_per_update(config))
     last = stage == pp - 1
-    complete = activation_bytes(config, shape)
+    complete = activation_bytes(config, shape, fused=fused)
     kept = in_flight * layers * complete
     if p.recompute == "layers":
         kept = in_flight * layers * (item * shape.hidden_size // sequence_shares(config)) + complete
@@ -145,33 +151,57 @@ def gpu_states(
     return result
 
 
-def activation_bytes(config: Config, shape: ModelShape) -> int:
+def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) -> int:
     """Of one token in one layer: what autograd keeps of the project's own layer.
 
-        two norms                    2 x (4 h + b h + 4)   fp32 input, result before the weight
-        inputs of fc1 and of q, k, v 2 x b h
-        sines and cosines            4 b d                 for q and for k
-        attention                    b (4 H + 3 K) d / t   q, k, v as the projection gave them,
-                                     + 4 H / t             rotated q and k, the output of each
-                                                           sequence and of all; its normaliser
-        gated linear unit            5 b f / t             gate and up, up again, silu(gate), the
-                                                           product
+                                     operation by operation      fused
+        two norms                    2 x (4 h + b h + 4)         2 x (2 b h + 4)
+                                     (fp32 input, result         (input, result before the
+                                     before the weight)          weight)
+        inputs of fc1 and of q, k, v 2 x b h                     2 x b h
+        sines and cosines            4 b d                       4 b d
+        attention                    b (4 H + 3 K) d / t         b (2 H + 2 c K) d / t, or
+                                                                 b (3 H + 3 K) d / t
+        its normaliser               4 H / t                     4 H / t
+        gated linear unit            5 b f / t                   3 b f / t
+
+    Attention keeps q, k, v as the projection gave them, rotated q and k, and the output, of each
+    sequence and of all. In one call it keeps rotated q, the output, and keys and values: c copies
+    of a token's where prompts are shared, else views of what the projection gave. The gated linear
+    unit keeps gate and up, up again, silu(gate) and the product; fused not the second and third.
 
     In the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), without dropout and
     without the score matrix. With experts f is what a token visits, and each visit keeps a
     copy of the token. Transformer Engine's layer keeps less. The first two rows and the tables of
     sines and cosines are divided by t under sequence parallelism.
+
+    Args:
+        fused: norms and gated linear unit are one kernel each, attention one call, as on CUDA
+            in bf16.
     """
     item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
-    d, heads, kv_heads = shape.head_dim, shape.num_heads, shape.num_kv_heads
-    whole = 2 * (FP32 + 2 * item) * shape.hidden_size + 4 * item * d + 2 * FP32
-    whole //= sequence_shares(config)
-    attention = item * (4 * heads + 3 * kv_heads) * d + FP32 * heads
+    h, d, heads, kv_heads = shape.hidden_size, shape.head_dim, shape.num_heads, shape.num_kv_heads
+    norms = 2 * (2 * item * h + FP32) if fused else 2 * ((FP32 + item) * h + FP32)
+    whole = (norms + 2 * item * h + 4 * item * d) // sequence_shares(config)
+    kept_heads = 4.0 * heads + 3 * kv_heads
+    if fused and config.policy.share_prompts:
+        kept_heads = 2 * (heads + _copies_of_keys(config) * kv_heads)
+    elif fused:
+        kept_heads = 3 * (heads + kv_heads)
+    attention = math.ceil(item * kept_heads * d) + FP32 * heads
     ffn, copies = shape.ffn_size, 0
     if shape.moe is not None:
         ffn = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
         copies = shape.moe.experts_per_token * shape.hidden_size
-    return whole + (attention + item * (5 * ffn + copies)) // t
+    return whole + (attention + item * ((3 if fused else 5) * ffn + copies)) // t
+
+
+def _copies_of_keys(config: Config) -> float:
+    """How often a row's token is a key, where every answer of a group sees one shared prompt: in
+    groups of the longest prompt and the longest answers."""
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    n = config.rollout.n
+    return n * (prompt + response) / (prompt + n * response)
 
 
 def sequence_shares(config: Config) -> int:
@@ -234,6 +264,31 @@ def engine_memory(
         kv_cache=kv_cache,
         kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * cache_item,
     )
+
+
+def cache_problem(config: Config, engine: EngineMemory) -> str | None:
+    """Why the cache cannot hold one sequence of full length; None: it can."""
+    r = config.rollout
+    if engine.kv_cache <= 0:
+        return (
+            f"engine: the weights take {engine.parameters / GIB:.2f} GiB of the "
+            f"{engine.reserved / GIB:.2f} GiB that rollout.gpu_memory_utilization="
+            f"{r.gpu_memory_utilization:g} gives each worker; raise it or "
+            "rollout.tensor_model_parallel_size"
+        )
+    longest = config.data.max_prompt_length + r.max_response_length
+    if engine.kv_tokens < longest:
+        return (
+            f"engine: the cache holds {engine.kv_tokens:,} tokens, one sequence may have "
+            f"{longest:,}; raise rollout.gpu_memory_utilization (on CPU rollout.kv_cache_gb)"
+        )
+    return None
+
+
+def check_cache(config: Config, engine: EngineMemory) -> None:
+    """Raises UserError if the cache cannot hold one sequence of full length."""
+    if problem := cache_problem(config, engine):
+        raise UserError(problem)
 
 
 def engine_limits(config: Config, engine: EngineMemory, *, on_gpu: bool) -> EngineLimits:

@@ -1,6 +1,6 @@
 """The fleet of engines that rank 0 drives. Every wait has a time-out (calls.py).
 
-requests --dispatch.py--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
+requests --flights.py--> engine 0 .. N-1 (in parallel) --> completions in the requests' order
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
-from gpg_megatron.rollout.dispatch import sample
 from gpg_megatron.rollout.engine import Engine, PauseMode, SleepLevel
+from gpg_megatron.rollout.flights import Flights, answer_all
 from gpg_megatron.rollout.ray_session import open_ray
-from gpg_megatron.rollout.sampling import SamplingRequest, to_completion
+from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, EnginePart
 
 PLACEMENT_TIMEOUT_S = 120.0
 SHUTDOWN_TIMEOUT_S = 8.0
 EXIT_GRACE_S = 3.0
+MOST_CALLS = 10_000
+"""At once to one engine: each group is one, and Ray would let control wait behind 1,000 of them."""
 MAX_SCRATCH_PATH = 40
 
 
@@ -78,7 +80,8 @@ class Fleet:
         import ray
 
         gpus = self._spec.gpus
-        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Engine)
+        options = {"max_restarts": 0, "max_concurrency": MOST_CALLS}
+        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, **options)(Engine)
         self._actors = [actor_class.remote(self._spec, str(log)) for log in self._logs]
         self._placing = self._send("placement by Ray", lambda actor: actor.placed.remote())
         self._loading = self._send(
@@ -111,24 +114,32 @@ class Fleet:
         Raises:
             EngineDied, EngineError, TimeoutError
         """
-        for r in requests:
-            length = len(r.prompt.token_ids) + r.params.max_tokens
-            assert length <= self._spec.max_model_len, f"prompt {r.prompt.id}: {length} tokens"
-        # Engines read token ids; what else a row holds may not exist on their hosts.
-        bare = [replace(r, prompt=replace(r.prompt, extra_info={})) for r in requests]
-        by_request = sample(
-            bare,
-            lambda engine, part: self._actors[engine].generate.remote(part, self._version),
-            self._pending("generating a rollout batch", {}),
+        answers = answer_all(self.flights(), requests, self.room)
+        return [completion for group in answers for completion in group]
+
+    def flights(self) -> Flights:
+        """For requests that are started one by one, and answered as they end."""
+        return Flights(
+            self._ask,
+            lambda engine, name: self._actors[engine].stop.remote(name),
+            lambda sent: self._pending("generating a rollout batch", sent),
             num_engines=self.num_engines,
-            max_num_seqs=self._spec.max_num_seqs,
             timeout_s=self._spec.rollout.generate_timeout_s,
         )
-        return [
-            to_completion(request, index, sampled)
-            for request, samples in zip(requests, by_request, strict=True)
-            for index, sampled in enumerate(samples)
-        ]
+
+    def _ask(self, engine: int, request: SamplingRequest, name: str) -> Any:
+        return self._actors[engine].answer.remote(self._fitting(request), self._version, name)
+
+    def _fitting(self, request: SamplingRequest) -> SamplingRequest:
+        """Engines read token ids; what else a row holds may not exist on their hosts."""
+        length = len(request.prompt.token_ids) + request.params.max_tokens
+        assert length <= self._spec.max_model_len, f"prompt {request.prompt.id}: {length} tokens"
+        return replace(request, prompt=replace(request.prompt, extra_info={}))
+
+    @property
+    def room(self) -> int:
+        """Samples that all engines together decode at once."""
+        return self.num_engines * self._spec.max_num_seqs
 
     def call_workers(
         self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
@@ -162,9 +173,12 @@ class Fleet:
         refs = {actor.connect.remote(shared, i): i for i, actor in enumerate(self._actors)}
         self._pending("connecting to the policy ranks", refs).wait(timeout_s)
 
-    def begin_update(self, mode: PauseMode = "wait") -> None:
-        """Stop generation on every engine; it is refused until commit."""
-        limit = self._spec.rollout.generate_timeout_s
+    def begin_update(self, mode: PauseMode | None = None) -> None:
+        """Stop generation on every engine; it is refused until commit. mode: None: that of
+        rollout.update."""
+        r = self._spec.rollout
+        mode = mode or ("wait" if r.update == "drain" else r.in_flight_cache)
+        limit = r.generate_timeout_s
         self._all("pausing generation", lambda actor: actor.begin_update.remote(mode), limit)
 
     def receive(self, payload: bytes) -> PendingCalls:

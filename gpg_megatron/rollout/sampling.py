@@ -1,4 +1,4 @@
-"""How prompts are answered, as the sections say it, and what comes back, as plain values.
+"""How prompts are answered, as the sections say it, and what comes back.
 
 Shape legend: L response tokens of one completion.
 """
@@ -10,10 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, get_args
 
+import numpy as np
+
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
-from gpg_megatron.types import Completion, FinishReason, Prompt, SamplingParams, VersionSpan
+from gpg_megatron.types import (
+    Completion,
+    FinishReason,
+    LogProbs,
+    Prompt,
+    SamplingParams,
+    Tokens,
+    VersionSpan,
+)
 
 CANARY_TOKENS = 32
+FINISH_REASONS = get_args(FinishReason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +35,7 @@ class SamplingRequest:
     params: SamplingParams
 
     def __post_init__(self) -> None:
-        assert self.prompt.token_ids, f"prompt {self.prompt.id} is empty"
+        assert len(self.prompt.token_ids), f"prompt {self.prompt.id} is empty"
 
 
 class Sampler(Protocol):
@@ -85,52 +96,72 @@ def stream_seed(request: SamplingRequest) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled:
-    """One sample of one request as the engine's actor returns it."""
+    """The samples of one request as the engine's actor returns them."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str | None
-    text: str
-    versions: tuple[tuple[str, int, int], ...]
-    """(label, start, end)."""
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    token_ids: Tokens
+    """One sample after the other, as are their log-probs."""
+    logprobs: LogProbs
+    finish_reasons: tuple[str | None, ...]
+    texts: tuple[str, ...]
+    versions: tuple[tuple[tuple[str, int, int], ...], ...]
+    """Of each sample (label, start, end)."""
 
 
-def from_vllm(output: Any) -> Sampled:
-    """Plain values of a vllm.outputs.CompletionOutput with flat log-probs."""
-    flat = output.logprobs
-    assert list(flat.start_indices) == list(range(len(output.token_ids))), "one log-prob per token"
+def from_vllm(outputs: Sequence[Any]) -> Sampled:
+    """Of vllm.outputs.CompletionOutput with flat log-probs, in the order of their indices."""
+    for o in outputs:
+        starts = list(o.logprobs.start_indices)
+        assert starts == list(range(len(o.token_ids))), "one log-prob per token"
     return Sampled(
-        token_ids=tuple(output.token_ids),
-        logprobs=tuple(flat.logprobs),
-        finish_reason=output.finish_reason,
-        text=output.text,
-        versions=tuple((s.version, s.start, s.end) for s in output.weight_versions or ()),
+        lengths=tuple(len(o.token_ids) for o in outputs),
+        token_ids=np.array([token for o in outputs for token in o.token_ids], np.int32),
+        logprobs=np.array([value for o in outputs for value in o.logprobs.logprobs], np.float32),
+        # Where a request was stopped, its answers end as they would at the length limit.
+        finish_reasons=tuple(
+            "length" if o.finish_reason == "abort" else o.finish_reason for o in outputs
+        ),
+        texts=tuple(o.text for o in outputs),
+        versions=tuple(
+            tuple((s.version, s.start, s.end) for s in o.weight_versions or ()) for o in outputs
+        ),
     )
 
 
-def to_completion(request: SamplingRequest, index: int, sampled: Sampled) -> Completion:
-    """The completion that crosses to the other rooms.
+def to_completions(request: SamplingRequest, sampled: Sampled) -> list[Completion]:
+    """The completions that cross to the other rooms; their arrays are views of one copy.
 
     vLLM labels spans with the string that an update's commit gave it.
     """
-    assert sampled.finish_reason in get_args(FinishReason), (
-        f"prompt {request.prompt.id}: the engine ended a sample with {sampled.finish_reason!r}"
-    )
-    spans = tuple(
-        VersionSpan(version=int(label), start=start, end=end)
-        for label, start, end in sampled.versions
-    )
-    edges = [0] + [span.end for span in spans]
-    assert edges[-1] == len(sampled.token_ids) == len(sampled.logprobs), "uncovered tokens"
-    assert edges[:-1] == [span.start for span in spans], "version spans are not contiguous"
-    return Completion(
-        prompt_id=request.prompt.id,
-        index=index,
-        token_ids=sampled.token_ids,
-        logprobs=sampled.logprobs,
-        finish_reason=cast(FinishReason, sampled.finish_reason),
-        text=sampled.text,
-        versions=spans,
-    )
+    n_tokens = sum(sampled.lengths)
+    assert n_tokens == len(sampled.token_ids) == len(sampled.logprobs), "one log-prob per token"
+    # Ray's own lie in its store, and fill it as long as anything refers to them.
+    token_ids, logprobs = sampled.token_ids.copy(), sampled.logprobs.copy()
+    completions, end = [], 0
+    for index, length in enumerate(sampled.lengths):
+        reason, versions = sampled.finish_reasons[index], sampled.versions[index]
+        assert reason in FINISH_REASONS, (
+            f"prompt {request.prompt.id}: the engine ended a sample with {reason!r}"
+        )
+        edges = [0, *(stop for _, _, stop in versions)]
+        assert edges[-1] == length, "uncovered tokens"
+        assert edges[:-1] == [start for _, start, _ in versions], "spans are not contiguous"
+        begin, end = end, end + length
+        completions.append(
+            Completion(
+                prompt_id=request.prompt.id,
+                index=index,
+                token_ids=token_ids[begin:end],
+                logprobs=logprobs[begin:end],
+                finish_reason=cast(FinishReason, reason),
+                text=sampled.texts[index],
+                versions=tuple(
+                    VersionSpan(version=int(label), start=start, end=stop)
+                    for label, start, stop in versions
+                ),
+            )
+        )
+    return completions

@@ -28,6 +28,7 @@ from gpg_megatron.placement.memory import (
     EngineLimits,
     EngineMemory,
     PolicyMemory,
+    cache_problem,
     engine_limits,
     engine_memory,
     gpu_states,
@@ -165,7 +166,9 @@ def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> 
         config=config,
         shape=shape,
         n_parameters=_count(hf_shapes(shape)),
-        stages=tuple(_stage(config, shape, grid, number) for number in range(grid.pp_size)),
+        stages=tuple(
+            _stage(config, shape, grid, number, on_gpus=on_gpus) for number in range(grid.pp_size)
+        ),
         engine=memory,
         limits=engine_limits(config, memory, on_gpu=on_gpus),
         publish=forecast(grid, engine, planned_links(config, device, machine.gpus)),
@@ -176,7 +179,9 @@ def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> 
     )
 
 
-def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> Stage:
+def _stage(
+    config: Config, shape: ModelShape, grid: PolicyGrid, number: int, *, on_gpus: bool
+) -> Stage:
     shapes = local_shapes(shape, grid, grid.rank(tp=0, dp=0, pp=number))
     n_parameters = _count(shapes)
     n_in_experts = _count({name: x for name, x in shapes.items() if ".experts." in name})
@@ -188,7 +193,12 @@ def _stage(config: Config, shape: ModelShape, grid: PolicyGrid, number: int) -> 
         n_in_experts=n_in_experts,
         largest=max(map(math.prod, shapes.values())),
         memory=policy_memory(
-            config, shape, n_parameters=n_parameters, n_in_experts=n_in_experts, stage=number
+            config,
+            shape,
+            n_parameters=n_parameters,
+            n_in_experts=n_in_experts,
+            stage=number,
+            fused=on_gpus and config.model.dtype != "fp32",
         ),
     )
 
@@ -242,17 +252,8 @@ def problems(plan: RunPlan) -> list[str]:
     """What would not fit, most telling first; empty when nothing is known to be wrong."""
     config, engine = plan.config, plan.engine
     found = []
-    if engine.kv_cache <= 0:
-        found.append(
-            f"engine: the weights take {gib(engine.parameters)} of the {gib(engine.reserved)} "
-            f"that rollout.gpu_memory_utilization={config.rollout.gpu_memory_utilization:g} "
-            f"gives each worker; raise it or rollout.tensor_model_parallel_size"
-        )
-    elif engine.kv_tokens < plan.longest:
-        found.append(
-            f"engine: the cache holds {engine.kv_tokens:,} tokens, one sequence may have "
-            f"{plan.longest:,}; raise rollout.gpu_memory_utilization (on CPU rollout.kv_cache_gb)"
-        )
+    if problem := cache_problem(config, engine):
+        found.append(problem)
     if plan.device_bytes is None:
         ranks = sum(len(stage.ranks) * stage.memory.total for stage in plan.stages)
         engines = len(plan.engine_gpus) * engine.reserved

@@ -15,6 +15,7 @@ from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.host.device import Device
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.loop.checkpoints import RunCheckpoints, check_bytes, layout_of, saving_of
+from gpg_megatron.loop.state import LoopState
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
@@ -30,7 +31,8 @@ class PolicyRun:
         self.config = config
         self.policy = Policy(config, shape, device)
         self.saving = saving_of(config, shape)
-        self.checkpoints = RunCheckpoints(self.saving, on_rank0, lambda: {"step": self.step})
+        remembered = LoopState(values={}, groups=())
+        self.checkpoints = RunCheckpoints(self.saving, on_rank0, lambda: remembered)
         point, self.warnings = on_rank0(lambda: find_resume_point(config, shape))
         self.step = 0
         if point is None:

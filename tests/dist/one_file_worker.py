@@ -31,6 +31,7 @@ from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import Completion, ModelShape, Prompt, Reward, ScoredGroup, VersionSpan
 from tests.dist.one_file_problem import Rollout, config_of, rollouts
 from tests.dist.problem import plan_of
+from tests.samples import float32, int32
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def _group(rollout: Rollout, index: int) -> ScoredGroup:
     return ScoredGroup(
         prompt=Prompt(
             id=str(index),
-            token_ids=tuple(rollout.prompts[index]),
+            token_ids=int32(rollout.prompts[index]),
             messages=(),
             ground_truth="",
             data_source="",
@@ -78,8 +79,8 @@ def _group(rollout: Rollout, index: int) -> ScoredGroup:
             Completion(
                 prompt_id=str(index),
                 index=i,
-                token_ids=tuple(tokens),
-                logprobs=(0.0,) * len(tokens),  # GPG without a correction reads none
+                token_ids=int32(tokens),
+                logprobs=float32((0.0,) * len(tokens)),  # GPG without a correction reads none
                 finish_reason="stop",
                 text="",
                 versions=(VersionSpan(version=0, start=0, end=len(tokens)),),

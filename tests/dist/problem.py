@@ -25,6 +25,7 @@ from gpg_megatron.config.sections import (
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainSample
 from tests.presets import from_preset
+from tests.samples import float32, int32
 
 TOKENS_PER_MICRO_BATCH = 32
 MAX_RESPONSE = 34
@@ -348,9 +349,9 @@ def _sample(
         prompt_id=f"toy/{group}",
         group=group,
         index=index,
-        prompt_token_ids=prompt,
-        response_token_ids=tuple(rng.randrange(vocab_size) for _ in range(n_response)),
-        rollout_logprobs=tuple(rng.uniform(-8.0, -2.0) for _ in range(n_response)),
+        prompt_token_ids=int32(prompt),
+        response_token_ids=int32(rng.randrange(vocab_size) for _ in range(n_response)),
+        rollout_logprobs=float32(rng.uniform(-8.0, -2.0) for _ in range(n_response)),
         advantage=advantage,
         version=0,
         live=live,

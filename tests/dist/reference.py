@@ -218,10 +218,10 @@ def _distribution(
     """float64 [L] each: log-probs of the response tokens of one sample, and the entropies of the
     distributions that they were drawn from."""
     prompt, response = sample.prompt_token_ids, sample.response_token_ids
-    tokens = torch.tensor([(*prompt, *response)])
+    tokens = torch.tensor([[*prompt.tolist(), *response.tolist()]])
     logits = model(tokens).logits[0, len(prompt) - 1 : -1] / temperature
     every = torch.log_softmax(logits, dim=-1)
-    chosen = torch.tensor(response, dtype=torch.int64).unsqueeze(1)
+    chosen = torch.tensor(response.tolist(), dtype=torch.int64).unsqueeze(1)
     return every.gather(1, chosen).squeeze(1), -(every.exp() * every).sum(-1)
 
 

@@ -49,7 +49,7 @@ def test_an_engine_sleeps_and_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         cleanup_run(run_id)
     total = torch.cuda.get_device_properties().total_memory
     assert awake - asleep > 0.8 * SHARE * total, f"{awake - asleep} bytes were given back"
-    assert [x.token_ids for x in after] == [x.token_ids for x in before]
+    assert [x.token_ids.tolist() for x in after] == [x.token_ids.tolist() for x in before]
 
 
 def spec(folder: Path, run_id: str) -> EngineSpec:

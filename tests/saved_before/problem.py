@@ -15,6 +15,7 @@ from gpg_megatron.config.sections import (
 )
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import TrainSample
+from tests.samples import float32, int32
 
 FOLDER = Path(__file__).resolve().parent
 MODEL = FOLDER / "model"
@@ -41,9 +42,9 @@ def samples() -> list[TrainSample]:
             prompt_id=str(group),
             group=group,
             index=index,
-            prompt_token_ids=(1, 2 + group, 3),
-            response_token_ids=(5 + index, 7, 9 + group),
-            rollout_logprobs=(-4.0, -4.0, -4.0),
+            prompt_token_ids=int32((1, 2 + group, 3)),
+            response_token_ids=int32((5 + index, 7, 9 + group)),
+            rollout_logprobs=float32((-4.0, -4.0, -4.0)),
             advantage=0.5 - index,
             version=0,
             live=True,

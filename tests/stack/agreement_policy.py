@@ -51,6 +51,7 @@ from gpg_megatron.types import (  # noqa: E402
     TrainBatch,
     VersionSpan,
 )
+from tests.samples import float32, int32  # noqa: E402
 
 LR = 1e-3
 STALE_AFTER = (1, 2, 4, 8, 16)
@@ -182,13 +183,13 @@ def _pair(number: int, prompt: list[int], response: list[int], logprobs: list[fl
     completion = Completion(
         prompt_id=name,
         index=0,
-        token_ids=tuple(response),
-        logprobs=tuple(logprobs),
+        token_ids=int32(response),
+        logprobs=float32(logprobs),
         finish_reason="length",
         text="",
         versions=(VersionSpan(version=0, start=0, end=len(response)),),
     )
-    ids = tuple(prompt)
+    ids = int32(prompt)
     return Prompt(id=name, token_ids=ids, messages=(), ground_truth="", data_source="p"), completion
 
 

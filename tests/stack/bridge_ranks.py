@@ -49,6 +49,7 @@ from gpg_megatron.types import (  # noqa: E402
     Prompt,
     SamplingParams,
 )
+from tests.samples import int32  # noqa: E402
 
 COLLECTIVE_LIMIT_S = 300
 PROMPTS = ((10, 20, 30), (40, 50), (60, 70, 80, 90, 100), (7, 7, 7, 7))
@@ -116,7 +117,7 @@ class Fleets:
     def generate(self, version: int) -> list[tuple[Prompt, Completion]]:
         """A few samples; collective."""
         prompts = [
-            Prompt(id=f"p/{i}", token_ids=ids, messages=(), ground_truth="", data_source="p")
+            Prompt(id=f"p/{i}", token_ids=int32(ids), messages=(), ground_truth="", data_source="p")
             for i, ids in enumerate(PROMPTS)
         ]
         params = SamplingParams(

@@ -34,11 +34,13 @@ from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
 from tests.engine_processes import engine_processes
+from tests.samples import int32, plain
 from tests.shared_memory import abandoned_segments, all_segments
 from tests.tiny import PAD, make_tiny_model
 
 HERE = Path(__file__).resolve().parent
 MAX_MODEL_LEN = 256
+SCALE = 3.0
 PROMPTS = ([10, 20, 30], [40, 50], [60, 70, 80, 90, 100], [7])
 
 
@@ -86,7 +88,7 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
 def request(i: int = 0, **changes: Any) -> SamplingRequest:
     """changes: of the sampling parameters."""
     prompt = Prompt(
-        id=f"p/{i}", token_ids=tuple(PROMPTS[i]), messages=(), ground_truth="", data_source="p"
+        id=f"p/{i}", token_ids=int32(PROMPTS[i]), messages=(), ground_truth="", data_source="p"
     )
     params = SamplingParams(
         n=4, temperature=0.7, top_p=1.0, top_k=-1, max_tokens=24, stop=(), seed=5
@@ -99,15 +101,16 @@ def version_of(fleet: Fleet) -> int:
     return fleet.generate([request(max_tokens=1)])[0].versions[0].version
 
 
-def update(fleet: Fleet, version: int) -> None:
-    """An update that changes nothing but the version."""
+def update(fleet: Fleet, version: int, scale: float = 1.0) -> None:
+    """An update of the version; and of a weight, which is multiplied."""
     fleet.begin_update()
+    fleet.call_workers("scale", [(scale,)], timeout_s=30)
     fleet.receive(b"").wait(30)
     fleet.commit(version)
 
 
 def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
-    return [c.token_ids for c in completions]
+    return [tuple(c.token_ids.tolist()) for c in completions]
 
 
 def largest_gap(model_dir: Path, prompt: Prompt, c: Completion, temperature: float) -> float:
@@ -116,11 +119,36 @@ def largest_gap(model_dir: Path, prompt: Prompt, c: Completion, temperature: flo
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    ids = torch.tensor([prompt.token_ids + c.token_ids])
+    ids = torch.tensor([[*prompt.token_ids.tolist(), *c.token_ids.tolist()]])
     with torch.no_grad():
         logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / temperature
-    expected = logits.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
-    return float((expected - torch.tensor(c.logprobs)).abs().max())
+    expected = logits.log_softmax(-1).gather(-1, ids[0, len(prompt.token_ids) :, None])[:, 0]
+    return float((expected - torch.from_numpy(c.logprobs)).abs().max())
+
+
+def logprob_gap(model_dir: Path, prompt: Prompt, c: Completion, *, old_until: int) -> list[float]:
+    """|log-prob difference| of each token between the engine and a plain model, whose weights are
+    the scaled ones from the token at old_until on; keys and values are kept."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = torch.tensor([[*prompt.token_ids.tolist(), *c.token_ids.tolist()]])
+    # The last token that old weights sampled is read by the new ones.
+    border = len(prompt.token_ids) + old_until - 1 if old_until else 0
+    logits, past = [], None
+    for part, scale in ((ids[:, :border], 1.0), (ids[:, border:-1], SCALE)):
+        if not part.shape[1]:
+            continue
+        with torch.no_grad():
+            network.model.layers[0].input_layernorm.weight *= scale
+            out = network(part, past_key_values=past, use_cache=True)
+        logits.append(out.logits[0])
+        past = out.past_key_values
+    all_logprobs = torch.cat(logits)[len(prompt.token_ids) - 1 :].log_softmax(-1)
+    expected = all_logprobs.gather(-1, ids[0, len(prompt.token_ids) :, None])[:, 0]
+    gaps: list[float] = (expected - torch.tensor(c.logprobs)).abs().tolist()
+    return gaps
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +207,7 @@ class TestOneEngine:
         stopped = fleet.generate([request(n=1, max_tokens=100, stop=(stop,))])[0]
         assert stopped.finish_reason == "stop"
         assert stopped.text.endswith(stop) and stop not in stopped.text[:-1]
-        assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+        assert tokens([stopped])[0] == tokens([free])[0][: len(stopped.token_ids)]
         assert len(stopped.token_ids) == len(stopped.logprobs) < 100
 
     def test_each_key_of_sampling_at_its_ends(self, fleet: Fleet, model: Path) -> None:
@@ -208,7 +236,8 @@ class TestOneEngine:
         stopped = fleet.generate([request(**wanted, stop=(PAD, "\n"))])
         for a, b in zip(free, stopped, strict=True):
             ends = [i for i, token in enumerate(a.token_ids) if token in (pad, newline)]
-            assert b.token_ids == (a.token_ids[: ends[0] + 1] if ends else a.token_ids)
+            end = ends[0] + 1 if ends else None
+            assert b.token_ids.tolist() == a.token_ids[:end].tolist()
             assert b.finish_reason == ("stop" if ends else a.finish_reason)
             assert b.text.endswith("\n") == (b.token_ids[-1] == newline) and PAD not in b.text
 
@@ -224,9 +253,10 @@ class TestOneEngine:
             (stopped,) = fleet.generate([request(**one, stop=stop)])
             end = min(text.find(x) + 2 for x in stop if x in text)
             assert stopped.text == text[:end] and stopped.finish_reason == "stop"
-            assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+            assert tokens([stopped])[0] == tokens([free])[0][: len(stopped.token_ids)]
             assert len(stopped.token_ids) == len(stopped.logprobs) < len(free.token_ids)
-        assert fleet.generate([request(**one, stop=("no response says this" * 100,))]) == [free]
+        unstopped = fleet.generate([request(**one, stop=("no response says this" * 100,))])
+        assert plain(unstopped) == plain([free])
 
     def test_an_update_stamps_later_samples(self, fleet: Fleet) -> None:
         before = version_of(fleet)
@@ -236,7 +266,7 @@ class TestOneEngine:
         n = len(first.token_ids)
         assert first.versions == (VersionSpan(version=before, start=0, end=n),)
         assert second.versions == (VersionSpan(version=before + 3, start=0, end=n),)
-        assert second.token_ids == first.token_ids
+        assert tokens([second]) == tokens([first])
 
     def test_nothing_is_generated_from_incomplete_weights(self, fleet: Fleet) -> None:
         version = version_of(fleet)
@@ -258,7 +288,7 @@ class TestOneEngine:
         with pytest.raises(EngineError, match="the engine sleeps: kv_cache, weights must wake"):
             fleet.generate([request()])
         fleet.wake(["weights", "kv_cache"])
-        assert fleet.generate([request()]) == right
+        assert plain(fleet.generate([request()])) == plain(right)
         fleet.sleep(2)  # as before training: new weights have to come
         fleet.wake(["weights"])
         with pytest.raises(EngineError, match="the engine sleeps: kv_cache must wake"):
@@ -266,7 +296,7 @@ class TestOneEngine:
         update(fleet, version)
         fleet.sleep(1)  # straight to a save
         fleet.wake(["weights", "kv_cache"])
-        assert fleet.generate([request()]) == right
+        assert plain(fleet.generate([request()])) == plain(right)
 
     def test_weights_that_were_dropped_have_to_be_published(self, fleet: Fleet) -> None:
         version = version_of(fleet)
@@ -299,25 +329,62 @@ class TestOneEngine:
         assert "the update failed" in str(pending.failure())
         update(fleet, version + 1)
 
-    def test_running_requests_go_on_after_an_update(self, fleet: Fleet) -> None:
-        """Pause mode keep: one completion, tokens of two versions, each token stamped."""
+    @pytest.mark.parametrize("cache", ["keep", "recompute"])
+    def test_running_requests_go_on_after_an_update(
+        self, fleet: Fleet, model: Path, cache: Any
+    ) -> None:
+        """One completion, tokens of two versions, each with the log-prob that its weights gave it
+        over the keys and values of both, or of the new ones only."""
         old = version_of(fleet)
+        prompt = replace(request().prompt, id="long", token_ids=int32(range(10, 170)))
+        long = replace(request(n=4, max_tokens=80, temperature=1.0, seed=11), prompt=prompt)
         done: list[Completion] = []
-        long = request(3, n=8, max_tokens=MAX_MODEL_LEN - 8, temperature=1.0, seed=11)
         caller = threading.Thread(target=lambda: done.extend(fleet.generate([long])))
         caller.start()
         time.sleep(0.4)
-        fleet.begin_update("keep")
+        fleet.begin_update(cache)
+        fleet.call_workers("scale", [(SCALE,)], timeout_s=30)
         fleet.receive(b"").wait(30)
         fleet.commit(old + 1)
         caller.join(timeout=120)
-        assert len(done) == 8
+        (fresh,) = fleet.generate([replace(long, params=replace(long.params, n=1, seed=12))])
+        update(fleet, old + 2, scale=1 / SCALE)
         crossed = [c for c in done if len(c.versions) == 2]
         assert crossed, [c.versions for c in done]
         for c in crossed:
             first, second = c.versions
             assert (first.version, second.version) == (old, old + 1)
             assert 0 == first.start < first.end == second.start < second.end == len(c.token_ids)
+            mixed = logprob_gap(model, prompt, c, old_until=first.end)
+            new = logprob_gap(model, prompt, c, old_until=0)[first.end :]
+            assert max(mixed[: first.end]) < 1e-4
+            assert (max(mixed[first.end :]) < 1e-4) is (cache == "keep")
+            assert (max(new) < 1e-4) is (cache == "recompute")
+        # The prompt's keys and values of the old weights are still there.
+        assert max(logprob_gap(model, prompt, fresh, old_until=0)) < 1e-4
+
+    def test_groups_end_in_any_order_and_can_be_stopped(self, fleet: Fleet) -> None:
+        long, flights = request(3, max_tokens=240, temperature=1.0, seed=11), fleet.flights()
+        whole = fleet.generate([long])
+        flights.start(1, long)
+        flights.start(2, request(max_tokens=1))
+        ((key, answers),) = flights.next()
+        assert key == 2 and tokens(answers) == tokens(fleet.generate([request(max_tokens=1)]))
+        flights.start(3, request(max_tokens=240, temperature=1.0, seed=12))
+        time.sleep(0.3)
+        flights.stop(1, keep=True)
+        flights.stop(3, keep=False)
+        assert len(flights) == 1, "what is not kept never comes"
+        while not (landed := flights.next()):
+            pass
+        ((key, answers),) = landed
+        n_tokens = [sum(len(c.token_ids) for c in part) for part in (answers, whole)]
+        assert key == 1 and n_tokens[0] < n_tokens[1]
+        for a, b in zip(answers, whole, strict=True):
+            n = len(a.token_ids)
+            assert a.token_ids.tolist() == b.token_ids[:n].tolist() and len(a.logprobs) == n
+            assert a.finish_reason == ("length" if n < len(b.token_ids) else b.finish_reason)
+        assert len(fleet.generate([request()])) == 4, "the engine goes on"
 
     def test_calls_reach_the_workers(self, fleet: Fleet) -> None:
         assert fleet.call_workers("hello", [(1, "a")], timeout_s=30) == [[[0, [1, "a"]]]]

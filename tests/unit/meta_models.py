@@ -46,6 +46,7 @@ from gpg_megatron.policy.model import build_model, forward_arguments  # noqa: E4
 from gpg_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from gpg_megatron.policy.outputs import objective_output  # noqa: E402
 from gpg_megatron.types import ModelShape, TrainSample  # noqa: E402
+from tests.samples import float32, int32  # noqa: E402
 from tests.unit.meta_small import SMALL  # noqa: E402
 
 MODELS = {"7b": QWEN2_7B, "72b": QWEN25_72B}
@@ -117,9 +118,10 @@ def small(layers: int) -> ModelShape:
 
 def sample(n_prompt: int, n_response: int) -> TrainSample:
     return TrainSample(
-        prompt_id="p", group=0, index=0, prompt_token_ids=(1,) * n_prompt,
-        response_token_ids=(2,) * n_response, rollout_logprobs=(0.0,) * n_response, advantage=1.0,
-        version=0, live=True, score=1.0,
+        prompt_id="p", group=0, index=0, prompt_token_ids=int32((1,) * n_prompt),
+        response_token_ids=int32((2,) * n_response),
+        rollout_logprobs=float32((0.0,) * n_response), advantage=1.0, version=0,
+        live=True, score=1.0,
     )  # fmt: skip
 
 

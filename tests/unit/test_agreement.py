@@ -22,19 +22,20 @@ from gpg_megatron.loop.agreement import (
     worst_token,
 )
 from gpg_megatron.types import Completion, Prompt, VersionSpan
+from tests.samples import float32, int32
 
 BF16, FP32 = 2.0**-8, 2.0**-24
 """Unit roundoffs."""
 
 
 def pair(name: str, logprobs: tuple[float, ...]) -> tuple[Prompt, Completion]:
-    prompt = Prompt(id=name, token_ids=(1, 2), messages=(), ground_truth="", data_source="d")
+    prompt = Prompt(id=name, token_ids=int32((1, 2)), messages=(), ground_truth="", data_source="d")
     n = len(logprobs)
     completion = Completion(
         prompt_id=name,
         index=0,
-        token_ids=tuple(range(3, 3 + n)),
-        logprobs=logprobs,
+        token_ids=int32(range(3, 3 + n)),
+        logprobs=float32(logprobs),
         finish_reason="stop",
         text="",
         versions=(VersionSpan(version=0, start=0, end=n),),

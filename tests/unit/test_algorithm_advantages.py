@@ -23,6 +23,7 @@ from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, TrainSample, VersionSpan
 from tests.presets import from_preset
+from tests.samples import float32, int32
 
 
 def group(
@@ -35,13 +36,15 @@ def group(
     """A scored group; accuracies default to the scores, lengths to 1."""
     accuracies = scores if accuracies is None else accuracies
     lengths = [1] * len(scores) if lengths is None else lengths
-    prompt = Prompt(id=name, token_ids=(5, 6), messages=(), ground_truth="", data_source="toy")
+    prompt = Prompt(
+        id=name, token_ids=int32((5, 6)), messages=(), ground_truth="", data_source="toy"
+    )
     completions = tuple(
         Completion(
             prompt_id=name,
             index=i,
-            token_ids=tuple(range(10, 10 + n)),
-            logprobs=tuple(-0.5 for _ in range(n)),
+            token_ids=int32(range(10, 10 + n)),
+            logprobs=float32(-0.5 for _ in range(n)),
             finish_reason="stop",
             text="",
             versions=(VersionSpan(version=version, start=0, end=n),) if n else (),
@@ -230,9 +233,9 @@ def test_samples_carry_their_origin() -> None:
         (1, 0, "toy/0"),
         (1, 1, "toy/0"),
     ]
-    assert samples[0].prompt_token_ids == (5, 6)
-    assert samples[0].response_token_ids == (10, 11, 12)
-    assert samples[0].rollout_logprobs == (-0.5, -0.5, -0.5)
+    assert samples[0].prompt_token_ids is groups[0].prompt.token_ids
+    assert samples[0].response_token_ids is groups[0].completions[0].token_ids
+    assert samples[0].rollout_logprobs is groups[0].completions[0].logprobs
 
 
 def test_the_version_is_the_oldest_span_and_an_empty_response_takes_the_newest() -> None:

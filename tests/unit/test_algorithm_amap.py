@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from gpg_megatron.algorithm.advantages import assign_advantages
-from gpg_megatron.algorithm.redraw import draw_size, needs_redraw, select
 from gpg_megatron.algorithm.update import weigh_update
-from gpg_megatron.types import ScoredGroup
 from tests.presets import from_preset
 from tests.unit.amap import Drawn, amap_size
+from tests.unit.draws import batches
 from tests.unit.test_algorithm_redraw import group
 
 ANSWERS, GROUP_TOKENS = 2, 4
@@ -22,15 +22,11 @@ BATCH, N_BATCHES = 64, 12
 def our_size(share: float, per_step: int, rng: random.Random) -> float:
     """The mean over batches of sum |advantage| * weight, over that of one live answer."""
     config = from_preset("amap")
-    total, carried = 0.0, tuple[ScoredGroup, ...]()
-    for _ in range(N_BATCHES):
-        groups, redraws = list(carried), -1
-        while redraws < 0 or needs_redraw(groups, config, redraws, batch_size=BATCH):
-            redraws += 1
-            n = draw_size(len(groups), BATCH)
-            groups += [group(rng.random() < share, number) for number in range(n)]
-        selection = select(groups, config, batch_size=BATCH)
-        carried = selection.carried
+    total, numbers = 0.0, itertools.count()
+    drawn = batches(
+        config, size=BATCH, n=N_BATCHES, new=lambda: group(rng.random() < share, next(numbers))
+    )
+    for selection, _ in drawn:
         samples, _ = assign_advantages(selection.groups, config)
         update = weigh_update(
             samples, config, dp_size=1, max_tokens=per_step * GROUP_TOKENS, max_response_length=1

@@ -25,6 +25,7 @@ from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 from tests.presets import from_preset
+from tests.samples import float32, int32
 from tests.unit.amap import Answer, amap_loss
 
 MAX_RESPONSE = 9
@@ -39,8 +40,8 @@ def group(number: int, scores: Sequence[float], lengths: Sequence[int]) -> Score
         Completion(
             prompt_id=name,
             index=i,
-            token_ids=(7,) * n,
-            logprobs=tuple(-0.5 - 0.1 * ((number + i + t) % 5) for t in range(n)),
+            token_ids=int32((7,) * n),
+            logprobs=float32(-0.5 - 0.1 * ((number + i + t) % 5) for t in range(n)),
             finish_reason="stop",
             text="",
             versions=(VersionSpan(version=0, start=0, end=n),) if n else (),
@@ -49,7 +50,7 @@ def group(number: int, scores: Sequence[float], lengths: Sequence[int]) -> Score
     )
     return ScoredGroup(
         prompt=Prompt(
-            id=name, token_ids=(1,) * PROMPT, messages=(), ground_truth="", data_source="toy"
+            id=name, token_ids=int32((1,) * PROMPT), messages=(), ground_truth="", data_source="toy"
         ),
         completions=completions,
         rewards=tuple(Reward(score=s, accuracy=float(s > 0.5), parts={}) for s in scores),

@@ -11,15 +11,11 @@ from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.advantages import assign_advantages, is_live
 from gpg_megatron.algorithm.aggregation import aggregation_weights
-from gpg_megatron.algorithm.redraw import (
-    RedrawsExhausted,
-    Selection,
-    draw_size,
-    needs_redraw,
-    select,
-)
+from gpg_megatron.algorithm.redraw import RedrawsExhausted, Selection, select
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.samples import float32, int32
+from tests.unit.draws import batches
 
 
 def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
@@ -29,8 +25,8 @@ def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
         Completion(
             prompt_id=name,
             index=i,
-            token_ids=(7,),
-            logprobs=(-1.0,),
+            token_ids=int32((7,)),
+            logprobs=float32((-1.0,)),
             finish_reason="stop",
             text="",
             versions=(VersionSpan(version=version, start=0, end=1),),
@@ -38,56 +34,17 @@ def group(live: bool, number: int = 0, version: int = 0) -> ScoredGroup:
         for i in range(2)
     )
     return ScoredGroup(
-        prompt=Prompt(id=name, token_ids=(1,), messages=(), ground_truth="", data_source="toy"),
+        prompt=Prompt(
+            id=name, token_ids=int32((1,)), messages=(), ground_truth="", data_source="toy"
+        ),
         completions=completions,
         rewards=tuple(Reward(score=a, accuracy=a, parts={}) for a in accuracies),
     )
 
 
-LIVE, DEAD = group(True), group(False)
-
-
 def numbered(pattern: str) -> list[ScoredGroup]:
     """One group for each letter: L is live, anything else is dead."""
     return [group(letter == "L", number) for number, letter in enumerate(pattern)]
-
-
-@pytest.mark.parametrize(
-    ("groups", "beta_th", "rounds_done", "expected"),
-    [
-        ([DEAD] * 10, 0.0, 0, False),  # off
-        ([LIVE] * 5 + [DEAD] * 5, 0.6, 0, True),  # 5 of 10 < 6
-        ([LIVE] * 6 + [DEAD] * 4, 0.6, 0, False),  # met exactly
-        ([LIVE] * 5 + [DEAD] * 5 + [LIVE] + [DEAD] * 9, 0.6, 1, False),  # accumulated: 6
-        ([DEAD] * 30, 0.6, 2, True),
-        ([DEAD] * 40, 0.6, 3, False),  # rounds used up
-        ([LIVE] * 10, 1.0, 0, False),
-    ],
-)
-def test_redraw_rule(
-    groups: list[ScoredGroup], beta_th: float, rounds_done: int, expected: bool
-) -> None:
-    config = AlgorithmConfig(beta_th=beta_th, max_redraws=3)
-    assert needs_redraw(groups, config, rounds_done, batch_size=10) is expected
-
-
-def test_a_filter_wants_every_group_live() -> None:
-    config = AlgorithmConfig(filter_groups=True)
-    assert needs_redraw([LIVE] * 9 + [DEAD] * 9, config, 1, batch_size=10)
-    assert not needs_redraw([LIVE] * 10, config, 1, batch_size=10)
-
-
-def test_the_component_that_decides_is_the_configured_one() -> None:
-    rewards = tuple(Reward(score=s, accuracy=0.0, parts={}) for s in (0.1, 0.9))
-    shaped = ScoredGroup(prompt=LIVE.prompt, completions=LIVE.completions, rewards=rewards)
-    by_score = AlgorithmConfig(beta_th=0.5, dead_by="score")
-    assert needs_redraw([shaped], AlgorithmConfig(beta_th=0.5), 0, batch_size=1)
-    assert not needs_redraw([shaped], by_score, 0, batch_size=1)
-
-
-@pytest.mark.parametrize(("n_groups", "expected"), [(0, 8), (3, 5), (7, 1), (8, 8), (16, 8)])
-def test_carried_groups_make_the_first_draw_smaller(n_groups: int, expected: bool) -> None:
-    assert draw_size(n_groups, 8) == expected
 
 
 def chosen(
@@ -202,23 +159,18 @@ def test_no_live_group_is_lost_or_trained_on_twice(
 def test_the_groups_carried_over_always_leave_room_for_a_new_prompt(
     share: float, beta_th: float, seed: random.Random, on_exhausted: Literal["train", "skip"]
 ) -> None:
-    """A step draws as the loop does; over many steps less than a batch is carried."""
+    """Over many steps less than a batch is carried, and redraws are whole batches."""
     config = AlgorithmConfig(beta_th=beta_th, max_redraws=2, on_exhausted=on_exhausted)
-    size, live_in, live_out = 6, 0, 0
-    carried: tuple[ScoredGroup, ...] = ()
-    for _ in range(20):
-        groups = list(carried)
-        first = True
-        rounds = 0
-        while first or needs_redraw(groups, config, rounds, batch_size=size):
-            rounds += not first
-            first = False
-            n = draw_size(len(groups), size)
-            assert 1 <= n <= size
-            new = [group(seed.random() < share) for _ in range(n)]
-            live_in += sum(map(is_live, new))
-            groups += new
-        selection = select(groups, config, batch_size=size)
-        carried = selection.carried
+    size, live_out, n_carried = 6, 0, 0
+    made: list[ScoredGroup] = []
+
+    def new() -> ScoredGroup:
+        made.append(group(seed.random() < share))
+        return made[-1]
+
+    for selection, draws in batches(config, size=size, n=20, new=new):
+        assert draws[0] == size - n_carried >= 1
+        assert draws[1:] == [size] * (len(draws) - 1) and len(draws) <= 3
+        n_carried = len(selection.carried)
         live_out += 0 if selection.skipped else sum(map(is_live, selection.groups))
-    assert live_in == live_out + len(carried)
+    assert sum(map(is_live, made)) == live_out + n_carried

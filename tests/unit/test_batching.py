@@ -35,7 +35,7 @@ from gpg_megatron.types import (
     TrainSample,
 )
 from tests.presets import from_preset
-from tests.samples import train_sample
+from tests.samples import float32, int32, train_sample
 from tests.unit.amap import Answer, amap_loss
 
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.01)
@@ -102,7 +102,7 @@ def rollout_batches(draw: st.DrawFn, max_groups: int = 5) -> list[TrainSample]:
 
 
 def carries_gradient(s: TrainSample) -> bool:
-    return s.advantage != 0.0 and bool(s.response_token_ids)
+    return s.advantage != 0.0 and len(s.response_token_ids) > 0
 
 
 def token_logprob(token: int) -> float:
@@ -123,7 +123,7 @@ def direct_loss(
     cells = cells_of(samples, dp_size, max_tokens)
     weights = aggregation_weights(samples, mode, MAX_RESPONSE, cells)
     return -sum(
-        w * s.advantage * sum(token_logprob(t) for t in s.response_token_ids)
+        w * s.advantage * sum(token_logprob(t) for t in s.response_token_ids.tolist())
         for s, w in zip(samples, weights, strict=True)
     )
 
@@ -289,10 +289,18 @@ def test_more_ranks_than_samples_gives_fillers_that_carry_nothing() -> None:
     assert batches[0].n_skipped_tokens == 4
 
 
+def test_micro_batches_are_packed_when_they_are_asked_for() -> None:
+    (batch,) = update([train_sample(index=i, response=(3, 4, 5)) for i in range(6)], 1, 10)
+    rows = batch.micro_batches
+    assert len(rows) == 3
+    assert rows[0] is not rows[0], "nobody keeps it"
+    assert all(torch.equal(x.labels_T, y.labels_T) for x, y in zip(rows, rows, strict=True))
+
+
 def test_no_live_sample_means_no_micro_batch_on_any_rank() -> None:
     dead = [train_sample(advantage=0.0), train_sample(index=1, response=(), advantage=3.0)]
     for batch in update(dead, dp_size=2):
-        assert batch.micro_batches == ()
+        assert not len(batch.micro_batches)
         assert (batch.n_computed_tokens, batch.n_skipped_tokens) == (0, 6)
 
 
@@ -356,14 +364,14 @@ def test_a_rank_outside_the_grid_is_a_programming_error() -> None:
 
 def toy_group(accuracies: Sequence[float], lengths: Sequence[int], number: int = 0) -> ScoredGroup:
     prompt = Prompt(
-        id=f"toy/{number}", token_ids=(1, 2), messages=(), ground_truth="", data_source="toy"
+        id=f"toy/{number}", token_ids=int32((1, 2)), messages=(), ground_truth="", data_source="toy"
     )
     completions = tuple(
         Completion(
             prompt_id=prompt.id,
             index=i,
-            token_ids=tuple(range(100 * number + 10 * i, 100 * number + 10 * i + n)),
-            logprobs=(-0.5,) * n,
+            token_ids=int32(range(100 * number + 10 * i, 100 * number + 10 * i + n)),
+            logprobs=float32((-0.5,) * n),
             finish_reason="stop",
             text="",
             versions=(),
@@ -470,7 +478,7 @@ def test_amap_is_its_definition(samples: Sequence[TrainSample], n_ranks: int, ro
     for s in samples:
         answer = Answer(
             n_prompt=len(s.prompt_token_ids),
-            logprobs=tuple(map(token_logprob, s.response_token_ids)),
+            logprobs=tuple(map(token_logprob, s.response_token_ids.tolist())),
             advantage=s.advantage,
             live=s.live,
         )
@@ -497,7 +505,7 @@ def test_a_step_that_is_skipped_has_nothing_to_compute() -> None:
     ((batch,),) = ranks_of(groups, AlgorithmConfig())
     assert (batch.n_computed_tokens, batch.n_shared_tokens, batch.n_skipped_tokens) == (7, 3, 0)
     for (skipped,) in ranks_of(groups, AlgorithmConfig(), dp_size=3, skipped=True):
-        assert skipped.micro_batches == () and skipped.n_computed_tokens == 0
+        assert not len(skipped.micro_batches) and skipped.n_computed_tokens == 0
         assert (skipped.n_skipped_tokens, skipped.n_shared_tokens, skipped.flops) == (10, 0, 0.0)
         assert skipped.alpha == batch.alpha
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpg_megatron.batching.updates import pack
+from tests.samples import float32
 from tests.samples import train_sample as sample
 
 
@@ -72,4 +73,4 @@ def test_pack_refuses_what_it_cannot_predict() -> None:
     with pytest.raises(AssertionError, match="no token to predict from"):
         pack([sample(prompt=())], [1.0])
     with pytest.raises(AssertionError, match="toy/0"):
-        pack([dataclasses.replace(sample(), rollout_logprobs=(-1.0,))], [1.0])
+        pack([dataclasses.replace(sample(), rollout_logprobs=float32((-1.0,)))], [1.0])

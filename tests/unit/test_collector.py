@@ -1,57 +1,85 @@
-"""Rollout batches in turn and one step ahead; the engine and the scorers are stand-ins that can be
-held and made to fail at will."""
+"""The driver of the state machine; engines and scorers are stand-ins that can be held and made to
+fail at will."""
 
 from __future__ import annotations
 
-import json
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, RolloutConfig, TrainerConfig
 from gpg_megatron.data.stream import PromptStream
-from gpg_megatron.loop.rollouts import Collector
+from gpg_megatron.loop.collector import Collector, Rollout, rules_of
+from gpg_megatron.loop.rollouts import Rollouts
+from gpg_megatron.loop.state import read_state, write_state
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.samples import float32, int32, plain
 
 PROMPTS = [
-    Prompt(id=f"toy/{i}", token_ids=(1, 2), messages=(), ground_truth="", data_source="toy")
+    Prompt(id=f"toy/{i}", token_ids=int32((1, 2)), messages=(), ground_truth="", data_source="toy")
     for i in range(10)
 ]
+BY_ID = {prompt.id: prompt for prompt in PROMPTS}
 
 
 class Engines:
-    """Answers at once, with the version that it has, unless it is held."""
+    """Answers in the order asked, with the version that it has, unless it is held."""
 
     def __init__(self) -> None:
         self.version = 0
-        self.requests: list[list[tuple[str, int]]] = []
+        self.requests: list[tuple[str, int]] = []
+        self.held_from = 10**9
+        """The first ticket that is answered only when it may go."""
         self.may_go = threading.Event()
-        self.may_go.set()
         self.failure: Exception | None = None
+        self.stopped: list[tuple[int, bool]] = []
+        self._flying: dict[int, list[Completion]] = {}
 
-    def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
-        assert self.may_go.wait(20), "held for 20 s"
-        if self.failure:
-            raise self.failure
-        self.requests.append([(r.prompt.id, r.params.seed) for r in requests])
-        return [
+    def __len__(self) -> int:
+        return len(self._flying)
+
+    def start(self, key: int, request: SamplingRequest) -> None:
+        assert key not in self._flying
+        self.requests.append((request.prompt.id, request.params.seed))
+        self._flying[key] = [
             Completion(
-                prompt_id=r.prompt.id,
+                prompt_id=request.prompt.id,
                 index=index,
-                token_ids=(r.params.seed % 97,),
-                logprobs=(-0.5,),
+                token_ids=int32((request.params.seed % 97,)),
+                logprobs=float32((-0.5,)),
                 finish_reason="stop",
-                text="",
+                text="a word",
                 versions=(VersionSpan(version=self.version, start=0, end=1),),
             )
-            for r in requests
-            for index in range(r.params.n)
+            for index in range(request.params.n)
         ]
+
+    def stop(self, key: int, *, keep: bool) -> None:
+        """What is kept is an answer like the others; from then on nothing is held."""
+        self.stopped.append((key, keep))
+        if not keep:
+            del self._flying[key]
+        self.held_from = 10**9
+        self.may_go.set()
+
+    def next(self) -> list[tuple[int, list[Completion]]]:
+        if not self._flying:
+            return []
+        key = next(iter(self._flying))
+        if key >= self.held_from:
+            assert self.may_go.wait(20), "held for 20 s"
+            if self.failure:
+                raise self.failure
+        return [(key, self._flying.pop(key))] if key in self._flying else []
 
 
 class Scorers:
@@ -68,90 +96,186 @@ class Scorers:
         return groups
 
 
-CONFIG = Config(
-    rollout=RolloutConfig(n=2),
-    trainer=TrainerConfig(train_batch_size=4, seed=5),
-    algorithm=AlgorithmConfig(beta_th=1.0, max_redraws=3),
-)
+def config(
+    staleness: int = 0, update: Any = "drain", beta_th: float = 1.0, **rollout: Any
+) -> Config:
+    return Config(
+        rollout=RolloutConfig(n=2, update=update, **rollout),
+        trainer=TrainerConfig(train_batch_size=4, seed=5, max_staleness=staleness),
+        algorithm=AlgorithmConfig(beta_th=beta_th, max_redraws=3),
+    )
 
-Make = Callable[[], tuple[Collector, Engines]]
+
+def learned_from(rollout: Rollout) -> Any:
+    """Everything but the seconds, and how far ahead the engines were."""
+    metrics = {k: v for k, v in rollout.metrics.items() if not k.startswith("stream/")}
+    return plain(replace(rollout, timings={}, metrics=metrics))
+
+
+Make = Callable[[Config], tuple[Collector, Engines]]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
     watchdog = Watchdog(rank=0, limit_s=60)
 
-    def build() -> tuple[Collector, Engines]:
+    def build(config: Config) -> tuple[Collector, Engines]:
         engines: Any = Engines()
         scorers: Any = Scorers()
         stream = PromptStream(PROMPTS, seed=5, shuffle=True)
-        return Collector(CONFIG, stream, engines, scorers, watchdog), engines
+        rules = rules_of(config, room=64)
+        return Collector(config, rules, stream, engines, scorers, watchdog), engines
 
     yield build
     watchdog.close()
 
 
-def test_a_batch_that_was_begun_is_the_batch_that_is_drawn_in_turn(make: Make) -> None:
-    in_turn, _ = make()
-    ahead, _ = make()
-    for step in range(1, 6):
-        rollout, expected = ahead.take(step), in_turn.take(step)
-        ahead.begin(step + 1)
-        assert rollout.selection == expected.selection and rollout.drawn == expected.drawn
-        assert (rollout.redraws, rollout.n_carried) == (expected.redraws, expected.n_carried)
-        assert set(rollout.timings) == {"timing/rollout_s", "timing/reward_s"}
-        ahead.wait()
+def step(collector: Collector, engines: Engines) -> Rollout:
+    """Take a batch, learn from it, publish."""
+    rollout = collector.take()
+    collector.begin_publish()
+    engines.version += 1
+    collector.end_publish()
+    return rollout
 
 
-def test_it_is_drawn_while_the_caller_does_something_else(make: Make) -> None:
-    collector, engines = make()
-    engines.may_go.clear()
-    collector.begin(1)  # returns although the engines are held
+def test_the_batches_ahead_are_those_that_are_drawn_in_turn(make: Make) -> None:
+    """One ahead is today's lockstep: the same prompts, seeds, redraws and surplus."""
+    in_turn, there = make(config(0))
+    ahead, here = make(config(1))
+    for _ in range(5):
+        rollout, expected = step(ahead, here), step(in_turn, there)
+        same = [plain(g.rewards) for g in rollout.groups]
+        assert same == [plain(g.rewards) for g in expected.groups]
+        assert [g.prompt.id for g in rollout.groups] == [g.prompt.id for g in expected.groups]
+        assert rollout.metrics.items() >= expected.metrics.items()
+        assert set(expected.timings) == {"timing/rollout_s", "timing/reward_s"}
+    n = len(there.requests)
+    assert here.requests[:n] == there.requests
+
+
+@pytest.mark.parametrize("update", ["drain", "in-flight"])
+@pytest.mark.parametrize("staleness", [1, 2, 4])
+def test_no_group_is_older_than_may_be(make: Make, staleness: int, update: Any) -> None:
+    collector, engines = make(config(staleness, update))
+    for learned in range(8):
+        rollout = step(collector, engines)
+        ages = {learned - c.versions[0].version for g in rollout.groups for c in g.completions}
+        assert max(ages) <= max(staleness, 2), "a surplus of redraws is one batch older"
+        assert learned < 4 or max(ages) > 0
+
+
+def test_groups_are_drawn_while_the_caller_does_something_else(make: Make) -> None:
+    collector, engines = make(config(1, beta_th=0.0))
+    engines.held_from = 4
+    collector.take()
+    assert len(engines) == 4, "the next batch is in flight"
     engines.may_go.set()
-    collector.wait()
-    engines.version = 7  # a publish after wait() does not reach what was drawn
-    spans = [c.versions for group in collector.take(1).drawn for c in group.completions]
+    collector.begin_publish()
+    assert len(engines) == 0
+    engines.version = 7  # does not reach what was drawn
+    collector.end_publish()
+    spans = [c.versions for group in collector.take().groups for c in group.completions]
     assert {span.version for (span,) in spans} == {0}
 
 
-def test_one_batch_at_a_time(make: Make) -> None:
-    collector, _ = make()
-    collector.begin(1)
-    with pytest.raises(AssertionError, match="one batch"):
-        collector.begin(2)
+def test_other_ranks_get_what_is_learned_from_and_arrays_are_not_pickled(make: Make) -> None:
+    collector, _ = make(config())
+    sent: list[bytes] = []
+    arrays: list[Any] = []
+
+    def ask(action: Callable[[], Any]) -> Any:
+        answer = action()
+        sent.append(pickle.dumps(answer))
+        return answer
+
+    none: Any = None
+    mine = Rollouts(collector, ask, arrays.append, none, ahead=False).take()
+    assert len(sent) == 1 and b"numpy" not in sent[0]
+    other = Rollouts(
+        None,
+        lambda _: pickle.loads(sent[0]),
+        lambda array: np.copyto(array, arrays.pop(0)),
+        none,
+        ahead=False,
+    )
+    bare = tuple(
+        replace(group, completions=tuple(replace(c, text="") for c in group.completions))
+        for group in mine.groups
+    )
+    assert {c.text for group in mine.groups for c in group.completions} == {"a word"}
+    assert plain(other.take()) == plain(replace(mine, groups=bare)) and not arrays
 
 
-@pytest.mark.parametrize("how", ["wait", "take", "state"])
-def test_what_fails_in_the_thread_is_raised_where_the_batch_is_used(make: Make, how: str) -> None:
-    collector, engines = make()
+@pytest.mark.parametrize("how", ["publish", "take", "state"])
+def test_what_fails_in_the_thread_is_raised_where_it_is_used(make: Make, how: str) -> None:
+    collector, engines = make(config(1, beta_th=0.0))
+    engines.held_from = 4
+    collector.take()
     engines.failure = TimeoutError("engine 0 does not answer")
-    collector.begin(1)
+    engines.may_go.set()
     uses: dict[str, Callable[[], object]] = {
-        "wait": collector.wait,
+        "publish": collector.begin_publish,
+        "take": collector.take,
         "state": collector.state,
-        "take": lambda: collector.take(1),
     }
     with pytest.raises(TimeoutError, match="engine 0 does not answer"):
-        uses[how]()
+        while True:
+            uses[how]()
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_restored_run_goes_on_as_the_one_that_was_saved(make: Make, ahead: bool) -> None:
-    """Carried groups, the position, and a batch that was drawn and not yet trained on."""
-    collector, engines = make()
-    for step in (1, 2):
-        collector.take(step)
-        if ahead:
-            collector.begin(step + 1)
-    state = json.loads(json.dumps(collector.state()))
-    assert state["carried"], "surplus live groups wait for the next step"
-    assert bool(state["ahead"]) is ahead
-    engines.version = 4
-    other, other_engines = make()
-    other_engines.version = 4
-    other.restore(state)
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_restored_run_goes_on_as_the_one_that_was_saved(
+    make: Make, staleness: int, tmp_path: Path
+) -> None:
+    """Surplus groups, the position, and a batch that was drawn and not yet trained on."""
+    collector, engines = make(config(staleness))
+    for _ in range(2):
+        step(collector, engines)
+    write_state(tmp_path, collector.state())
+    state = read_state(tmp_path, 2)
+    assert len(state.groups) >= 4 if staleness else 0 < len(state.groups) < 4
+    other, other_engines = make(config(staleness))
+    other_engines.version = engines.version
+    other.restore(state, BY_ID)
     n_before = len(engines.requests)
-    for step in (3, 4):
-        rollout, expected = other.take(step), collector.take(step)
-        assert rollout.selection == expected.selection and rollout.drawn == expected.drawn
+    for _ in range(2):
+        assert learned_from(step(other, other_engines)) == learned_from(step(collector, engines))
     assert other_engines.requests == engines.requests[n_before:]
+
+
+def test_what_is_aborted_is_drawn_again_first_and_with_other_seeds(make: Make) -> None:
+    collector, engines = make(config(beta_th=0.0, oversample=0.5, unfinished="abort"))
+    engines.held_from = 4
+    assert len(step(collector, engines).groups) == 4
+    assert engines.stopped == [(4, False), (5, False)]
+    late = engines.requests[4:6]
+    rollout = step(collector, engines)
+    again = engines.requests[6:8]
+    assert [name for name, _ in again] == [name for name, _ in late]
+    assert {seed for _, seed in again}.isdisjoint({seed for _, seed in late})
+    assert [group.prompt.id for group in rollout.groups[:2]] == [name for name, _ in late]
+
+
+def test_what_is_cut_belongs_to_the_batch(make: Make) -> None:
+    collector, engines = make(config(beta_th=0.0, oversample=0.5, unfinished="cut"))
+    engines.held_from = 2
+    groups = step(collector, engines).groups
+    assert [g.prompt.id for g in groups] == [name for name, _ in engines.requests[:4]]
+    assert (2, True) in engines.stopped and (3, True) in engines.stopped
+
+
+def test_what_was_in_flight_is_drawn_again(make: Make, tmp_path: Path) -> None:
+    collector, engines = make(config(2, "in-flight", beta_th=0.0))
+    engines.held_from = 6
+    step(collector, engines)
+    write_state(tmp_path, collector.state())
+    state = read_state(tmp_path, 1)
+    flying = {int(ticket) for ticket, _ in state.values["machine"]["flying"]}
+    assert flying >= {6, 7} and {int(t) for t in state.values["prompts"]} == flying
+    other, other_engines = make(config(2, "in-flight", beta_th=0.0))
+    other.restore(state, BY_ID)
+    for _ in range(4):
+        step(other, other_engines)
+    again = [name for name, _ in other_engines.requests[: len(flying)]]
+    assert sorted(again) == sorted(state.values["prompts"].values()), "first, and each once"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,10 +45,10 @@ def test_the_chat_template_opens_the_answer(
 ) -> None:
     file = write(tmp_path / "a.jsonl", ["Say 12"])
     (prompt,) = load_prompts([file], DataConfig(), tokenizer, 300).prompts
-    text = tokenizer.decode(prompt.token_ids)
+    text = tokenizer.decode(prompt.token_ids.tolist())
     assert text == "<|begin|><|user|>Say 12<|assistant|>"
-    assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
-    assert all(type(i) is int for i in prompt.token_ids)
+    assert prompt.token_ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert prompt.token_ids.dtype == np.int32
     assert prompt.messages == ({"role": "user", "content": "Say 12"},)
     assert (prompt.ground_truth, prompt.data_source) == ("2", "demo/say")
 
@@ -61,8 +62,8 @@ def test_without_template_the_contents_are_joined_without_special_tokens(
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     data = DataConfig(apply_chat_template=False)
     (prompt,) = load_prompts([str(path)], data, tokenizer, 300).prompts
-    assert tokenizer.decode(prompt.token_ids) == "3 + 4 ="
-    assert not set(prompt.token_ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(prompt.token_ids.tolist()) == "3 + 4 ="
+    assert not set(prompt.token_ids.tolist()) & set(tokenizer.all_special_ids)
 
 
 def test_ids_are_source_file_and_row_also_after_filtering(
@@ -133,9 +134,9 @@ def test_the_system_prompt_goes_where_there_is_none(
     path.write_text(json.dumps(row) + "\n" + json.dumps(own) + "\n", encoding="utf-8")
     data = DataConfig(system_prompt="12", apply_chat_template=False)
     first, second = load_prompts([str(path)], data, tokenizer, 300).prompts
-    assert tokenizer.decode(first.token_ids) == "12Say 1"
+    assert tokenizer.decode(first.token_ids.tolist()) == "12Say 1"
     assert first.messages[0] == {"role": "system", "content": "12"}
-    assert tokenizer.decode(second.token_ids) == "Say Say 1"
+    assert tokenizer.decode(second.token_ids.tolist()) == "Say Say 1"
 
 
 def test_a_class_of_the_users_reads_the_file(

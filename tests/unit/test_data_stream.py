@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from gpg_megatron.data.stream import MixedStream, PromptStream, open_stream
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Prompt
+from tests.samples import int32
 
 
 def prompts(n: int) -> list[Prompt]:
     return [
-        Prompt(id=str(i), token_ids=(i,), messages=(), ground_truth="", data_source="d")
+        Prompt(id=str(i), token_ids=int32((i,)), messages=(), ground_truth="", data_source="d")
         for i in range(n)
     ]
 

@@ -65,7 +65,7 @@ def test_arguments_of_the_template_reach_it() -> None:
     def text(**arguments: Any) -> str:
         data = DataConfig(chat_template_kwargs=arguments)
         (prompt,) = render_all({"a": [problem("1+1")]}, data, tokenizer, 400).prompts
-        return str(tokenizer.decode(list(prompt.token_ids)))
+        return str(tokenizer.decode(prompt.token_ids.tolist()))
 
     assert text() == "1+1!"
     assert text(thinking=True) == "1+1"

@@ -20,6 +20,7 @@ from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.data.schema import make_row, write_parquets
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
+from gpg_megatron.placement.memory import check_cache
 from gpg_megatron.start import train
 from gpg_megatron.start.dry_run import Machine, count_rows, plan_run, problems
 from gpg_megatron.start.dry_run_text import lines
@@ -207,11 +208,9 @@ def test_disaggregated_gpus_hold_one_or_the_other(models: Path) -> None:
     text = "\n".join(lines(plan))
     assert "16 GPUs of 80.00 GiB, disaggregated: rank r on GPU r, workers from GPU 8 on; 0" in text
     assert "by state" not in text
-    (found,) = problems(replace(plan, device_bytes=45 * GIB))
+    (found,) = problems(replace(plan, device_bytes=44 * GIB))
     # The four ranks of the first stage, and all workers.
-    assert found.startswith(
-        "12 of 16 GPUs are too small; worst is GPU 0: policy 57.39 GiB + engine"
-    )
+    assert found.startswith("12 of 16 GPUs are too small; worst is GPU 8: policy 0.00 GiB + engine")
 
 
 def test_a_72b_model_on_32_gpus(models: Path) -> None:
@@ -256,6 +255,8 @@ def test_what_does_not_fit_is_named(models: Path) -> None:
     share = least / (80 * GIB)
     short = plan_run(flagship(models, f"rollout.gpu_memory_utilization={share}"), device="cuda")
     assert "one sequence may have 2,048" in problems(short)[0]
+    with pytest.raises(UserError, match="one sequence may have 2,048"):
+        check_cache(short.config, short.engine)  # what a run asks before its engines start
     host = replace(plan_run(flagship(models), device="cpu"), host_bytes=GIB)
     assert "are more than this machine's 1.00 GiB" in problems(host)[0]
 

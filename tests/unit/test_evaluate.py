@@ -16,6 +16,7 @@ from gpg_megatron.evaluation.evaluate import by_source, evaluate, write_generati
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.types import Completion, Prompt, SamplingParams, ScoredGroup
+from tests.samples import int32
 from tests.tiny import make_tiny_model, write_problems
 from tests.unit.test_reward_pool import item
 
@@ -60,7 +61,7 @@ class Scripted:
 
 def test_in_the_loop(tmp_path: Path) -> None:
     prompts = [
-        Prompt(id=x, token_ids=(1,), messages=(), ground_truth="5", data_source="gsm8k")
+        Prompt(id=x, token_ids=int32((1,)), messages=(), ground_truth="5", data_source="gsm8k")
         for x in "ab"
     ]
     fleet = Scripted({"a": ["#### 5", "#### 5"], "b": ["#### 4", "#### 5"]})

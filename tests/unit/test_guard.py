@@ -23,6 +23,7 @@ from gpg_megatron.types import (
     TrainSample,
     VersionSpan,
 )
+from tests.samples import float32, int32
 
 
 def result(*, updated: bool, loss: float = 1.0, grad_norm: float = 1.0) -> StepResult:
@@ -41,9 +42,9 @@ def sample(name: str, *, group: int = 0, version: int = 4) -> TrainSample:
         prompt_id=name,
         group=group,
         index=1,
-        prompt_token_ids=(1,),
-        response_token_ids=(2, 3),
-        rollout_logprobs=(-1.0, -1.0),
+        prompt_token_ids=int32((1,)),
+        response_token_ids=int32((2, 3)),
+        rollout_logprobs=float32((-1.0, -1.0)),
         advantage=0.5,
         version=version,
         live=True,
@@ -52,12 +53,12 @@ def sample(name: str, *, group: int = 0, version: int = 4) -> TrainSample:
 
 
 def canary(name: str) -> tuple[Prompt, Completion]:
-    prompt = Prompt(id=name, token_ids=(1, 2), messages=(), ground_truth="", data_source="d")
+    prompt = Prompt(id=name, token_ids=int32((1, 2)), messages=(), ground_truth="", data_source="d")
     completion = Completion(
         prompt_id=name,
         index=0,
-        token_ids=(3, 4),
-        logprobs=(-0.5, -3.0),
+        token_ids=int32((3, 4)),
+        logprobs=float32((-0.5, -3.0)),
         finish_reason="stop",
         text="",
         versions=(VersionSpan(version=0, start=0, end=2),),

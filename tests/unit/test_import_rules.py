@@ -76,14 +76,14 @@ KNOWN_BY: dict[str, frozenset[str]] = {
 
 # Rooms, or files, of mathematics and plain objects: beyond the standard library, these and no more.
 ONLY_LIBRARIES: dict[str, frozenset[str]] = {
-    "types": frozenset({"torch"}),
+    "types": frozenset({"numpy", "torch"}),
     "errors": frozenset(),
     "answers": frozenset(),
     "plugins": frozenset(),
     "config": frozenset({"omegaconf", "yaml"}),
     "model": frozenset({"huggingface_hub"}),
     "algorithm": frozenset({"torch"}),
-    "batching": frozenset({"torch"}),
+    "batching": frozenset({"numpy", "torch"}),
     "placement": frozenset(),
     "layout.boxes": frozenset(),
     "layout.families": frozenset(),

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.large_layouts import QWEN2_7B, QWEN3_30B, QWEN25_72B
+from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.sections import (
+    GIB,
     Config,
     ModelConfig,
     PolicyConfig,
@@ -26,6 +28,7 @@ from gpg_megatron.placement.memory import (
     micro_batches_per_update,
     policy_memory,
 )
+from gpg_megatron.types import ModelShape
 from tests.unit.meta_small import SMALL, megatron_says
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,3 +150,18 @@ def test_an_engine_worker() -> None:
     assert cpu.reserved == 2 * 10**9 + 2**30
     small = engine_memory(config, QWEN2_7B, n_parameters=10**9, device_bytes=2**30)
     assert small.kv_cache < 0 and small.kv_tokens == 0
+
+
+FAKE_CUDA = [  # GiB that a full micro-batch leaves on the device: rows of docs/gpu-status.md
+    ("qwen2-7b_math_megatron", QWEN2_7B, 7935, 14, 11.39),
+    ("qwen2.5-72b_math_megatron", QWEN25_72B, 2815, 20, 2.12),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "n_tokens", "n_layers", "seen"), FAKE_CUDA)
+def test_fused_layers_keep_what_was_seen_on_a_device_without_values(
+    name: str, shape: ModelShape, n_tokens: int, n_layers: int, seen: float
+) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    planned = n_tokens * n_layers * activation_bytes(config, shape, fused=True) / GIB
+    assert seen == pytest.approx(planned, rel=0.03)

@@ -24,6 +24,7 @@ from gpg_megatron.types import (
     TrainSample,
     VersionSpan,
 )
+from tests.samples import float32, int32
 
 PLAIN = LoggingConfig(tensorboard=False)
 
@@ -33,7 +34,7 @@ def rollout(n_groups: int, size: int) -> tuple[list[ScoredGroup], list[TrainSamp
     for g in range(n_groups):
         prompt = Prompt(
             id=f"a/{g}",
-            token_ids=(1, 2),
+            token_ids=int32((1, 2)),
             messages=({"role": "user", "content": f"{g} + 1 ="},),
             ground_truth=str(g + 1),
             data_source="arithmetic",
@@ -42,8 +43,8 @@ def rollout(n_groups: int, size: int) -> tuple[list[ScoredGroup], list[TrainSamp
             Completion(
                 prompt_id=prompt.id,
                 index=i,
-                token_ids=(7,) * i,
-                logprobs=tuple(-0.5 * k for k in range(i)),
+                token_ids=int32((7,) * i),
+                logprobs=float32(-0.5 * k for k in range(i)),
                 finish_reason="stop",
                 text=f"answer {i} \ud800\u2028",
                 versions=(VersionSpan(version=4, start=0, end=i),),

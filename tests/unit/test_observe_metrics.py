@@ -26,6 +26,7 @@ from gpg_megatron.types import (
     TrainSample,
     VersionSpan,
 )
+from tests.samples import float32, int32
 
 
 def group(
@@ -33,13 +34,13 @@ def group(
     lengths: Sequence[int],
     finish_reason: Literal["stop", "length"] = "stop",
 ) -> ScoredGroup:
-    prompt = Prompt(id="a/0", token_ids=(1,), messages=(), ground_truth="1", data_source="a")
+    prompt = Prompt(id="a/0", token_ids=int32((1,)), messages=(), ground_truth="1", data_source="a")
     completions = tuple(
         Completion(
             prompt_id=prompt.id,
             index=i,
-            token_ids=(7,) * length,
-            logprobs=(-0.5,) * length,
+            token_ids=int32((7,) * length),
+            logprobs=float32((-0.5,) * length),
             finish_reason=finish_reason,
             text="",
             versions=(VersionSpan(version=0, start=0, end=length),),
@@ -58,9 +59,9 @@ def sample(version: int) -> TrainSample:
         prompt_id="a/0",
         group=0,
         index=0,
-        prompt_token_ids=(1,),
-        response_token_ids=(7,),
-        rollout_logprobs=(-0.5,),
+        prompt_token_ids=int32((1,)),
+        response_token_ids=int32((7,)),
+        rollout_logprobs=float32((-0.5,)),
         advantage=0.5,
         version=version,
         live=True,

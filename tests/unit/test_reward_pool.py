@@ -19,6 +19,7 @@ from gpg_megatron.errors import RunError, UserError
 from gpg_megatron.reward import pool as pool_module
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.types import Completion, Prompt, Reward, VersionSpan
+from tests.samples import float32, int32
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,14 +67,14 @@ def item(
     lengths: Sequence[int] = (),
 ) -> tuple[Prompt, list[Completion]]:
     prompt = Prompt(
-        id=f"{source}/0", token_ids=(1,), messages=(), ground_truth=truth, data_source=source
+        id=f"{source}/0", token_ids=int32((1,)), messages=(), ground_truth=truth, data_source=source
     )
     completions = [
         Completion(
             prompt_id=prompt.id,
             index=i,
-            token_ids=(5,) * n,
-            logprobs=(-0.5,) * n,
+            token_ids=int32((5,) * n),
+            logprobs=float32((-0.5,) * n),
             finish_reason="stop",
             text=text,
             versions=(VersionSpan(version=0, start=0, end=n),),

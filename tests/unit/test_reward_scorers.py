@@ -29,12 +29,13 @@ from gpg_megatron.reward.sources import (
     unmet,
 )
 from gpg_megatron.types import Prompt
+from tests.samples import int32
 
 
 def prompt(ground_truth: str, data_source: str) -> Prompt:
     return Prompt(
         id=f"{data_source}/7",
-        token_ids=(1,),
+        token_ids=int32((1,)),
         messages=(),
         ground_truth=ground_truth,
         data_source=data_source,

@@ -1,10 +1,13 @@
-"""The pure parts of the rollout: spreading, seeds, conversion, resources, logs."""
+"""The pure parts of the rollout: dispatch, seeds, conversion, resources, logs."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +17,9 @@ from hypothesis import strategies as st
 
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.rollout.dispatch import spread
 from gpg_megatron.rollout.engine import sanitize_environment
 from gpg_megatron.rollout.failures import with_log
+from gpg_megatron.rollout.flights import Flights, answer_all
 from gpg_megatron.rollout.ray_session import check_resources
 from gpg_megatron.rollout.sampling import (
     Sampled,
@@ -25,12 +28,13 @@ from gpg_megatron.rollout.sampling import (
     from_vllm,
     greedy,
     stream_seed,
-    to_completion,
+    to_completions,
     training_params,
     validation_params,
 )
 from gpg_megatron.rollout.spec import EngineSpec
-from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
+from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
+from tests.samples import float32, int32, plain
 
 
 def _request(
@@ -38,7 +42,7 @@ def _request(
 ) -> SamplingRequest:
     prompt = Prompt(
         id=f"d/{i}",
-        token_ids=tuple(range(length)),
+        token_ids=int32(range(length)),
         messages=(),
         ground_truth="",
         data_source="d",
@@ -74,26 +78,60 @@ def test_the_canary_is_short_and_of_the_whole_distribution(longest: int, tokens:
     )
 
 
-def test_spread_by_hand() -> None:
-    """Costs 103, 13, 13, 13, 63: the long one alone, then always the emptier engine."""
-    requests = [_request(i, n=1, max_tokens=m) for i, m in enumerate((100, 10, 10, 10, 60))]
-    assert spread(requests, 2) == [[0], [4, 1, 2, 3]]
+class Watched(Flights):
+    """Engines that finish a request when the test says so."""
+
+    def __init__(self, num_engines: int, random: Random) -> None:
+        none: Any = None
+        super().__init__(self._send, none, none, num_engines=num_engines, timeout_s=1.0)
+        self._random = random
+        self._open: list[tuple[int, SamplingRequest, Future[Sampled]]] = []
+        self.loads: list[Counter[int]] = []
+        """Samples of each engine, whenever an answer is waited for."""
+
+    def _send(self, engine: int, request: SamplingRequest, name: str) -> Any:
+        future: Future[Sampled] = Future()
+        self._open.append((engine, request, future))
+        return SimpleNamespace(future=lambda: future)
+
+    def next(self) -> list[tuple[int, list[Completion]]]:
+        load: Counter[int] = Counter()
+        for engine, request, _ in self._open:
+            load[engine] += request.params.n
+        self.loads.append(load)
+        _, request, future = self._open.pop(self._random.randrange(len(self._open)))
+        n = request.params.n
+        future.set_result(
+            Sampled(
+                lengths=(1,) * n,
+                token_ids=int32([7] * n),
+                logprobs=float32([-1.0] * n),
+                finish_reasons=("stop",) * n,
+                texts=("",) * n,
+                versions=((("0", 0, 1),),) * n,
+            )
+        )
+        return super().next()
 
 
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.integers(1, 8), st.integers(1, 99)), max_size=30),
-    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(8, 40),
+    st.randoms(use_true_random=False),
 )
-def test_spread_gives_each_request_once_and_balances(
-    sizes: list[tuple[int, int, int]], engines: int
+def test_each_request_is_answered_once_and_no_engine_idles_while_any_waits(
+    sizes: list[tuple[int, int, int]], n_engines: int, max_num_seqs: int, random: Random
 ) -> None:
     requests = [_request(i, length=p, n=n, max_tokens=m) for i, (p, n, m) in enumerate(sizes)]
-    parts = spread(requests, engines)
-    assert sorted(i for part in parts for i in part) == list(range(len(requests)))
-    costs = [p + n * m for p, n, m in sizes]
-    loads = [sum(costs[i] for i in part) for part in parts]
-    # Moving any one request from the fullest to the emptiest engine would not help.
-    assert max(loads) - min(loads) <= max(costs, default=0)
+    flights = Watched(n_engines, random)
+    answers = answer_all(flights, requests, n_engines * max_num_seqs)
+    found = [[(c.prompt_id, c.index) for c in group] for group in answers]
+    assert found == [[(f"d/{i}", k) for k in range(n)] for i, (_, n, _) in enumerate(sizes)]
+    for load in flights.loads:
+        assert sum(load.values()) < n_engines * max_num_seqs + 8, "there was room for the last one"
+    if sum(n for _, n, _ in sizes) >= n_engines * (max_num_seqs + 8):
+        assert all(flights.loads[0][engine] > max_num_seqs - 8 for engine in range(n_engines))
 
 
 def test_stream_seed_is_fixed_and_keeps_streams_apart() -> None:
@@ -106,34 +144,43 @@ def test_stream_seed_is_fixed_and_keeps_streams_apart() -> None:
 
 
 def test_from_vllm_keeps_tokens_logprobs_and_spans() -> None:
-    output = SimpleNamespace(
-        token_ids=[5, 6],
-        logprobs=SimpleNamespace(start_indices=[0, 1], logprobs=[-0.5, -1.5]),
-        finish_reason="stop",
-        text="ab",
-        weight_versions=[SimpleNamespace(version="3", start=0, end=2)],
-    )
-    assert from_vllm(output) == Sampled(
-        token_ids=(5, 6),
-        logprobs=(-0.5, -1.5),
-        finish_reason="stop",
-        text="ab",
-        versions=(("3", 0, 2),),
+    outputs = [
+        SimpleNamespace(
+            token_ids=[5, 6][:n],
+            logprobs=SimpleNamespace(start_indices=[0, 1][:n], logprobs=[-0.5, -1.5][:n]),
+            finish_reason="stop",
+            text="ab"[:n],
+            weight_versions=[SimpleNamespace(version="3", start=0, end=n)],
+        )
+        for n in (2, 1)
+    ]
+    assert plain(from_vllm(outputs)) == plain(
+        Sampled(
+            lengths=(2, 1),
+            token_ids=int32((5, 6, 5)),
+            logprobs=float32((-0.5, -1.5, -0.5)),
+            finish_reasons=("stop", "stop"),
+            texts=("ab", "a"),
+            versions=((("3", 0, 2),), (("3", 0, 1),)),
+        )
     )
 
 
 SAMPLED = Sampled(
-    token_ids=(5, 6, 7),
-    logprobs=(-0.5, -1.5, -2.5),
-    finish_reason="length",
-    text="abc",
-    versions=(("3", 0, 1), ("4", 1, 3)),
+    lengths=(0, 3),
+    token_ids=int32((5, 6, 7)),
+    logprobs=float32((-0.5, -1.5, -2.5)),
+    finish_reasons=("stop", "length"),
+    texts=("", "abc"),
+    versions=((), (("3", 0, 1), ("4", 1, 3))),
 )
 
 
 def test_completion_carries_the_version_of_every_token() -> None:
-    completion = to_completion(_request(2), 1, SAMPLED)
+    empty, completion = to_completions(_request(2), SAMPLED)
     assert (completion.prompt_id, completion.index) == ("d/2", 1)
+    assert (completion.text, completion.token_ids.tolist()) == ("abc", [5, 6, 7])
+    assert (len(empty.token_ids), empty.versions) == (0, ())
     assert completion.versions == (
         VersionSpan(version=3, start=0, end=1),
         VersionSpan(version=4, start=1, end=3),
@@ -143,17 +190,17 @@ def test_completion_carries_the_version_of_every_token() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"versions": ()},
-        {"versions": (("3", 0, 2),)},
-        {"versions": (("3", 0, 1), ("4", 2, 3))},
-        {"logprobs": (-0.5,)},
-        {"finish_reason": "abort"},
-        {"finish_reason": None},
+        {"versions": ((), ())},
+        {"versions": ((), (("3", 0, 2),))},
+        {"versions": ((), (("3", 0, 1), ("4", 2, 3)))},
+        {"logprobs": float32((-0.5,))},
+        {"finish_reasons": ("stop", "abort")},
+        {"finish_reasons": (None, "length")},
     ],
 )
 def test_a_sample_that_is_not_whole_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
-        to_completion(_request(), 0, replace(SAMPLED, **changes))
+        to_completions(_request(), replace(SAMPLED, **changes))
 
 
 def test_resources_that_fit() -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from gpg_megatron.checkpoint.marker import damaged_file, read_marker
 from gpg_megatron.checkpoint.resume import find_resume_point
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf
-from gpg_megatron.loop.checkpoints import read_trainer_state
-from gpg_megatron.loop.group_json import from_json
+from gpg_megatron.loop.state import machine_from_json, read_state
+from gpg_megatron.loop.stream import Rules, next_batch
 from gpg_megatron.model.shape import load_model_shape
+from tests.samples import plain
 from tests.saved_before.problem import FOLDER, MODEL, STEP, config
 
 
@@ -24,13 +25,18 @@ def test_a_run_finds_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_loop_reads_what_it_remembered() -> None:
-    state = read_trainer_state(STEP)
-    carried = [from_json(group) for group in state["carried"]]
-    drawn = [from_json(group) for group in state["ahead"]["groups"]]
-    assert [group.prompt.id for group in carried] == ["toy/2", "toy/1"]
-    assert state["ahead"]["step"] == 3 and len(drawn) >= 2
+    state = read_state(STEP, 2)
+    first, second, *drawn = state.groups
+    machine = machine_from_json(state.values["machine"])
+    assert [(g.weights, g.carried) for g in machine.ready[:3]] == [(0, True)] * 2 + [(1, False)]
+    assert (machine.closed, machine.next_ticket) == (2, len(state.groups))
+    # The batch that was drawn ahead is the next one that is taken.
+    rules = Rules(size=4, staleness=1, last=4)
+    assert len(next_batch(rules, machine) or ()) == len(state.groups)
+    assert [first.prompt.id, second.prompt.id] == ["toy/2", "toy/1"] and len(drawn) >= 2
     completion = drawn[0].completions[0]
-    assert completion.logprobs == (-0.5,) and completion.versions[0].end == 1
+    assert plain(completion.logprobs) == ("float32", [-0.5]) and completion.versions[0].end == 1
+    assert set(state.values["seconds"]) == {"timing/rollout_s", "timing/reward_s"}
 
 
 def test_a_converted_model_gives_back_the_tensors(tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +16,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpg_megatron.algorithm.redraw import Selection
 from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.checkpoint.marker import Marker, read_marker
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import CheckpointConfig, Config
 from gpg_megatron.loop.checkpoints import RunCheckpoints, Saving
+from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.inputs import Inputs
 from gpg_megatron.loop.rank0 import Rank0
-from gpg_megatron.loop.rollouts import Rollout
+from gpg_megatron.loop.state import LoopState, read_state
 from gpg_megatron.loop.trainer import Run, Schedule, train
 from gpg_megatron.model.flops import TokenCosts
+from gpg_megatron.observe.metrics import rollout_metrics
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.states import Action, Load, Mode, Offload, Placement, Sleep, State, Wake
 from gpg_megatron.types import (
@@ -41,6 +41,7 @@ from gpg_megatron.types import (
     TrainBatch,
     VersionSpan,
 )
+from tests.samples import float32, int32
 
 T = TypeVar("T")
 PLAN = BatchPlan(
@@ -57,13 +58,13 @@ SAVE_S = 0.02
 
 
 def group(name: str, *, live: bool, version: int) -> ScoredGroup:
-    prompt = Prompt(id=name, token_ids=(1, 2), messages=(), ground_truth="", data_source="d")
+    prompt = Prompt(id=name, token_ids=int32((1, 2)), messages=(), ground_truth="", data_source="d")
     completions = tuple(
         Completion(
             prompt_id=name,
             index=i,
-            token_ids=(3, 4 + i),
-            logprobs=(-1.0, -1.0),
+            token_ids=int32((3, 4 + i)),
+            logprobs=float32((-1.0, -1.0)),
             finish_reason="stop",
             text="",
             versions=(VersionSpan(version=version, start=0, end=2),),
@@ -92,6 +93,7 @@ class World:
         self.n_published = 0
         self.leaves_at = 1000
         """The version from which on the run is asked to leave."""
+        self.step = schedule.done
 
     def perform(self, action: Action) -> None:
         """Engines and policy never hold more than the table of states allows."""
@@ -144,23 +146,22 @@ class World:
         self.n_published += 1
 
     # ---- rollouts
-    def take(self, step: int) -> Rollout:
+    def take(self) -> Rollout:
         self.generates()
+        step = self.step = self.step + 1
         self.calls.append(f"take {step}")
         live = self.live[(step - 1) % len(self.live)]
         groups = tuple(group(f"p{i}", live=live, version=self.version) for i in range(2))
         return Rollout(
-            selection=Selection(
-                groups=groups, carried=(), n_filtered=0, exhausted=False, skipped=False
-            ),
-            drawn=groups,
-            redraws=0,
-            n_carried=0,
+            groups=groups,
+            skipped=False,
+            metrics=rollout_metrics(groups),
             timings={"timing/rollout_s": 1.0},
         )
 
-    def drain(self) -> None:
-        """Nothing is drawn ahead."""
+    def updating(self) -> AbstractContextManager[None]:
+        """Nothing is in flight."""
+        return nullcontext()
 
     def generates(self) -> None:
         self.needs("weights", "kv_cache")
@@ -337,12 +338,14 @@ def test_the_best_of_three_steps_is_kept_for_its_own_metric(tmp_path: Path) -> N
             layout={},
         ),
     )
-    checkpoints = RunCheckpoints(saving, lambda action: action(), lambda: {"stream": 7})
+    checkpoints = RunCheckpoints(
+        saving, lambda action: action(), lambda: LoopState(values={"stream": 7}, groups=())
+    )
     for step, accuracy in ((1, 0.1), (2, 0.9), (3, 0.5)):
         checkpoints.save_at(step, cast(Any, WrittenAtOnce()), {"eval/d/mean@1": accuracy})
     kept = {path.name: read_marker(path).metric for path in saving.root.iterdir()}
     assert kept == {"step_2": 0.9, "step_3": 0.5}
-    assert json.loads((saving.root / "step_2" / "trainer.json").read_text()) == {"stream": 7}
+    assert read_state(saving.root / "step_2", 2).values == {"stream": 7}
 
 
 @pytest.mark.parametrize(("n_filtered", "n_lines"), [(3, 1), (0, 0)])

@@ -34,7 +34,7 @@ def peak(device: Device, folder: Path) -> str:
             assert policy.train(batch).updated  # Adam makes its moments
             n = sum(shard.numel() for shard in policy.named_shards().values())
             shape = load_model_shape(folder, need_weights=False)
-            expected = policy_memory(config, shape, n_parameters=n, stage=0)
+            expected = policy_memory(config, shape, n_parameters=n, stage=0, fused=True)
             torch.cuda.reset_peak_memory_stats()
             backward = _peak_before(policy._optimizer, partial(policy.train, batch))
             whole = torch.cuda.max_memory_allocated()
