@@ -14,6 +14,7 @@ from gpg_megatron.evaluation.evaluate import evaluate
 from gpg_megatron.host.leaving import forget_request
 from gpg_megatron.loop.collector import sampling_requests
 from gpg_megatron.loop.inputs import Inputs
+from gpg_megatron.loop.suspect import write_suspect
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress
@@ -95,6 +96,10 @@ class Rank0:
         if step:
             self.progress.step(step, metrics)
             self.logger.write_rollouts(step, groups, samples)
+
+    def keep_suspect(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Write down a batch with which the run has failed before."""
+        write_suspect(self.config.trainer.output_dir, step, groups)
 
     def warn_of_shaped_scores(self, step: int, stats: AdvantageStats) -> None:
         """Once: the alpha that counts right answers by their score does not here."""

@@ -22,6 +22,7 @@ from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Rollouts
 from gpg_megatron.loop.step_metrics import step_metrics, throughput
+from gpg_megatron.loop.suspect import suspect_step
 from gpg_megatron.observe.trace import Trace
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.states import Placement, State
@@ -38,6 +39,7 @@ def train(run: Run) -> str:
     for step in run.steps():
         with run.place(State.ROLLOUT):
             rollout = run.rollouts.take()
+        run.keep_suspect(step, rollout)
         samples, stats = assign_advantages(rollout.groups, run.algorithm)
         batches = make_batches(samples, run.plan, skipped=rollout.skipped)
         with run.place(State.POLICY), run.phase("policy"):
@@ -167,6 +169,11 @@ class Run:
         if not self.schedule.evaluates_at(step):
             return {}
         return self._evaluate(step, f"after step {step}")
+
+    def keep_suspect(self, step: int, rollout: Rollout) -> None:
+        """The batch of a step in which the run has failed before is written down."""
+        if step == suspect_step():
+            self.on_rank0(lambda: self._rank0.keep_suspect(step, rollout.groups))
 
     def save_at(self, step: int, evals: Mapping[str, float]) -> None:
         """A checkpoint where it is due, and where the run is asked to leave. After the last step

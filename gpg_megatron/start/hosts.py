@@ -41,7 +41,10 @@ def _raise_stop(number: int, _frame: object) -> NoReturn:
     raise SignalException(f"signal {number}", sigval=signal.Signals(number))
 
 
-def run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> Failure | None:
+def run_among_hosts(
+    config: Config, arguments: Sequence[str], hosts: Hosts, attempt: int
+) -> Failure | None:
+    """attempt: restarts so far."""
     if config.bridge.transport in ONE_HOST_TRANSPORTS:
         raise UserError(
             f"bridge.transport={config.bridge.transport} needs policy ranks and engines on one "
@@ -52,11 +55,11 @@ def run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> F
 
     _answer_signals(_raise_stop)
     with own_run() as run_id:
-        meeting = Meeting(hosts)
+        meeting = Meeting(hosts, attempt=attempt)
         failure: Failure | None = None
         try:
             try:
-                failure = _run_host(meeting, config, arguments, hosts, run_id)
+                failure = _run_host(meeting, config, arguments, hosts, run_id, attempt)
             except UserError as error:
                 failure = Failure(text=str(error), exit_code=2, is_cause=True)
             except TimeoutError as error:
@@ -77,7 +80,12 @@ def _answer_signals(handler: Any) -> None:
 
 
 def _run_host(
-    meeting: Meeting, config: Config, arguments: Sequence[str], hosts: Hosts, run_id: str
+    meeting: Meeting,
+    config: Config,
+    arguments: Sequence[str],
+    hosts: Hosts,
+    run_id: str,
+    attempt: int,
 ) -> Failure | None:
     """Host 0 checks what all need, once; then Ray everywhere, then the ranks."""
     from gpg_megatron.host.device import resolve_device
@@ -111,17 +119,19 @@ def _run_host(
         with leaving_in_order(config):
             meeting.wait_for_the_end()
         return None
-    return run_ranks(config, _world_of_hosts(hosts, shares, on_gpus), arguments)
+    return run_ranks(config, _world_of_hosts(hosts, shares, on_gpus, attempt), arguments)
 
 
-def _world_of_hosts(hosts: Hosts, shares: Sequence[HostShare], on_gpus: bool) -> LaunchConfig:
+def _world_of_hosts(
+    hosts: Hosts, shares: Sequence[HostShare], on_gpus: bool, attempt: int
+) -> LaunchConfig:
     """The hosts that have ranks, in order; torchrun knows no others, and would sort by name."""
     with_ranks = [k for k, share in enumerate(shares) if share.n_ranks]
     return world_of(
         len(with_ranks),
         shares[hosts.rank].n_ranks,
         on_gpus,
-        run_id="gpg",
+        run_id=f"gpg{attempt}",
         rdzv_backend="static",
         rdzv_endpoint=f"{hosts.address}:{hosts.port}",
         rdzv_configs={"rank": with_ranks.index(hosts.rank), "timeout": RENDEZVOUS_TIMEOUT_S},

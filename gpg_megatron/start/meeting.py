@@ -62,6 +62,8 @@ class Failure:
     """Whether it began there, as far as can be told: a process was killed, an input was bad."""
     is_said: bool = False
     """Whether that host has printed it already."""
+    is_host: bool = False
+    """Whether the launcher of a host is gone."""
     host: int = 0
 
     def line(self, here: int) -> str:
@@ -82,8 +84,13 @@ def cause_of(failures: Iterable[Failure], here: int) -> Failure | None:
 class Meeting:
     """This host's end of the meeting. Its methods are called by the main thread alone."""
 
-    def __init__(self, hosts: Hosts, join_timeout_s: float = JOIN_TIMEOUT_S) -> None:
+    def __init__(
+        self, hosts: Hosts, join_timeout_s: float = JOIN_TIMEOUT_S, *, attempt: int = 0
+    ) -> None:
         """Join; host 0 opens the store that all of it goes through.
+
+        Args:
+            attempt: restarts so far, the same on all hosts.
 
         Raises:
             UserError: the port cannot be opened, or host 0 does not answer.
@@ -111,7 +118,7 @@ class Meeting:
         except DistError as error:
             where = f"{hosts.address}:{hosts.port}"
             raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from None
-        self._store = PrefixStore("hosts", store)
+        self._store = PrefixStore(f"hosts/{attempt}", store)
 
     def _wait_for_port(self) -> None:
         """torch would wait too, and answer no signal meanwhile."""
@@ -248,4 +255,5 @@ def _until(condition: Callable[[], bool], limit_s: float) -> bool:
 
 
 def _lost(host: int, how: str) -> Failure:
-    return Failure(text=f"its launcher {how}", exit_code=1, is_cause=True, host=host)
+    text = f"its launcher {how}"
+    return Failure(text=text, exit_code=1, is_cause=True, is_host=True, host=host)
