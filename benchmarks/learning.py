@@ -10,6 +10,8 @@ results so far are written:
     OUT/learning.md                    a table: mean and spread over the seeds
     OUT/learning.json                  the same with the curves
     OUT/learning.png                   accuracy against steps, and against generated tokens
+
+With --scoreboard every preset is run on-policy and off it, and what comes of it is scoreboard.py's.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.scoreboard import arms, write_scoreboard
 from gpg_megatron.config.algorithm import PRESETS
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError, exit_codes
-from gpg_megatron.observe.rundir import read_metrics
+from gpg_megatron.observe.rundir import METRICS, read_metrics
 
 DEMO = Path("configs/demo_cpu.yaml")
 # Name -> what it changes. The presets not named here can be asked for, too.
@@ -46,6 +49,8 @@ OTHERS = {
 }
 RUN_LIMIT_S = 4 * 3600
 HELD_OUT = re.compile(r"eval/.+/mean@\d+")
+GROUPS = (("drawn", 1), ("carried_in", 1), ("carried_out", -1), ("filtered", -1))
+"""What adds up to the groups that a step trains on."""
 GRID = 200
 """Points of a curve over generated tokens."""
 
@@ -60,18 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=DEMO, help="what the methods have in common")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 .. N for each method")
     parser.add_argument("--steps", type=int, help="default: those of the configuration")
-    parser.add_argument("--methods", default=",".join(METHODS), help="names with commas between")
+    parser.add_argument("--methods", help="names with commas between; default: all")
+    parser.add_argument("--scoreboard", action="store_true", help="all presets at equal tokens")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="for every run")
     args = parser.parse_args(argv)
     # Ends by an exception, so that subprocess.run ends the training that it waits for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    common = [*args.overrides]
+    common += [f"trainer.total_training_steps={args.steps}"] if args.steps else []
     known = METHODS | OTHERS
-    methods = args.methods.split(",")
+    if args.scoreboard:
+        known = arms(load_config(args.config, common).trainer.train_batch_size)
+    methods = (
+        args.methods.split(",") if args.methods else [*(known if args.scoreboard else METHODS)]
+    )
     for name in methods:
         if name not in known:
             raise UserError(f"--methods: no {name!r}; expected some of {', '.join(known)}")
-    common = [*args.overrides]
-    common += [f"trainer.total_training_steps={args.steps}"] if args.steps else []
+    report = write_scoreboard if args.scoreboard else write_report
     results = []
     for seed in range(1, args.seeds + 1):  # seed by seed: what exists is always comparable
         for name in methods:
@@ -81,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in methods:
             overrides = [*common, *known[name], f"trainer.seed={seed}"]
             results.append(run(args.out / name / f"seed{seed}", name, seed, args.config, overrides))
-            write_report(args.out, methods, results)
-    print((args.out / "learning.md").read_text(encoding="utf-8"))
+            text = report(args.out, methods, results)
+    print(text)
     return 0
 
 
@@ -120,11 +131,13 @@ def run(
             command, stdout=out, stderr=err, env=os.environ, timeout=RUN_LIMIT_S, check=False
         )
     lines = (folder / "stderr.log").read_text(encoding="utf-8").splitlines() or [""]
-    if done.returncode == 2 or done.returncode >= 128 or done.returncode < 0:
+    began = (folder / METRICS).exists()
+    if not began or done.returncode == 2 or done.returncode >= 128 or done.returncode < 0:
         raise UserError(f"{method}, seed {seed}: gpg-train ended ({done.returncode}): {lines[-1]}")
     result = {"method": method, "seed": seed, "settings": settings}
     result |= curves(read_metrics(folder))
-    result["ended"] = lines[0] if done.returncode else ""
+    errors = [line for line in lines if line.startswith("error: ")] or lines
+    result["ended"] = errors[0] if done.returncode else ""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result), encoding="utf-8")
     part.replace(path)
@@ -138,7 +151,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         accuracy: [steps] of the samples that each step drew, before its update;
         tokens: [steps] response tokens sampled up to the end of each step;
-        live: [steps] share of live groups; alpha: [steps];
+        live: [steps] share of live groups; alpha: [steps]; groups: [steps] that were trained on;
         held_out: {step: accuracy}, the mean over the validation sets.
     """
     steps = [row for row in rows if row["step"] > 0]
@@ -152,6 +165,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens": np.cumsum([row["response/tokens"] for row in steps]).tolist(),
         "live": [row["group/live_fraction"] for row in steps],
         "alpha": [row["group/alpha"] for row in steps],
+        "groups": [sum(sign * row[f"group/{name}"] for name, sign in GROUPS) for row in steps],
         "held_out": held_out,
     }
 
@@ -221,13 +235,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(out: Path, methods: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
-    """Table, JSON and plot of the results so far."""
+def write_report(out: Path, methods: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """Table, JSON and plot of the results so far; returns the table."""
     rows = summary(methods, results)
     (out / "learning.md").write_text(table(rows), encoding="utf-8")
     record = {"summary": rows, "runs": list(results)}
     (out / "learning.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot(out / "learning.png", methods, results)
+    return table(rows)
 
 
 def over_tokens(runs: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -129,20 +129,24 @@ class Answers:
 
 
 class Engines:
-    """Sequences that share their engine's steps."""
+    """Sequences that share their engine's steps. An engine is brought up to date when its batch
+    changes."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.now = 0.0
         self.produced = 0.0
         """Tokens."""
-        self.busy = 0.0
-        """Engine seconds with anything to do."""
-        self._clock = [0.0] * setup.engines
-        """Steps that each has done."""
-        self._running: list[list[tuple[float, int, int]]] = [[] for _ in range(setup.engines)]
+        n = setup.engines
+        self._at = [0.0] * n
+        """When each was brought up to date."""
+        self._clock = [0.0] * n
+        """Steps that it had done then."""
+        self._end = [math.inf] * n
+        """When its next answer ends."""
+        self._running: list[list[tuple[float, int, int]]] = [[] for _ in range(n)]
         """Heaps of (step at which it ends, ticket, attempt)."""
-        self._queues: list[deque[tuple[int, int, int]]] = [deque() for _ in range(setup.engines)]
+        self._queues: list[deque[tuple[int, int, int]]] = [deque() for _ in range(n)]
         """(tokens, ticket, attempt) of those that an engine has no room for."""
         self._left: dict[tuple[int, int], int] = {}
         """(ticket, attempt) -> answers that have not ended."""
@@ -158,15 +162,10 @@ class Engines:
         engine = min(
             range(self.setup.engines), key=lambda e: len(self._running[e]) + len(self._queues[e])
         )
+        self._update(engine)
         self._began[key] = engine, self._clock[engine]
         self._queues[engine] += [(length, *key) for length in lengths]
         self._fill(engine)
-
-    def _fill(self, engine: int) -> None:
-        waiting, running = self._queues[engine], self._running[engine]
-        while waiting and len(running) < self.setup.seqs:
-            length, *key = waiting.popleft()
-            heapq.heappush(running, (self._clock[engine] + length, key[0], key[1]))
 
     def stop(self, ticket: int) -> int:
         """End what runs of it; tokens of each answer that did, 0: none ran."""
@@ -174,6 +173,7 @@ class Engines:
         if not self._left.pop(key, 0):
             return 0
         engine, began = self._began[key]
+        self._update(engine)
         running = self._running[engine]
         running[:] = [x for x in running if x[1:] != key]
         heapq.heapify(running)
@@ -183,38 +183,48 @@ class Engines:
 
     def next_end(self) -> float:
         """When the next answer ends, if nothing is started before."""
-        return min((self.now + self._until(e) for e in range(self.setup.engines)), default=math.inf)
+        return min(self._end)
 
     def go_to(self, now: float) -> list[int]:
-        """Work until then; the tickets that finished."""
-        done, seconds = [], now - self.now
-        for engine, running in enumerate(self._running):
-            if not running:
+        """Work until then, at most to the next end; the tickets that finished."""
+        self.now, done = now, []
+        for engine, end in enumerate(self._end):
+            if end > now:
                 continue
-            self.busy += seconds
-            self.produced += seconds / self._step_s(engine) * len(running)
-            self._clock[engine] += seconds / self._step_s(engine)
+            self._update(engine)
+            running = self._running[engine]
             while running and running[0][0] <= self._clock[engine] + 1e-6:
                 _, *key = heapq.heappop(running)
                 self._left[key[0], key[1]] -= 1
                 if not self._left[key[0], key[1]]:
                     done.append(key[0])
             self._fill(engine)
-        self.now = now
         return done
 
     def pause(self, seconds: float) -> None:
         """Nothing is decoded."""
+        for engine in range(self.setup.engines):
+            self._update(engine)
+            self._at[engine] += seconds
+            self._fill(engine)
         self.now += seconds
 
     def _step_s(self, engine: int) -> float:
         return self.setup.t0 + self.setup.t1 * len(self._running[engine])
 
-    def _until(self, engine: int) -> float:
-        running = self._running[engine]
-        if not running:
-            return math.inf
-        return max(0.0, running[0][0] - self._clock[engine]) * self._step_s(engine)
+    def _update(self, engine: int) -> None:
+        steps = (self.now - self._at[engine]) / self._step_s(engine)
+        self._clock[engine] += steps
+        self.produced += steps * len(self._running[engine])
+        self._at[engine] = self.now
+
+    def _fill(self, engine: int) -> None:
+        waiting, running = self._queues[engine], self._running[engine]
+        while waiting and len(running) < self.setup.seqs:
+            length, *key = waiting.popleft()
+            heapq.heappush(running, (self._clock[engine] + length, key[0], key[1]))
+        left = running[0][0] - self._clock[engine] if running else math.inf
+        self._end[engine] = self._at[engine] + left * self._step_s(engine)
 
 
 @dataclass(kw_only=True)

@@ -208,6 +208,8 @@ class TrainBatch:
     alpha: float
     """The factor that the update's own alpha put into the advantages; the mean over the
     micro-steps where each has its own."""
+    whole_alpha: float
+    """All of alpha in this update, that of the rollout batch included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,8 +31,8 @@ class AdvantageStats:
     """What assign_advantages saw in one rollout batch."""
 
     alpha: float
-    """The factor in every advantage; 1.0 when each update has its own. 0.0 when dead groups are
-    counted and no group is live."""
+    """The factor in every advantage, or, with alpha_apply "step", of every update; 1.0 when each
+    update has its own. 0.0 when dead groups are counted and no group is live."""
     live_fraction: float
     """Share of groups that are live, in [0, 1]; 0.0 without groups."""
     n_samples: int
@@ -90,6 +90,7 @@ def normalised_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -
     |---|---|
     | group-mean (GPG, GRPO) | mean of its group; 0 for a group of one |
     | leave-one-out (RLOO, arXiv 2402.14740) | mean of the other answers of its group |
+    | min-variance (OPO, arXiv 2505.23585) | the same, each answer weighed by its tokens |
     | batch-mean (REINFORCE++, arXiv 2501.03262) | mean of all answers |
 
     | f_norm | divisor of r_i - baseline |
@@ -102,20 +103,17 @@ def normalised_rewards(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -
 the root of the variance there + f_norm_eps |
 
     Variances have one less than the count in the denominator. Means and deviations are correctly
-    rounded, so a sample whose score equals its baseline gets exactly 0.0. "std" and
-    "leave-one-out" need groups of two.
+    rounded, so a sample whose score equals its baseline gets exactly 0.0. "std" and the
+    baselines of the others in the group need groups of two.
     """
     scores = [[reward.score for reward in group.rewards] for group in groups]
-    everything = [score for row in scores for score in row]
-    if config.baseline == "batch-mean":
-        common = mean(everything) if everything else 0.0
-        centred = [[score - common for score in row] for row in scores]
+    if config.baseline == "min-variance":
+        centred = [
+            _less_min_variance(row, [len(c.token_ids) for c in group.completions])
+            for row, group in zip(scores, groups, strict=True)
+        ]
     else:
-        means = [mean(row) if len(row) > 1 else 0.0 for row in scores]
-        centred = [[r - m for r in row] for row, m in zip(scores, means, strict=True)]
-    if config.baseline == "leave-one-out":
-        # r_i - (sum - r_i) / (G - 1) = G / (G - 1) * (r_i - mean)
-        centred = [[x * len(row) / (len(row) - 1) for x in row] for row in centred]
+        centred = _less_mean(scores, config.baseline)
     if config.f_norm == "one":
         return centred
     if config.f_norm == "mean":
@@ -131,6 +129,36 @@ the root of the variance there + f_norm_eps |
     return [
         [x / (deviation + config.f_norm_eps) if x else 0.0 for x in row]
         for row, deviation in zip(centred, deviations, strict=True)
+    ]
+
+
+def _less_mean(scores: Sequence[Sequence[float]], baseline: str) -> list[list[float]]:
+    if baseline == "batch-mean":
+        everything = [score for row in scores for score in row]
+        common = mean(everything) if everything else 0.0
+        return [[score - common for score in row] for row in scores]
+    means = [mean(row) if len(row) > 1 else 0.0 for row in scores]
+    centred = [[r - m for r in row] for row, m in zip(scores, means, strict=True)]
+    if baseline == "leave-one-out":
+        # r_i - (sum - r_i) / (G - 1) = G / (G - 1) * (r_i - mean)
+        return [[x * len(row) / (len(row) - 1) for x in row] for row in centred]
+    return centred
+
+
+def _less_min_variance(scores: Sequence[float], lengths: Sequence[int]) -> list[float]:
+    """r_i - sum_j L_j r_j / sum_j L_j over the others j of the group.
+
+    E[r |s|^2] / E[|s|^2] is the constant that an answer's gradient (r - b) s varies least with,
+    s = grad log pi of the whole answer. |s|^2 is proportional to the length L where the scores of
+    tokens are as long as each other and orthogonal. Without the answer itself no bias comes in.
+    Where the others have no token nothing is subtracted.
+    """
+    values = [Fraction(score) for score in scores]
+    n_tokens = sum(lengths)
+    total = sum((x * n for x, n in zip(values, lengths, strict=True)), Fraction())
+    return [
+        float(x - (total - x * n) / (n_tokens - n)) if n < n_tokens else float(x)
+        for x, n in zip(values, lengths, strict=True)
     ]
 
 
@@ -156,7 +184,8 @@ def assign_advantages(
 
     Advantages are exactly 0.0 for members of dead groups (unless dead_by is "none"), even where
     their scores differ, for empty responses, and for samples whose score is their baseline.
-    alpha is part of them where it counts over the rollout batch (alpha_scope).
+    alpha is part of them where it counts over the rollout batch (alpha_scope) and multiplies the
+    loss (alpha_apply).
 
     Args:
         groups: at least one answer in each; group i gives samples with group == i.
@@ -180,6 +209,8 @@ def assign_advantages(
         n_samples=len(plain),
         n_shaped=sum(sample.score not in (0.0, 1.0) for sample in plain),
     )
+    if config.alpha_apply == "step":
+        return plain, stats
     return [scaled(sample, factor) for sample in plain], stats
 
 

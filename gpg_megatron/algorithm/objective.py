@@ -31,6 +31,8 @@ SUMS = (
     "k3",
     "ratio",
     "squared_ratio",
+    "factor",
+    "squared_factor",
     "cut",
     "clipped",
     "kl",
@@ -112,6 +114,7 @@ def objective(
     if config.clips and config.old_logprobs == "rollout":
         above_N = current_N  # no correction: the loss's own ratio is what is measured
     terms = {"cut": cut_N, "clipped": clipped_N, "kl": kl_N, "entropy": entropy_N}
+    terms |= {"factor": factors_N, "squared_factor": factors_N.square()}
     statistics = {"loss": loss, **{name: term_N.sum() for name, term_N in terms.items()}}
     statistics |= _distances(current_N, tokens.rollout, ratio(above_N, below_N))
     return loss, {name: value.detach().float() for name, value in statistics.items()}
@@ -137,7 +140,8 @@ def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[st
 
     mismatch/kl_k1 and kl_k3 estimate KL(engine || policy) from the engine's samples
     (joschu.net/blog/kl-approx.html). correction/ess is the effective sample size over the
-    number of tokens, (sum rho)^2 / (n sum rho^2), of the ratios before they are cut.
+    number of tokens, (sum rho)^2 / (n sum rho^2), of the ratios before they are cut;
+    correction/ess_cut the same of the weights that are left of them.
     """
     n = max(statistics["tokens"], 1.0)
     named = {
@@ -148,9 +152,10 @@ def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[st
         "mismatch/kl_k3": statistics["k3"] / n,
     }
     if config.is_weighted:
-        squared = statistics["squared_ratio"]
-        named["correction/ess"] = statistics["ratio"] ** 2 / (n * squared) if squared else 0.0
+        named["correction/ess"] = _effective(statistics["ratio"], statistics["squared_ratio"], n)
     if config.correction != "none":
+        total, squares = statistics["factor"], statistics["squared_factor"]
+        named["correction/ess_cut"] = _effective(total, squares, n)
         named["correction/cut_fraction"] = statistics["cut"] / n
     if config.clips:
         named["policy/clip_fraction"] = statistics["clipped"] / n
@@ -159,3 +164,8 @@ def metrics(statistics: Mapping[str, float], config: AlgorithmConfig) -> dict[st
     if config.entropy_coef:
         named["policy/entropy"] = statistics["entropy"] / n
     return named
+
+
+def _effective(total: float, squares: float, n: float) -> float:
+    """Effective sample size of n weights, over n, in [0, 1]."""
+    return total**2 / (n * squares) if squares else 0.0

@@ -22,8 +22,9 @@ class WeighedUpdate:
     weights: tuple[float, ...]
     """Of every response token of each sample."""
     alpha: float
-    """The factor that the advantages got here: the mean of those that are not 0 where each
-    micro-step has its own; 1.0 where alpha counts over the rollout batch."""
+    """The factor that the advantages got here, or, with alpha_apply "step", that the update is to
+    get: the mean of those that are not 0 where each micro-step has its own; 1.0 where alpha counts
+    over the rollout batch."""
 
 
 def weigh_update(
@@ -53,7 +54,7 @@ def weigh_update(
     factors = []
     for scope in scopes:
         factors.append(alpha([samples[i] for i in scope], config.alpha, config.alpha_max))
-        for i in scope:
+        for i in scope if config.alpha_apply == "loss" else ():
             finished[i] = scaled(samples[i], factors[-1])
     mean = fmean([factor for factor in factors if factor] or [0.0])
     return WeighedUpdate(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpg_megatron.algorithm.advantages import alpha
 from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
 from gpg_megatron.config.algorithm import AlgorithmConfig
@@ -63,8 +64,9 @@ def make_batches(
         samples: all samples of the rollout batch, zero advantages included.
         skipped: no update is to be made: the batches have nothing to compute.
     """
-    updates = split_updates(samples, plan.n_updates)
-    return [make_update(update, plan, skipped=skipped) for update in updates]
+    updates, a = split_updates(samples, plan.n_updates), plan.algorithm
+    factor = alpha(samples, a.alpha, a.alpha_max) if a.alpha_scope == "batch" else 1.0
+    return [make_update(update, plan, skipped=skipped, batch_alpha=factor) for update in updates]
 
 
 def split_updates(samples: Sequence[TrainSample], n_updates: int) -> list[list[TrainSample]]:
@@ -83,7 +85,11 @@ def split_updates(samples: Sequence[TrainSample], n_updates: int) -> list[list[T
 
 
 def make_update(
-    samples: Sequence[TrainSample], plan: BatchPlan, *, skipped: bool = False
+    samples: Sequence[TrainSample],
+    plan: BatchPlan,
+    *,
+    skipped: bool = False,
+    batch_alpha: float = 1.0,
 ) -> TrainBatch:
     """The part of one rank in one optimizer step over samples.
 
@@ -92,6 +98,7 @@ def make_update(
     more terms than the policy gradient, only empty responses are dropped. Every rank gets the
     same number of micro-batches, none where no sample is left. A rank that runs out of samples
     gets fillers: a single token with a False mask, there so that collectives match.
+    batch_alpha is that of the rollout batch.
     """
     weighed = weigh_update(
         samples,
@@ -134,6 +141,7 @@ def make_update(
         n_shared_tokens=n_chosen_tokens - n_packed_tokens,
         flops=sum(run_cost(run, costs) for run in runs),
         alpha=weighed.alpha,
+        whole_alpha=batch_alpha * weighed.alpha,
     )
 
 

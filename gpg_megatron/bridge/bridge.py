@@ -23,7 +23,7 @@ from gpg_megatron.bridge.protocol import Connection, Engines, Pending, Update
 from gpg_megatron.bridge.seats import own_seat
 from gpg_megatron.bridge.sender import Message, Sender, messages_of
 from gpg_megatron.bridge.transports.base import Patience, TransferError
-from gpg_megatron.config.sections import BridgeConfig
+from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.layout.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes

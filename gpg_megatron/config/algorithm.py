@@ -47,9 +47,9 @@ class AlgorithmConfig:
     of the rollout batch, by one more forward pass when there are several; rollout: of the engine;
     auto: by the table of off_policy.py."""
 
-    baseline: Literal["group-mean", "leave-one-out", "batch-mean"] = "group-mean"
+    baseline: Literal["group-mean", "leave-one-out", "batch-mean", "min-variance"] = "group-mean"
     """What is subtracted from a score: the mean of its group, the mean of the others in its
-    group, the mean of the rollout batch."""
+    group, the mean of the rollout batch, the mean of the others by their tokens."""
     f_norm: Literal["one", "std", "mean", "batch-std", "token-whiten"] = "one"
     """Divisor of score - baseline: 1; its standard deviation in the group or in the rollout batch;
     the group's mean score. token-whiten: less its mean over the response tokens of the batch,
@@ -69,6 +69,10 @@ class AlgorithmConfig:
     data-parallel ranks."""
     alpha_max: float = ranged(0.0, at_least=1, or_value=0)
     """Upper limit of alpha, which is 1 or more; 0: none."""
+    alpha_apply: Literal["loss", "step"] = "loss"
+    """What alpha multiplies: the loss, or the update of the weights after clipping and Adam."""
+    alpha_effective_freq: int = ranged(0, at_least=0)
+    """Every N optimizer steps group/alpha_effective is measured; 0: never."""
 
     loss_aggregation: Literal[
         "token-mean",
@@ -100,6 +104,8 @@ class AlgorithmConfig:
     """Smallest ratio that is kept; read by mask-token and reject-sequence."""
     correction_max: float = ranged(2.0, above=0)
     """Largest weight (truncate-*), or largest ratio that is kept (the others)."""
+    ess_lr: bool = False
+    """The learning rate of an optimizer step is multiplied by correction/ess."""
 
     kl_coef: float = ranged(0.0, at_least=0)
     """Of the KL term to the model that training began with; 0: off."""
@@ -137,6 +143,13 @@ class AlgorithmConfig:
         return self.has_ratio and self.old_logprobs == "policy"
 
 
+_EQUAL_IN_GROUP = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "group-token-mean",
+)
+"""Aggregations that give every token of a group the same weight."""
 _NO_DEAD_GROUPS: dict[str, Any] = {"dead_by": "none", "alpha": "none"}
 _TOKEN_WHITENED: dict[str, Any] = {
     "loss": "clip",
@@ -211,9 +224,39 @@ def group_rules(a: AlgorithmConfig, *, group_size: int) -> Iterator[tuple[bool, 
         f"alpha={a.alpha} counts dead groups, but algorithm.dead_by is none; expected "
         "algorithm.alpha=none or nonzero",
     )
-    needs_two = a.f_norm == "std" or a.baseline == "leave-one-out" or not none_is_dead
+    of_others = a.baseline in ("leave-one-out", "min-variance")
+    needs_two = a.f_norm == "std" or of_others or not none_is_dead
     yield (
         group_size == 1 and needs_two,
         "dead_by, baseline and f_norm need groups of two answers, but rollout.n is 1: a group "
         "of one carries no gradient; expected rollout.n of at least 2",
     )
+
+
+def update_rules(a: AlgorithmConfig) -> Iterator[tuple[bool, str]]:
+    """The same about what is made of an update, of a section with nothing left to auto."""
+    yield (
+        a.baseline == "min-variance" and (a.has_ratio or a.loss_aggregation not in _EQUAL_IN_GROUP),
+        "baseline=min-variance is exact for the plain policy gradient only, whose tokens weigh "
+        f"alike within a group; expected algorithm.loss=gpg ({a.loss}), correction=none "
+        f"({a.correction}) and loss_aggregation one of {', '.join(_EQUAL_IN_GROUP)} "
+        f"({a.loss_aggregation}), or baseline=leave-one-out",
+    )
+    yield (
+        a.ess_lr and not a.is_weighted,
+        "ess_lr is true, but no ratio weighs the answers, so that correction/ess is not measured; "
+        f"expected a correction (algorithm.correction is {a.correction}), or false",
+    )
+    not_a_factor = (
+        "algorithm.alpha_scope=micro-batch, where alpha is no single factor"
+        if a.alpha_scope == "micro-batch"
+        else "algorithm.kl_coef or algorithm.entropy_coef, which alpha leaves alone"
+    )
+    for asked, what, remedy in (
+        (a.alpha_apply == "step", "alpha_apply=step scales the whole update", "loss"),
+        (a.alpha_effective_freq > 0, "alpha_effective_freq divides the gradient by alpha", "0"),
+    ):
+        yield (
+            asked and (a.alpha_scope == "micro-batch" or a.needs_every_sample),
+            f"{what}, but there is {not_a_factor}; expected {remedy}",
+        )

@@ -13,12 +13,14 @@ from itertools import chain
 from typing import get_args
 
 from gpg_megatron.config import off_policy
-from gpg_megatron.config.algorithm import group_rules
+from gpg_megatron.config.algorithm import group_rules, update_rules
 from gpg_megatron.config.ranges import ranges
 from gpg_megatron.config.reward import RewardConfig, Scorer
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
 
+STOP_SIGNS = {"entropy": False, "kl": True, "accuracy": False}
+"""What trainer.stop_on may name: whether its limit is the most that is allowed, or the least."""
 REWARD_PARTS = ("answer", "format", "overlong", "length")
 """What reward.weights may name."""
 
@@ -68,6 +70,7 @@ def _about_the_algorithm(config: Config) -> Iterator[tuple[bool, str]]:
     for broken, message in chain(
         group_rules(config.algorithm, group_size=config.rollout.n),
         off_policy.rules(config.objective, config.sampled),
+        update_rules(config.objective),
     ):
         yield broken, f"algorithm.{message}"
 
@@ -85,6 +88,11 @@ def _about_model_and_data(
         bool(d.chat_template_kwargs) and not d.apply_chat_template,
         "data.chat_template_kwargs is set with data.apply_chat_template=false; expected a template "
         "to be applied, or no arguments of it",
+    )
+    yield (
+        d.curriculum != "none" and config.rollout.n == 1,
+        f"data.curriculum={d.curriculum} looks for prompts whose answers differ, but rollout.n is "
+        "1; expected rollout.n of at least 2, or none",
     )
     n_weights, n_files = len(d.train_weights), len(d.train_files)
     yield (
@@ -122,6 +130,15 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         n_seqs is not None and n_tokens is not None and n_tokens < n_seqs,
         f"rollout.max_num_batched_tokens ({n_tokens}) is less than rollout.max_num_seqs "
         f"({n_seqs}); expected at least as many: each sequence has a token in every step",
+    )
+    for sign, limit in t.stop_on.items():
+        key = f"trainer.stop_on.{sign}"
+        yield sign not in STOP_SIGNS, f"{key} is unknown; expected {', '.join(STOP_SIGNS)}"
+        yield not 0 <= limit < math.inf, f"{key} is {limit}; expected a number of at least 0"
+    yield (
+        "kl" in t.stop_on and config.rollout.truncates,
+        "trainer.stop_on.kl compares with the engine's log-probs, but rollout.top_p or "
+        "rollout.top_k cut the distribution that they belong to; expected entropy or accuracy",
     )
     yield (
         t.train_batch_size % t.prompts_per_update != 0,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from gpg_megatron.config.algorithm import AlgorithmConfig
+from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.config.off_policy import Sampled, settled
 from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
@@ -47,6 +48,9 @@ class DataConfig:
     overlong_prompts: Literal["error", "filter"] = "error"
     """What happens to a prompt of more than max_prompt_length tokens."""
     shuffle: bool = True
+    curriculum: Literal["none", "thompson", "pools"] = "none"
+    """Which prompts come more often: none; those whose groups are likely to be live, by a draw from
+    what is known of each; those not at rest, as always-right and always-wrong ones are."""
     val_max_rows: Optional[int] = ranged(None, at_least=1)
     """Evaluate on the first N rows only; None: all."""
 
@@ -170,25 +174,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BridgeConfig:
-    """Moving the policy's weights into the engines."""
-
-    transport: Literal["auto", "shm", "gloo", "nccl", "cuda_ipc"] = "auto"
-    """auto: the best of each pair of rank and engine worker. Or one for all of them: shm needs a
-    common host, cuda_ipc a common GPU; gloo goes to any host through host memory, nccl between
-    GPUs."""
-    bucket_mb: int = ranged(16, at_least=1)
-    """Bytes moved per message, MiB; each sender holds two."""
-    verify: Literal["never", "first", "always"] = "first"
-    """Which publishes are read back from the engines' parameters and compared by checksum."""
-    timeout_s: int = ranged(300, at_least=1)
-    """Limit of every wait between a policy rank and an engine worker, in seconds."""
-    canary_tolerance: Optional[float] = ranged(None, above=0)
-    """Largest accepted mean of |engine log-prob - policy log-prob|, nats, after the first sync
-    and at every step. None: measured for the model when a run starts."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The loop."""
 
@@ -211,6 +196,9 @@ class TrainerConfig:
     """Of any hour."""
     grace_s: int = ranged(240, at_least=1)
     """Seconds that a run has to leave in order after it was asked by a signal."""
+    stop_on: dict[str, float] = field(default_factory=dict)
+    """Limits beyond which a run has collapsed and ends: the least entropy and accuracy of the
+    answers, the most kl to what sampled them."""
     seed: int = ranged(1, at_least=0, below=2**63)
     output_dir: str = file_path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import Prompt
+from gpg_megatron.types import Prompt, ScoredGroup
 
 
 class PromptStream:
@@ -33,8 +32,10 @@ class PromptStream:
         """The next n prompts."""
         assert n >= 0, n
         self.n_taken += n
-        places = (divmod(i, len(self._prompts)) for i in range(self.n_taken - n, self.n_taken))
-        return [self._prompts[self._order(epoch)[position]] for epoch, position in places]
+        return [self._prompts[i] for i in self._places(self.n_taken - n, n)]
+
+    def seen(self, groups: Sequence[ScoredGroup]) -> None:
+        """What became of prompts that were taken, each once: nothing follows from it here."""
 
     def state(self) -> dict[str, Any]:
         """What restore() needs, as plain JSON."""
@@ -70,6 +71,11 @@ class PromptStream:
             "digest": digest.hexdigest(),
         }
 
+    def _places(self, start: int, n: int) -> list[int]:
+        """Which prompts are n of the endless order, from number `start`."""
+        numbers = (divmod(i, len(self._prompts)) for i in range(start, start + n))
+        return [self._order(epoch)[position] for epoch, position in numbers]
+
     def _make_order(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))
         if self._shuffle:
@@ -87,30 +93,42 @@ class MixedStream:
     """
 
     def __init__(
-        self, files: Sequence[Sequence[Prompt]], weights: Sequence[float], seed: int, shuffle: bool
+        self,
+        files: Sequence[Sequence[Prompt]],
+        weights: Sequence[float],
+        stream: Callable[[Sequence[Prompt]], PromptStream],
     ) -> None:
-        """weights: one for each file, in any unit."""
+        """
+        Args:
+            weights: one for each file, in any unit.
+            stream: makes that of a file.
+        """
         for number, prompts in enumerate(files, start=1):
             if not prompts:
                 raise UserError(
                     f"data.train_weights: training file {number} has no prompt that is short "
                     f"enough; expected at least one"
                 )
-        self._streams = [PromptStream(prompts, seed, shuffle) for prompts in files]
+        self._streams = [stream(prompts) for prompts in files]
         total = sum(weights)
         self._shares = [weight / total for weight in weights]
 
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts."""
         taken = [stream.n_taken for stream in self._streams]
-        result: list[Prompt] = []
+        turns: list[int] = []
         for drawn in range(sum(taken), sum(taken) + n):
             counts = zip(self._shares, taken, strict=True)
             behind = [share * (drawn + 1) - count for share, count in counts]
-            chosen = behind.index(max(behind))
-            result += self._streams[chosen].take(1)
-            taken[chosen] += 1
-        return result
+            turns.append(behind.index(max(behind)))
+            taken[turns[-1]] += 1
+        files = [iter(s.take(turns.count(i))) for i, s in enumerate(self._streams)]
+        return [next(files[i]) for i in turns]
+
+    def seen(self, groups: Sequence[ScoredGroup]) -> None:
+        """What became of prompts that were taken, each once."""
+        for stream in self._streams:
+            stream.seen(groups)
 
     def state(self) -> dict[str, Any]:
         """What restore() needs: each file's share, and the state of its stream."""
@@ -139,27 +157,3 @@ class MixedStream:
 
 
 Stream = PromptStream | MixedStream
-
-
-def open_stream(
-    prompts: Sequence[Prompt],
-    *,
-    per_file: Sequence[int],
-    weights: Sequence[float],
-    seed: int,
-    shuffle: bool,
-) -> Stream:
-    """One list of all prompts, or, with weights, a mix of the files.
-
-    Args:
-        per_file: how many of the prompts, which are in file order, each file gave.
-        weights: of each file; empty: no mix.
-
-    Raises:
-        UserError: a file of a mix gave no prompt.
-    """
-    if not weights:
-        return PromptStream(prompts, seed=seed, shuffle=shuffle)
-    starts = [sum(per_file[:i]) for i in range(len(per_file) + 1)]
-    files = [prompts[a:b] for a, b in pairwise(starts)]
-    return MixedStream(files, weights, seed=seed, shuffle=shuffle)

@@ -24,7 +24,7 @@ from gpg_megatron.checkpoint.marker import read_marker
 from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
-from gpg_megatron.data.stream import open_stream
+from gpg_megatron.data.curriculum import open_stream
 from gpg_megatron.host.beats import Beats
 from gpg_megatron.host.collectives import OnRank0, broadcast, kept_on_rank0, on_rank0
 from gpg_megatron.host.device import Device
@@ -215,6 +215,8 @@ def open_rollouts(
             weights=config.data.train_weights,
             seed=config.trainer.seed,
             shuffle=config.data.shuffle,
+            curriculum=config.data.curriculum,
+            group_size=config.rollout.n,
         )
         rules, flights = rules_of(config, rank0.fleet.room), rank0.fleet.flights()
         collector = Collector(config, rules, stream, flights, rank0.pool, watchdog)
@@ -294,6 +296,7 @@ def _guard(config: Config, rank0: Rank0 | None) -> Guard:
         # With top_p or top_k the engine's log-probs are those of a cut distribution.
         judges_rollouts=not config.rollout.truncates,
         max_bad_steps=config.trainer.max_bad_steps,
+        stop_on=config.trainer.stop_on,
         samples_file=Path(config.trainer.output_dir) / "bad_samples.jsonl",
         say=rank0.message if rank0 is not None else lambda text: None,
         is_rank0=rank0 is not None,

@@ -23,6 +23,7 @@ from gpg_megatron.checkpoint.marker import (
 )
 from gpg_megatron.checkpoint.store import (
     copy_hf_files,
+    list_saved,
     prune,
     relative_files,
     remove,
@@ -136,6 +137,12 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Complete the save that is being written."""
         self._writer.wait()
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, when none is being written any more."""
+        self.wait()
+        saved = self._on_rank0(lambda: list_saved(self._saving.root))
+        return next((one.path for one in reversed(saved) if one.complete), None)
 
     # ---- rank 0 ---------------------------------------------------------------------------
 

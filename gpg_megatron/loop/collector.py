@@ -124,13 +124,14 @@ class Collector:
             selection = select(groups, algorithm, batch_size=size)
             tickets = {id(self._groups[group.ticket]): group.ticket for group in batch}
             carried = frozenset(tickets[id(group)] for group in selection.carried)
+            drawn = [g for g, at in zip(groups, batch, strict=True) if not at.carried]
+            self._stream.seen(drawn)
             self._happens(Taken(carried, selection.skipped))
             kept = set(self._state.pool)
             self._prompts = {t: prompt for t, prompt in self._prompts.items() if t in kept}
             ready = {group.ticket for group in self._state.ready}
             self._groups = {t: group for t, group in self._groups.items() if t in ready}
             seconds, self._seconds = self._seconds, Counter()
-        drawn = [g for g, at in zip(groups, batch, strict=True) if not at.carried]
         return Rollout(
             groups=selection.groups,
             skipped=selection.skipped,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Guard:
         coarser: torch.dtype,
         judges_rollouts: bool,
         max_bad_steps: int,
+        stop_on: Mapping[str, float],
         samples_file: Path,
         say: Callable[[str], None],
         is_rank0: bool,
@@ -54,6 +55,7 @@ class Guard:
             coarser: of the types that engines and policy compute in.
             judges_rollouts: the engines' log-probs of what is trained on are comparable.
             max_bad_steps: so many in a row end the run, at least 1.
+            stop_on: sign of a collapse -> its limit, see collapse.py.
             samples_file: where their samples are written.
             say: prints a line, where this rank is to print any.
             is_rank0: this rank writes the file.
@@ -63,6 +65,7 @@ class Guard:
         self._coarser = coarser
         self._judges_rollouts = judges_rollouts
         self._bad_steps = BadSteps(max_bad_steps)
+        self.stop_on = stop_on
         self._samples_file = samples_file
         self._say = say
         self._is_rank0 = is_rank0

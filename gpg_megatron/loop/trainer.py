@@ -17,6 +17,7 @@ from gpg_megatron.bridge.bridge import WeightBridge
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.checkpoints import RunCheckpoints
+from gpg_megatron.loop.collapse import Collapsed, signs, verdict, where_to_go_on
 from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.rank0 import Rank0
@@ -45,11 +46,12 @@ def train(run: Run) -> str:
         with run.place(State.POLICY), run.phase("policy"):
             results = run.policy.learn(batches)
         is_judged = run.guard.check(step, samples, results)
+        collapse = run.check_collapse(step, rollout, samples, results)
         run.publish()
         agreement = {} if is_judged else run.check_engines(step)
         evals = run.evaluate_at(step)
         run.save_at(step, evals)
-        run.report(step, rollout, samples, stats, batches, results, evals | agreement)
+        run.report(step, rollout, samples, stats, batches, results, evals | agreement | collapse)
     run.finish()
     return run.left_because
 
@@ -128,6 +130,25 @@ class Run:
             with self.place(State.SYNC), self.phase("sync"):
                 self.bridge.publish(self.policy.version)
             self._published = self.policy.version
+
+    def check_collapse(
+        self,
+        step: int,
+        rollout: Rollout,
+        samples: Sequence[TrainSample],
+        results: Sequence[StepResult],
+    ) -> dict[str, float]:
+        """The signs of a collapse that are watched, as metrics.
+
+        Raises:
+            Collapsed: one is beyond its limit. Nothing of this step is saved.
+        """
+        if not (limits := self.guard.stop_on):
+            return {}
+        found = signs(rollout.metrics["reward/accuracy"], samples, results)
+        if said := verdict(step, found, limits):
+            raise Collapsed(f"{said}; {where_to_go_on(self.checkpoints.newest())}")
+        return {f"stop/{name}": found[name] for name in limits if name in found}
 
     def check_first_sync(self) -> None:
         """Refuse to train when the engines do not compute what the policy computes."""

@@ -28,7 +28,13 @@ from gpg_megatron.policy.attention import flash_takes
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model, forward_arguments
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
-from gpg_megatron.policy.optimizer import build_optimizer, build_scheduler, current_lr
+from gpg_megatron.policy.optimizer import (
+    adam_norm,
+    build_optimizer,
+    build_scheduler,
+    current_lr,
+    scale_step,
+)
 from gpg_megatron.policy.outputs import (
     Output,
     OutputFunction,
@@ -205,10 +211,29 @@ class Policy:
         result = self._result(updated=True, loss=loss, grad_norm=grad_norm, metrics=metrics)
         if result.is_bad:
             return replace(result, updated=False)
+        metrics = metrics | self._alpha_effective(batch.whole_alpha)
+        a = self._algorithm
+        by_alpha = batch.whole_alpha if a.alpha_apply == "step" else 1.0
+        scale_step(self._optimizer, by_alpha * (metrics["correction/ess"] if a.ess_lr else 1.0))
+        lr = current_lr(self._optimizer)
         self._optimizer.step()
         self._scheduler.step(increment=1)
         self.version += 1
-        return replace(result, version=self.version)
+        return replace(result, version=self.version, lr=lr, metrics=metrics)
+
+    def _alpha_effective(self, alpha: float) -> dict[str, float]:
+        """What alpha makes of the length of the update that is about to be made, where that is to
+        be measured. Collective."""
+        every = self._algorithm.alpha_effective_freq
+        if not every or self.version % every:
+            return {}
+        if self._algorithm.alpha_apply == "loss":
+            lengths = [
+                adam_norm(self._optimizer, factor, n_steps=self.version)
+                for factor in (1.0, 1.0 / alpha)
+            ]
+            alpha = lengths[0] / lengths[1]
+        return {"group/alpha_effective": alpha}
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:

@@ -192,10 +192,15 @@ class Comparison:
         errors = {
             "loss": abs(result.loss / right.loss - 1.0),
             "grad_norm": abs(result.grad_norm / right.grad_norm - 1.0),
+            **self._alpha_effective(result, right),
             **{f"gradient of {name}": error for name, error in grads.items()},
             **{f"updated {name}": error for name, error in weights.items()},
         }
         return {f"update {step}, {what}": error for what, error in errors.items()}
+
+    def _alpha_effective(self, result: StepResult, right: Update) -> dict[str, float]:
+        measured = result.metrics.get("group/alpha_effective")
+        return {"alpha_effective": abs(measured / right.alpha_effective - 1)} if measured else {}
 
     def uncovered(self) -> list[str]:
         """Collective. Tensors of which all ranks together have not shown every element."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpg_megatron.algorithm.update import weigh_update
+from gpg_megatron.algorithm.update import WeighedUpdate, weigh_update
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.types import TrainSample
@@ -31,6 +32,8 @@ class Update:
     """After clipping."""
     weights: dict[str, torch.Tensor]
     """After the step."""
+    alpha_effective: float
+    """How much longer alpha makes the step of Adam, without decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +121,81 @@ def _update(
     loss = _loss(model, config, samples, start)
     optimizer.zero_grad()
     loss.backward()
+    parameters = dict(model.named_parameters())
+    alpha, in_step = _weighed(config, samples).alpha, config.algorithm.alpha_apply == "step"
+    before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    scale = (alpha if in_step else 1.0) * _ess(model, config, samples, start)
+    effective = alpha if in_step else _length(model, optimizer, config, 1.0 / alpha)
+    for name, gradient in before.items():
+        parameters[name].grad = gradient
     limit = config.policy.clip_grad or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = scale * group["lr"], group["weight_decay"] / scale
     optimizer.step()
-    parameters = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = group["lr"] / scale, scale * group["weight_decay"]
     return Update(
         loss=loss.item(),
         grad_norm=norm.item(),
         grads=_as_saved({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}),
         weights=_as_saved({name: p.detach().clone() for name, p in parameters.items()}),
+        alpha_effective=effective,
+    )
+
+
+def _length(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, factor: float
+) -> float:
+    """How much longer a step is than with the gradient times factor, on copies of everything."""
+    lengths = []
+    for times in (1.0, factor):
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        copies = [p.detach().clone().requires_grad_() for p in parameters]
+        for copy, p in zip(copies, parameters, strict=True):
+            assert p.grad is not None
+            copy.grad = times * p.grad
+        c = config.policy
+        torch.nn.utils.clip_grad_norm_(copies, c.clip_grad or float("inf"))
+        betas = (c.adam_beta1, c.adam_beta2)
+        adam = torch.optim.Adam(copies, lr=c.lr, betas=betas, eps=c.adam_eps)
+        for copy, own in zip(copies, parameters, strict=True):
+            adam.state[copy] = deepcopy(optimizer.state[own])
+        adam.step()
+        moves = [(a - b).norm() for a, b in zip(copies, parameters, strict=True)]
+        lengths.append(float(torch.stack(moves).norm()))
+    return lengths[0] / lengths[1]
+
+
+@torch.no_grad()
+def _ess(
+    model: torch.nn.Module,
+    config: Config,
+    samples: Sequence[TrainSample],
+    start: Mapping[tuple[int, int], torch.Tensor],
+) -> float:
+    """(sum rho)^2 / (n sum rho^2) over the tokens of the samples with an advantage."""
+    if not config.algorithm.ess_lr:
+        return 1.0
+    assert config.objective.old_logprobs == "policy" and config.objective.loss == "gpg"
+    temperature = config.rollout.temperature
+    rho = torch.cat(
+        [
+            (_distribution(model, sample, temperature)[0] - start[_key(sample)]).exp()
+            for sample in samples
+            if sample.advantage
+        ]
+    )
+    return (rho.sum() ** 2 / (len(rho) * rho.square().sum())).item()
+
+
+def _weighed(config: Config, samples: Sequence[TrainSample]) -> WeighedUpdate:
+    return weigh_update(
+        samples,
+        config.algorithm,
+        dp_size=config.policy.data_parallel_size,
+        max_tokens=config.policy.max_tokens_per_micro_batch,
+        max_response_length=config.rollout.max_response_length,
     )
 
 
@@ -157,13 +226,7 @@ def _loss(
     Args:
         start: log-probs before the first update. The reference model of a KL term is the same.
     """
-    update = weigh_update(
-        samples,
-        config.algorithm,
-        dp_size=config.policy.data_parallel_size,
-        max_tokens=config.policy.max_tokens_per_micro_batch,
-        max_response_length=config.rollout.max_response_length,
-    )
+    update = _weighed(config, samples)
     terms = [
         weight * _sample_loss(model, config, sample, start[_key(sample)])
         for sample, weight in zip(update.samples, update.weights, strict=True)

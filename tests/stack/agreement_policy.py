@@ -84,6 +84,7 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
         coarser=DTYPES[coarser],
         judges_rollouts=True,
         max_bad_steps=3,
+        stop_on={},
         samples_file=Path("unused"),
         say=print,
         is_rank0=True,
@@ -114,6 +115,7 @@ def _judge(guard: Guard, pairs: Pairs, policy: Policy) -> dict[str, Any]:
         coarser=torch.float32,
         judges_rollouts=True,
         max_bad_steps=3,
+        stop_on={},
         samples_file=Path("unused"),
         say=print,
         is_rank0=True,
@@ -207,6 +209,7 @@ def _batch(pairs: Pairs) -> TrainBatch:
         n_shared_tokens=0,
         flops=0.0,
         alpha=1.0,
+        whole_alpha=1.0,
     )
 
 

@@ -299,8 +299,9 @@ def test_a_correction_scales_the_gradient_and_its_metrics_by_hand() -> None:
     _, gradient, named = run(config, four())
     assert gradient == pytest.approx([-0.5, -0.25, 0.25, 0.5])
     assert named["correction/cut_fraction"] == 0.25
-    # ratios 4 1 0.5 1: sum 6.5, squares 18.25
+    # ratios 4 1 0.5 1: sum 6.5, squares 18.25; cut at 2: 4.5 and 6.25
     assert named["correction/ess"] == pytest.approx(6.5**2 / (4 * 18.25))
+    assert named["correction/ess_cut"] == pytest.approx(4.5**2 / (4 * 6.25))
     assert named["mismatch/kl_k1"] == pytest.approx(-math.log(2.0) / 4)
     k3 = (3 - math.log(4) + 0 + -0.5 + math.log(2)) / 4
     assert named["mismatch/kl_k3"] == pytest.approx(k3, rel=1e-6)

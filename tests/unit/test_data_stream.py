@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.data.stream import MixedStream, PromptStream, open_stream
+from gpg_megatron.data.curriculum import open_stream
+from gpg_megatron.data.stream import MixedStream, PromptStream
 from gpg_megatron.errors import UserError
 from gpg_megatron.types import Prompt
 from tests.samples import int32
@@ -22,6 +23,12 @@ def prompts(n: int) -> list[Prompt]:
         Prompt(id=str(i), token_ids=int32((i,)), messages=(), ground_truth="", data_source="d")
         for i in range(n)
     ]
+
+
+def mixed(
+    files: Sequence[Sequence[Prompt]], weights: Sequence[float], *, seed: int, shuffle: bool
+) -> MixedStream:
+    return MixedStream(files, weights, partial(PromptStream, seed=seed, shuffle=shuffle))
 
 
 def ids(taken: Sequence[Prompt]) -> list[int]:
@@ -100,7 +107,7 @@ def files_of(sizes: Sequence[int]) -> list[list[Prompt]]:
 @given(mix=MIXES, n=st.integers(0, 200))
 def test_every_file_of_a_mix_gets_its_share(mix: list[tuple[int, float]], n: int) -> None:
     sizes, weights = zip(*mix, strict=True)
-    drawn = ids(MixedStream(files_of(sizes), weights, seed=1, shuffle=True).take(n))
+    drawn = ids(mixed(files_of(sizes), weights, seed=1, shuffle=True).take(n))
     for i, weight in enumerate(weights):
         mine = [x for x in drawn if x // 100 == i]
         assert abs(len(mine) - n * weight / sum(weights)) < len(sizes)
@@ -110,7 +117,7 @@ def test_every_file_of_a_mix_gets_its_share(mix: list[tuple[int, float]], n: int
 
 
 def test_a_mix_written_out() -> None:
-    stream = MixedStream(files_of([2, 3]), [2.0, 1.0], seed=1, shuffle=False)
+    stream = mixed(files_of([2, 3]), [2.0, 1.0], seed=1, shuffle=False)
     assert ids(stream.take(9)) == [0, 100, 1, 0, 101, 1, 0, 102, 1]
 
 
@@ -119,7 +126,7 @@ def test_a_mix_goes_on_where_its_state_was_taken(
     mix: list[tuple[int, float]], before: int, after: int
 ) -> None:
     sizes, weights = zip(*mix, strict=True)
-    first, second = (MixedStream(files_of(sizes), weights, seed=5, shuffle=True) for _ in range(2))
+    first, second = (mixed(files_of(sizes), weights, seed=5, shuffle=True) for _ in range(2))
     first.take(before)
     state = json.loads(json.dumps(first.state()))
     second.take(4)
@@ -129,12 +136,13 @@ def test_a_mix_goes_on_where_its_state_was_taken(
 
 def test_open_stream_mixes_only_with_weights() -> None:
     three = prompts(3)
-    opened = partial(open_stream, three, per_file=(1, 2), seed=1, shuffle=False)
+    plain = partial(open_stream, shuffle=False, seed=1, curriculum="none", group_size=8)
+    opened = partial(plain, three, per_file=(1, 2))
     assert ids(opened(weights=()).take(4)) == [0, 1, 2, 0]
     mixed = opened(weights=(3.0, 1.0))
     assert ids(mixed.take(8)) == [0, 0, 1, 0, 0, 0, 2, 0]
     with pytest.raises(UserError, match="training file 2 has no prompt"):
-        open_stream(three, per_file=(3, 0), weights=(1.0, 1.0), seed=1, shuffle=True)
+        plain(three, per_file=(3, 0), weights=(1.0, 1.0))
     with pytest.raises(UserError, match="of 0 weighted files, this run has 2"):
         mixed.restore(opened(weights=()).state())
     with pytest.raises(UserError, match="n_prompts=None"):
@@ -142,7 +150,7 @@ def test_open_stream_mixes_only_with_weights() -> None:
 
 
 def test_a_mix_goes_on_with_its_weights_only() -> None:
-    saved = MixedStream(files_of([2, 3]), [2.0, 1.0], seed=1, shuffle=True).state()
-    MixedStream(files_of([2, 3]), [4.0, 2.0], seed=1, shuffle=True).restore(saved)
+    saved = mixed(files_of([2, 3]), [2.0, 1.0], seed=1, shuffle=True).state()
+    mixed(files_of([2, 3]), [4.0, 2.0], seed=1, shuffle=True).restore(saved)
     with pytest.raises(UserError, match=r"data\.train_weights"):
-        MixedStream(files_of([2, 3]), [1.0, 1.0], seed=1, shuffle=True).restore(saved)
+        mixed(files_of([2, 3]), [1.0, 1.0], seed=1, shuffle=True).restore(saved)

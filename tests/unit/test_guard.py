@@ -82,6 +82,7 @@ def guard(folder: Path, said: list[str] | None = None, **options: Any) -> Guard:
         "coarser": torch.float32,
         "judges_rollouts": True,
         "max_bad_steps": 3,
+        "stop_on": {},
         "samples_file": folder / "bad_samples.jsonl",
         "say": (said if said is not None else []).append,
         "is_rank0": True,

@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks.learning import METHODS, curves, describe, over_tokens, run, summary, table
 from benchmarks.learning import main as learning_main
+from benchmarks.scoreboard import arms, half_width, scores
+from benchmarks.scoreboard import table as scoreboard_table
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError
 
@@ -25,6 +27,10 @@ def row(step: int, accuracy: float, tokens: int, **more: float) -> dict[str, Any
         "response/tokens": tokens,
         "group/live_fraction": 0.5,
         "group/alpha": 2.0,
+        "group/drawn": 12,
+        "group/carried_in": 2,
+        "group/carried_out": 1,
+        "group/filtered": 3,
         **more,
     }
 
@@ -42,6 +48,8 @@ def result(
         "seed": seed,
         "accuracy": accuracy,
         "tokens": tokens,
+        "live": [0.5] * len(tokens),
+        "groups": [4] * len(tokens),
         "held_out": held_out,
         "ended": ended,
     }
@@ -58,6 +66,7 @@ def test_curves_of_a_run() -> None:
     got = curves(rows)
     assert got["accuracy"] == [0.3, 0.5]
     assert got["tokens"] == [100, 250]
+    assert got["groups"] == [10, 10]
     assert got["held_out"] == {"0": 0.25, "2": 0.625}
 
 
@@ -119,3 +128,39 @@ def test_a_result_is_not_made_again_unless_the_settings_changed(
 def test_an_unknown_method_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert learning_main(["--out", str(tmp_path), "--methods", "gpg,ppo"]) == 2
     assert "'ppo'" in capsys.readouterr().err
+
+
+def test_arms_are_held_against_each_other_at_the_tokens_that_all_reached() -> None:
+    """The second seed is half way from 0.3 to 0.7 after 20 of 40 tokens; a collapse is a last
+    accuracy far below the best."""
+    fell = result("verl", 1, [0.2, 0.9, 0.1], [5, 10, 20], {"0": 0.2, "2": 0.9, "3": 0.1})
+    rows = scores(["gpg", "amap", "verl", "rloo"], [*RESULTS, fell])
+    assert [row["arm"] for row in rows] == ["gpg", "amap", "verl"]
+    assert {row["tokens"] for row in rows} == {20}
+    assert rows[0]["all"] == pytest.approx([0.5, 0.5])
+    assert (rows[0]["held_out"], rows[0]["collapsed"]) == (pytest.approx(0.5), 0)
+    assert (rows[1]["seeds"], rows[1]["failed"], rows[1]["held_out"]) == (0, 1, None)
+    assert (rows[2]["best"], rows[2]["last"], rows[2]["collapsed"]) == (0.9, 0.1, 1)
+    # two steps of 4 groups, half of them live: 4 live groups for 20 and for 40 tokens
+    assert rows[0]["per_live"] == pytest.approx((5 + 10) / 2)
+    assert rows[0]["to_wanted"] == [None, None] and rows[2]["to_wanted"] == [10]
+    lines = scoreboard_table(rows).splitlines()
+    assert lines[3] == "| amap | 0 (1 failed) | - | - | - | - | - | - |"
+    assert lines[4] == "| verl | 1 | 0.100 | 0.900 | 0.100 | 1 | 3.3 | 10 |"
+
+
+def test_the_interval_is_students() -> None:
+    assert half_width([0.5]) is None
+    # deviation 0.1, root of 3, t 4.303
+    assert half_width([0.4, 0.5, 0.6]) == pytest.approx(4.303 * 0.1 / 3**0.5)
+
+
+def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(MINIMAL)
+    found = arms(64)
+    assert {"paper", "verl-x4", "paper-x4-none", "paper-x16-ess", "paper-old1", "grpo-old1"} <= {
+        *found
+    }
+    for overrides in found.values():
+        load_config(file, overrides)

@@ -12,8 +12,8 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.config.sections import (
-    BridgeConfig,
     CheckpointConfig,
     Config,
     DataConfig,

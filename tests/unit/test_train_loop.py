@@ -204,7 +204,9 @@ class World:
             time.sleep(SAVE_S)
 
 
-def run(world: World, folder: Path = Path("unused")) -> list[str]:
+def run(
+    world: World, folder: Path = Path("unused"), stop_on: Mapping[str, float] | None = None
+) -> list[str]:
     """Train in that world, from where the parts have been built; what was called."""
     any_world = cast(Any, world)
     placement = Placement(world.mode, world.perform)
@@ -216,6 +218,7 @@ def run(world: World, folder: Path = Path("unused")) -> list[str]:
         coarser=torch.float32,
         judges_rollouts=True,
         max_bad_steps=3,
+        stop_on=stop_on or {},
         samples_file=folder / "bad.jsonl",
         say=world.message,
         is_rank0=True,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from gpg_megatron.bridge.bridge import PolicySide, WeightBridge
 from gpg_megatron.bridge.plan import bucket_elements
 from gpg_megatron.bridge.transports.base import TransferError
-from gpg_megatron.config.sections import BridgeConfig
+from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.host.reaper import new_run_id
 from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
