@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks.spelling.tables import grade_school, mathematical
 from benchmarks.spelling.ways import Pair
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.data.catalog import load_split
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.reward.scorers import SCORERS

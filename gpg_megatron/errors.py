@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+EXIT_STOPPED = 75
+"""Of a run that left in order before its end (EX_TEMPFAIL): started again, it goes on."""
 MAX_REASON = 300
 """Characters of a library's message that are quoted."""
 

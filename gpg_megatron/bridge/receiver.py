@@ -99,13 +99,14 @@ class Receiver:
         """Returns when everything stands in the target.
 
         Raises:
-            TransferError: a sender has given up or is late, or with verify a bucket is damaged.
+            TransferError: a sender is gone, has given up or is late, or with verify a bucket is
+                damaged.
         """
         for source in self._sources.values():
             source.n_read = 0
         for way, inbox in self._inboxes.items():
             inbox.start(self._expected[way])
-        patience = Patience(self._timeout_s)
+        patience = Patience(self._timeout_s, self._lost_sender)
         while waiting := [s for s in self._sources.values() if s.n_read < len(s.buckets)]:
             ranks = ", ".join(str(source.rank) for source in waiting)
             inbox, rank, data = patience.until(
@@ -124,6 +125,13 @@ class Receiver:
         for inbox in self._inboxes.values():
             inbox.close()
         self._inboxes.clear()
+
+    def _lost_sender(self) -> str | None:
+        """Why no more can come, within a second or two of a sender's death."""
+        for inbox in self._inboxes.values():
+            if (rank := inbox.lost()) is not None:
+                return f"policy rank {rank} is gone"
+        return None
 
     def _next_message(self) -> tuple[Inbox, int, torch.Tensor] | None:
         for inbox in self._inboxes.values():

@@ -15,7 +15,8 @@ from typing import get_args
 from gpg_megatron.config import off_policy
 from gpg_megatron.config.algorithm import group_rules, update_rules
 from gpg_megatron.config.ranges import ranges
-from gpg_megatron.config.sections import Config, PolicyConfig, RewardConfig, Scorer
+from gpg_megatron.config.reward import RewardConfig, Scorer
+from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
 
 STOP_SIGNS = {"entropy": False, "kl": True, "accuracy": False}

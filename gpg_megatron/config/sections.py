@@ -14,6 +14,7 @@ from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.config.off_policy import Sampled, settled
 from gpg_megatron.config.paths import file_path
 from gpg_megatron.config.ranges import ranged
+from gpg_megatron.config.reward import RewardConfig
 
 MIB, GIB = 2**20, 2**30
 """What keys that end in _mb and _gb are counted in, in bytes."""
@@ -21,10 +22,6 @@ MOST_SAMPLES = 16384
 """vLLM takes no request of more. Of a temperature below 0.01 it would make 0.01."""
 
 # OmegaConf resolves annotations at run time, so optional fields are spelled Optional[...].
-
-Scorer = Literal[
-    "auto", "exact_match", "gsm8k", "math", "math_verify", "verl_gsm8k", "verl_math", "custom"
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,35 +168,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """Scoring of completions."""
-
-    scorer: Scorer = "auto"
-    """auto: chosen by each row's data_source."""
-    by_source: dict[str, str] = field(default_factory=dict)
-    """data_source pattern (shell style) -> scorer; the first that fits comes before `scorer`."""
-    custom_function: Optional[str] = file_path(None)
-    """FILE.py:NAME of the scorer called custom."""
-    weights: dict[str, float] = field(default_factory=lambda: {"answer": 1.0})
-    """What the score is the sum of: answer (the scorer's score), format, overlong, length."""
-    format_pattern: Optional[str] = None
-    """Regular expression that a response with a right format contains; None: the scorer's own
-    notion of format."""
-    overlong_buffer: int = ranged(0, at_least=0)
-    """Tokens before rollout.max_response_length over which the part overlong falls from 0 to -1."""
-    num_workers: int = ranged(1, at_least=1)
-    """Scoring processes."""
-    tolerance: float = ranged(0.0, at_least=0)
-    """Largest relative difference of two numbers that math and math_verify call equal."""
-    timeout_s: float = ranged(10.0, above=0)
-    """Limit for one answer."""
-    timeout_score: float = ranged(0.0)
-    """Score of an answer that takes too long or too much memory, or crashes its scorer."""
-    memory_limit_mb: Optional[int] = ranged(2048, at_least=1)
-    """Private memory of each scoring process, MiB; None: no limit."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The loop."""
 
@@ -214,6 +182,14 @@ class TrainerConfig:
     max_bad_steps: int = ranged(3, at_least=1)
     """So many optimizer steps in a row with a loss or gradient that is not finite end the run;
     each of them is skipped."""
+    max_hours: Optional[float] = ranged(None, above=0)
+    """A run that takes longer leaves in order after the step in hand; None: no limit."""
+    max_restarts: int = ranged(0, at_least=0)
+    """How often a run in which something died is started again from its newest checkpoint."""
+    max_restarts_per_hour: int = ranged(3, at_least=1)
+    """Of any hour."""
+    grace_s: int = ranged(240, at_least=1)
+    """Seconds that a run has to leave in order after it was asked by a signal."""
     stop_on: dict[str, float] = field(default_factory=dict)
     """Limits beyond which a run has collapsed and ends: the least entropy and accuracy of the
     answers, the most kl to what sampled them."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.data.catalog import Loaded
 from gpg_megatron.reward import sources
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.errors import UserError, writing
 from gpg_megatron.reward.pool import FAILURES, RewardPool
 from gpg_megatron.reward.scorers import SCORERS

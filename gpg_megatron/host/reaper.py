@@ -246,7 +246,7 @@ def open_segments(pids: Iterable[int]) -> set[str]:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # only the owner's death ends it
     os.closerange(3, 1024)  # inherited pipes would keep their readers waiting
     watch(sys.argv[1], int(sys.argv[2]))

@@ -25,8 +25,10 @@ from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.loading import config_yaml
 from gpg_megatron.config.sections import Config
 from gpg_megatron.data.curriculum import open_stream
+from gpg_megatron.host.beats import Beats
 from gpg_megatron.host.collectives import OnRank0, broadcast, kept_on_rank0, on_rank0
 from gpg_megatron.host.device import Device
+from gpg_megatron.host.leaving import LeaveRequest
 from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.layout.topology import policy_grid
@@ -72,9 +74,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
     group = dist.new_group(timeout=_rank0_limit(config), backend="gloo")
     ask_rank0: OnRank0 = partial(on_rank0, group=group)
     with ExitStack() as ends:
-        watchdog = ends.enter_context(
-            closing(Watchdog(rank=dist.get_rank(), limit_s=WATCHDOG_LIMIT_S))
-        )
+        watchdog = ends.enter_context(closing(_watchdog()))
         fleet = kept_on_rank0(
             lambda: ends.enter_context(closing(start_engines(config, shape, device, run_id))),
             ask_rank0,
@@ -123,6 +123,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
             rank0=rank0,
             peak_flops_per_s=peak,
             trace=trace_of(config.trainer, dist.get_rank()),
+            asked_to_leave=LeaveRequest(config.trainer.output_dir, config.trainer.max_hours),
         )
 
 
@@ -230,6 +231,12 @@ def open_rollouts(
     return Rollouts(collector, ask_rank0, partial(broadcast, group=group), watchdog, ahead=ahead)
 
 
+def _watchdog() -> Watchdog:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    beats = Beats(rank, world_size) if world_size > 1 else None
+    return Watchdog(rank=rank, limit_s=WATCHDOG_LIMIT_S, ranks=beats)
+
+
 def _pids() -> list[int]:
     """Of the other ranks and the launcher. Collective."""
     pids: list[int] = [0] * dist.get_world_size()
@@ -244,7 +251,8 @@ def _rank0_limit(config: Config) -> timedelta:
     """Longer than anything that rank 0 does alone may take; its own limits come first."""
     r = config.rollout
     draws = 1 + config.algorithm.max_redraws
-    return timedelta(seconds=r.startup_timeout_s + 2 * draws * r.generate_timeout_s)
+    seconds = r.startup_timeout_s + 2 * draws * r.generate_timeout_s
+    return timedelta(seconds=seconds + draws * config.reward.outage_limit_s)
 
 
 def _peak_of_all_ranks(device: Device, dtype: torch.dtype) -> float:

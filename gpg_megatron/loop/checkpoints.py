@@ -63,10 +63,10 @@ class Saving:
     marker: Callable[..., Marker]
     """Takes step, version, metric and files."""
 
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is saved after a step."""
+    def saves_at(self, step: int, leaves: bool) -> bool:
+        """Whether a checkpoint is saved after a step, after which the run may leave."""
         every, last = self.config.save_freq, step == self.last_step
-        if every and step % every == 0:
+        if every and (leaves or step % every == 0):
             return True
         return last and (every > 0 or self.config.hf_export != "never")
 
@@ -103,22 +103,25 @@ class RunCheckpoints:
         self._state = state
         self._writer = CheckpointWriter(asynchronous=saving.config.async_save)
 
-    def saves_at(self, step: int) -> bool:
+    def saves_at(self, step: int, leaves: bool) -> bool:
         """Whether save_at will read the policy's parameters and optimizer."""
-        return self._saving.saves_at(step)
+        return self._saving.saves_at(step, leaves)
 
-    def save_at(self, step: int, policy: Policy, evals: Mapping[str, float]) -> None:
+    def save_at(
+        self, step: int, policy: Policy, evals: Mapping[str, float], leaves: bool = False
+    ) -> None:
         """Save if the step is one to save, and complete a save whose files are written; after
         the last step nothing is being written any more.
 
         Args:
             evals: of this step, on rank 0; they may hold checkpoint.best_metric.
+            leaves: the run ends after this step.
 
         Raises:
             UserError: the disk is full, or the directory cannot be written.
         """
         self._writer.poll()
-        if self.saves_at(step):
+        if self.saves_at(step, leaves):
             self.wait()
             directory = self._on_rank0(lambda: self._prepare(step))
             metric = evals.get(self._saving.config.best_metric or "")
@@ -128,7 +131,7 @@ class RunCheckpoints:
                 self._writer,
                 lambda: self._on_rank0(lambda: self._complete(directory, step, version, metric)),
             )
-        if step == self._saving.last_step:
+        if leaves or step == self._saving.last_step:
             self.wait()
 
     def wait(self) -> None:

@@ -11,8 +11,10 @@ from gpg_megatron.algorithm.advantages import AdvantageStats
 from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import Config
 from gpg_megatron.evaluation.evaluate import evaluate
+from gpg_megatron.host.leaving import forget_request
 from gpg_megatron.loop.collector import sampling_requests
 from gpg_megatron.loop.inputs import Inputs
+from gpg_megatron.loop.suspect import write_suspect
 from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress
@@ -95,6 +97,10 @@ class Rank0:
             self.progress.step(step, metrics)
             self.logger.write_rollouts(step, groups, samples)
 
+    def keep_suspect(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Write down a batch with which the run has failed before."""
+        write_suspect(self.config.trainer.output_dir, step, groups)
+
     def warn_of_shaped_scores(self, step: int, stats: AdvantageStats) -> None:
         """Once: the alpha that counts right answers by their score does not here."""
         if self._has_warned or not stats.n_shaped or self.config.algorithm.alpha != "nonzero":
@@ -107,8 +113,15 @@ class Rank0:
             file=sys.stderr,
         )
 
-    def finish(self) -> None:
-        """Write the report page of a run that came to its end, and say what there is to say."""
+    def finish(self, left_because: str) -> None:
+        """Write the report page of a run that came to its end, and say what there is to say.
+
+        Args:
+            left_because: why it leaves before; empty: it does not.
+        """
         page = write_report(self.config.trainer.output_dir)
         for line in (*summary_lines(read_metrics(page.parent)), f"report: {page}"):
             self.message(line)
+        if left_because:
+            forget_request(self.config.trainer.output_dir)
+            self.message(f"left in order: {left_because}; started again, the run goes on")

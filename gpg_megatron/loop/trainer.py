@@ -7,7 +7,7 @@ prompts -> rollout -> reward -> advantage -> batch -> policy step -> bridge -> r
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Rollouts
 from gpg_megatron.loop.step_metrics import step_metrics, throughput
+from gpg_megatron.loop.suspect import suspect_step
 from gpg_megatron.observe.trace import Trace
 from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.placement.states import Placement, State
@@ -30,14 +31,16 @@ from gpg_megatron.policy.policy import Policy
 from gpg_megatron.types import Completion, Prompt, StepResult, TrainBatch, TrainSample
 
 
-def train(run: Run) -> None:
-    """Train to the end, from the resume point if there is one. Collective."""
+def train(run: Run) -> str:
+    """Train to the end, from the resume point if there is one; why it left before, or nothing.
+    Collective."""
     run.publish()
     run.check_first_sync()
     run.evaluate_first()
     for step in run.steps():
         with run.place(State.ROLLOUT):
             rollout = run.rollouts.take()
+        run.keep_suspect(step, rollout)
         samples, stats = assign_advantages(rollout.groups, run.algorithm)
         batches = make_batches(samples, run.plan, skipped=rollout.skipped)
         with run.place(State.POLICY), run.phase("policy"):
@@ -50,6 +53,7 @@ def train(run: Run) -> None:
         run.save_at(step, evals)
         run.report(step, rollout, samples, stats, batches, results, evals | agreement | collapse)
     run.finish()
+    return run.left_because
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +95,19 @@ class Run:
     """Of all policy ranks together."""
     trace: Trace
     """What a step runs in: nothing, or the profiler."""
+    asked_to_leave: Callable[[], str]
+    """Asked on rank 0: why the run is to leave; empty: it is not."""
+    left_because: str = field(default="", init=False)
     _published: int | None = field(default=None, init=False)
     """The version that the engines have."""
     _step_began: float = field(default=0.0, init=False)
 
     def steps(self) -> Iterator[int]:
         """Those that are still to be done, from 1."""
+        self.left_because = self.on_rank0(self.asked_to_leave)
         for step in range(self.schedule.done + 1, self.schedule.last + 1):
+            if self.left_because:
+                return
             with self.trace(step):
                 self._step_began = time.perf_counter()
                 yield step
@@ -181,12 +191,21 @@ class Run:
             return {}
         return self._evaluate(step, f"after step {step}")
 
+    def keep_suspect(self, step: int, rollout: Rollout) -> None:
+        """The batch of a step in which the run has failed before is written down."""
+        if step == suspect_step():
+            self.on_rank0(lambda: self._rank0.keep_suspect(step, rollout.groups))
+
     def save_at(self, step: int, evals: Mapping[str, float]) -> None:
-        """A checkpoint where it is due. After the last step all of them are written."""
-        if self.checkpoints.saves_at(step):
+        """A checkpoint where it is due, and where the run is asked to leave. After the last step
+        all of them are written."""
+        if step < self.schedule.last:
+            self.left_because = self.on_rank0(self.asked_to_leave)
+        leaves = bool(self.left_because)
+        if self.checkpoints.saves_at(step, leaves):
             self.placement.enter(State.READ)
         with self.phase("checkpoint"):
-            self.checkpoints.save_at(step, self.policy, evals)
+            self.checkpoints.save_at(step, self.policy, evals, leaves)
 
     def report(
         self,
@@ -216,8 +235,8 @@ class Run:
         self.on_rank0(write)
 
     def finish(self) -> None:
-        """The last words of a run that came to its end."""
-        self.on_rank0(lambda: self._rank0.finish())
+        """The last words of a run that came to its end, or leaves in order."""
+        self.on_rank0(lambda: self._rank0.finish(self.left_because))
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""

@@ -1,4 +1,5 @@
-"""Names the phase that is running, times it, and says so when it takes too long."""
+"""Names the phase that is running, times it, and says so when it takes too long, and which rank the
+others wait for."""
 
 from __future__ import annotations
 
@@ -9,7 +10,20 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Protocol, TextIO
+
+BEAT_S = 2.0
+"""How often a rank says where it is."""
+
+
+class Ranks(Protocol):
+    """What ranks say of themselves: one text each."""
+
+    def tell(self, text: str) -> None:
+        """This rank's, in place of what it told before."""
+
+    def hear(self) -> dict[int, str]:
+        """Of the other ranks."""
 
 
 @dataclass(slots=True)
@@ -39,11 +53,24 @@ class Watchdog:
     Args:
         rank: named in the line.
         limit_s: seconds without progress before the line.
+        ranks: the line also names ranks that are elsewhere than this one, or give no sign; None:
+            it does not.
         stream: where the line goes; None: stderr.
     """
 
-    def __init__(self, *, rank: int, limit_s: float, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        limit_s: float,
+        ranks: Ranks | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
         self._rank = rank
+        self._ranks = ranks
+        self._loop = threading.get_ident()
+        """The thread whose phases the others hear of."""
+        self._number = 0
         self._limit_s = limit_s
         self._stream = stream
         self._threads: defaultdict[int, _Phases] = defaultdict(_Phases)
@@ -77,12 +104,43 @@ class Watchdog:
         self._thread.join(timeout=5.0)
 
     def _watch(self) -> None:
+        told = 0.0
         while not self._closed.wait(min(self._limit_s / 4, 1.0)):
-            for phases in list(self._threads.values()):
+            if self._ranks is not None and time.monotonic() - told >= BEAT_S:
+                told = time.monotonic()
+                self._tell(self._ranks)
+            for thread, phases in list(self._threads.items()):
                 now, running = time.monotonic(), phases.open
                 if not running or now - max(phases.said, phases.progress) < self._limit_s:
                     continue
                 phases.said = now
                 name, start = running[-1]
                 line = f"[rank {self._rank}] {name} has been running for {now - start:.0f} s"
+                if self._ranks is not None and thread == self._loop:
+                    line += self._others(self._ranks, name)
                 print(line, file=self._stream or sys.stderr, flush=True)
+
+    def _tell(self, ranks: Ranks) -> None:
+        """A number that grows while this process lives, and where its loop is."""
+        self._number += 1
+        running = self._threads[self._loop].open
+        name, start = running[-1] if running else ("", time.monotonic())
+        ranks.tell(f"{self._number} {time.monotonic() - start:.0f} {name}")
+
+    def _others(self, ranks: Ranks, name: str) -> str:
+        """Which ranks are elsewhere, or tell nothing new for two beats."""
+        before = ranks.hear()
+        end = time.monotonic() + 2 * BEAT_S
+        while time.monotonic() < end:
+            self._tell(ranks)  # so that another one that looks now sees this one
+            if self._closed.wait(BEAT_S / 2):
+                return ""
+        late = []
+        for rank, text in sorted(ranks.hear().items()):
+            _, seconds, where = (text or "0 0 ").split(" ", 2)
+            if text == before.get(rank):
+                late.append(f"rank {rank} gives no sign" + (f", last in {where}" if where else ""))
+            elif where != name:
+                place = f"in {where} for {seconds} s" if where else "between two phases"
+                late.append(f"rank {rank} is {place}")
+        return f"; {'; '.join(late)}" if late else "; so are the other ranks"

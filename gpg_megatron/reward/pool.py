@@ -19,9 +19,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.errors import RunError
 from gpg_megatron.reward import shaping
+from gpg_megatron.reward.retries import Retries
 from gpg_megatron.reward.sources import scorer_name
 from gpg_megatron.reward.worker import OUT_OF_MEMORY, Question, Setup
 from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup
@@ -131,6 +132,7 @@ class RewardPool:
             memory_bytes=None if limit is None else limit * MIB,
             tolerance=config.tolerance,
         )
+        self._retries = Retries(config=config, say=_say)
         self._prepared: list[str] = []
         self._crashes_in_a_row = 0
         self._error = ""
@@ -153,7 +155,7 @@ class RewardPool:
 
         Raises:
             UserError: a data source without a scorer.
-            RunError: the scorer fails on one answer after the other.
+            RunError: the scorer fails on one answer after the other, or is out for too long.
         """
         assert self._workers, "the pool is closed"
         questions = [
@@ -162,9 +164,9 @@ class RewardPool:
             for completion in completions
         ]
         silent_before = not self._error
-        rewards = iter(self._judged(questions))
+        rewards = iter(self._retries(self._judged, questions))
         if silent_before and self._error:
-            print(f"warning: a scorer failed, its answer scores 0: {self._error}", file=sys.stderr)
+            _say(f"a scorer failed, its answer scores 0: {self._error}")
         return [self._group(prompt, completions, rewards) for prompt, completions in items]
 
     def attempt(self, prompt: Prompt, response: str) -> tuple[Reward, str]:
@@ -300,7 +302,7 @@ class RewardPool:
         if failure == "crash":
             self._error = f"{task.question.scorer}: {error}"
             self._crashes_in_a_row += 1
-            if self._crashes_in_a_row >= MAX_CRASHES_IN_A_ROW:
+            if self._crashes_in_a_row >= MAX_CRASHES_IN_A_ROW and not self._config.retries:
                 raise RunError(
                     f"the scorer failed on {self._crashes_in_a_row} answers in a row: {self._error}"
                 )
@@ -312,6 +314,10 @@ class RewardPool:
         self._workers[slot] = _Worker(self._setup, self._prepared)
         self._workers[slot].wait_ready()
         return code
+
+
+def _say(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _reward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.plugins import load_object
 from gpg_megatron.reward.gsm8k import exact_number

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.reward.pool import FAILURES, RewardPool
 from gpg_megatron.reward.sources import scorer_name

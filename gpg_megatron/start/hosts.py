@@ -22,6 +22,7 @@ from gpg_megatron.loop.inputs import check_model
 from gpg_megatron.placement.devices import visible_devices
 from gpg_megatron.placement.hosts import HostOffer, HostShare, share_hosts
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
+from gpg_megatron.start.leaving import leaving_in_order
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
 from gpg_megatron.start.preflight import has_work, preflight
 from gpg_megatron.start.world import own_run, run_ranks, stopped, world_of
@@ -40,7 +41,10 @@ def _raise_stop(number: int, _frame: object) -> NoReturn:
     raise SignalException(f"signal {number}", sigval=signal.Signals(number))
 
 
-def run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> Failure | None:
+def run_among_hosts(
+    config: Config, arguments: Sequence[str], hosts: Hosts, attempt: int
+) -> Failure | None:
+    """attempt: restarts so far."""
     if config.bridge.transport in ONE_HOST_TRANSPORTS:
         raise UserError(
             f"bridge.transport={config.bridge.transport} needs policy ranks and engines on one "
@@ -51,11 +55,11 @@ def run_among_hosts(config: Config, arguments: Sequence[str], hosts: Hosts) -> F
 
     _answer_signals(_raise_stop)
     with own_run() as run_id:
-        meeting = Meeting(hosts)
+        meeting = Meeting(hosts, attempt=attempt)
         failure: Failure | None = None
         try:
             try:
-                failure = _run_host(meeting, config, arguments, hosts, run_id)
+                failure = _run_host(meeting, config, arguments, hosts, run_id, attempt)
             except UserError as error:
                 failure = Failure(text=str(error), exit_code=2, is_cause=True)
             except TimeoutError as error:
@@ -76,7 +80,12 @@ def _answer_signals(handler: Any) -> None:
 
 
 def _run_host(
-    meeting: Meeting, config: Config, arguments: Sequence[str], hosts: Hosts, run_id: str
+    meeting: Meeting,
+    config: Config,
+    arguments: Sequence[str],
+    hosts: Hosts,
+    run_id: str,
+    attempt: int,
 ) -> Failure | None:
     """Host 0 checks what all need, once; then Ray everywhere, then the ranks."""
     from gpg_megatron.host.device import resolve_device
@@ -107,19 +116,22 @@ def _run_host(
         arguments.append(f"rollout.ray_address={hosts.address}:{hosts.ray_port}")
         _start_ray(meeting, hosts, run_id, own_address, shares[hosts.rank])
     if not shares[hosts.rank].n_ranks:
-        meeting.wait_for_the_end()
+        with leaving_in_order(config):
+            meeting.wait_for_the_end()
         return None
-    return run_ranks(_world_of_hosts(hosts, shares, on_gpus), arguments)
+    return run_ranks(config, _world_of_hosts(hosts, shares, on_gpus, attempt), arguments)
 
 
-def _world_of_hosts(hosts: Hosts, shares: Sequence[HostShare], on_gpus: bool) -> LaunchConfig:
+def _world_of_hosts(
+    hosts: Hosts, shares: Sequence[HostShare], on_gpus: bool, attempt: int
+) -> LaunchConfig:
     """The hosts that have ranks, in order; torchrun knows no others, and would sort by name."""
     with_ranks = [k for k, share in enumerate(shares) if share.n_ranks]
     return world_of(
         len(with_ranks),
         shares[hosts.rank].n_ranks,
         on_gpus,
-        run_id="gpg",
+        run_id=f"gpg{attempt}",
         rdzv_backend="static",
         rdzv_endpoint=f"{hosts.address}:{hosts.port}",
         rdzv_configs={"rank": with_ranks.index(hosts.rank), "timeout": RENDEZVOUS_TIMEOUT_S},

@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.leaving import BEGAN_VARIABLE, forget_request
 from gpg_megatron.host.limits import allow_open_files
+from gpg_megatron.loop.suspect import SUSPECT_VARIABLE
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.hosts import run_among_hosts
-from gpg_megatron.start.meeting import Hosts
+from gpg_megatron.start.meeting import Failure, Hosts
 from gpg_megatron.start.preflight import check_devices, has_work, preflight
+from gpg_megatron.start.restarts import Restarts
 from gpg_megatron.start.world import one_host_world, own_run, run_ranks
 
 
@@ -62,7 +66,8 @@ def hosts_of(arguments: argparse.Namespace) -> Hosts:
 
 
 def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
-    """Check the inputs, then run one torchrun agent on this host; leave nothing of it behind.
+    """Check the inputs, then run one torchrun agent on this host; leave nothing of it behind. A
+    run in which something died is started again, as trainer.max_restarts says.
 
     Returns:
         the exit code, the same on all hosts.
@@ -70,25 +75,41 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     from gpg_megatron.host.device import resolve_device
 
     allow_open_files()
-    n_ranks = config.policy.world_size
     on_gpus = resolve_device(config.trainer.device) == "cuda"
+    os.environ[BEGAN_VARIABLE] = str(time.time())
+    if hosts.rank == 0:
+        forget_request(config.trainer.output_dir)
     if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if hosts.count == 1:
-        is_alone = config.rollout.ray_address is None
-        if is_alone:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    restarts = Restarts(config)
+    failure = _run(config, arguments, hosts, on_gpus, attempt=0)
+    while failure is not None and restarts.allows(failure, time.monotonic()):
+        if hosts.rank == 0:
+            print(restarts.line, file=sys.stderr)
+        os.environ[SUSPECT_VARIABLE] = str(restarts.step)
+        again = [*arguments, *restarts.overrides]
+        failure = _run(config, again, hosts, on_gpus, attempt=restarts.done)
+    if failure is None:
+        return 0
+    if line := failure.line(hosts.rank):
+        print(f"{line}{restarts.remark}", file=sys.stderr)
+    return failure.exit_code
+
+
+def _run(
+    config: Config, arguments: Sequence[str], hosts: Hosts, on_gpus: bool, *, attempt: int
+) -> Failure | None:
+    """attempt: 0, or how often the run was started again; its inputs are known then."""
+    if hosts.count > 1:
+        return run_among_hosts(config, arguments, hosts, attempt)
+    n_ranks, is_alone = config.policy.world_size, config.rollout.ray_address is None
+    if is_alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not attempt:
         check_devices(config, n_ranks)
         if on_gpus:
             check_transformer_engine()
         if not has_work(config, preflight(config, n_ranks)):
-            return 0
-        with own_run() as run_id:
-            failure = run_ranks(one_host_world(run_id, n_ranks, on_gpus, is_alone), arguments)
-    else:
-        failure = run_among_hosts(config, arguments, hosts)
-    if failure is None:
-        return 0
-    if line := failure.line(hosts.rank):
-        print(line, file=sys.stderr)
-    return failure.exit_code
+            return None
+    with own_run() as run_id:
+        return run_ranks(config, one_host_world(run_id, n_ranks, on_gpus, is_alone), arguments)

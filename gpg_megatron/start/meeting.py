@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from gpg_megatron.errors import UserError
+from gpg_megatron.errors import EXIT_STOPPED, UserError
 
 JOIN_TIMEOUT_S = 900.0
 STORE_TIMEOUT_S = 60.0
@@ -62,14 +62,16 @@ class Failure:
     """Whether it began there, as far as can be told: a process was killed, an input was bad."""
     is_said: bool = False
     """Whether that host has printed it already."""
+    is_host: bool = False
+    """Whether the launcher of a host is gone."""
     host: int = 0
 
     def line(self, here: int) -> str:
         """What host `here` prints of it; empty: nothing."""
+        if self.is_said and (self.host == here or self.exit_code == EXIT_STOPPED):
+            return ""
         if self.host != here:
             return f"error: host {self.host}: {self.text}"
-        if self.is_said:
-            return ""
         return self.text if self.exit_code > 128 else f"error: {self.text}"
 
 
@@ -82,8 +84,13 @@ def cause_of(failures: Iterable[Failure], here: int) -> Failure | None:
 class Meeting:
     """This host's end of the meeting. Its methods are called by the main thread alone."""
 
-    def __init__(self, hosts: Hosts, join_timeout_s: float = JOIN_TIMEOUT_S) -> None:
+    def __init__(
+        self, hosts: Hosts, join_timeout_s: float = JOIN_TIMEOUT_S, *, attempt: int = 0
+    ) -> None:
         """Join; host 0 opens the store that all of it goes through.
+
+        Args:
+            attempt: restarts so far, the same on all hosts.
 
         Raises:
             UserError: the port cannot be opened, or host 0 does not answer.
@@ -111,7 +118,7 @@ class Meeting:
         except DistError as error:
             where = f"{hosts.address}:{hosts.port}"
             raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from None
-        self._store = PrefixStore("hosts", store)
+        self._store = PrefixStore(f"hosts/{attempt}", store)
 
     def _wait_for_port(self) -> None:
         """torch would wait too, and answer no signal meanwhile."""
@@ -158,7 +165,8 @@ class Meeting:
             time.sleep(BEAT_S / 2)
 
     def watch(self) -> None:
-        """From now on SIGTERM comes to this process when another host fails or is silent."""
+        """From now on SIGHUP comes to this process when another host fails or is silent: it ends
+        the ranks at once, where other signals ask them to leave in order."""
         self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
         self._watcher.start()
 
@@ -169,7 +177,7 @@ class Meeting:
             self._watcher.join()
         known = [] if self._reason is None else [self._reason]
         # The watcher's own signal is no news.
-        if failure is not None and not (known and failure.exit_code == 128 + signal.SIGTERM):
+        if failure is not None and not (known and failure.exit_code == 128 + signal.SIGHUP):
             known.append(failure)
         try:
             known += self._leave(known)
@@ -210,7 +218,7 @@ class Meeting:
             except RuntimeError:  # torch's, when the store is gone
                 self._reason = _lost(0, "is gone")
             if self._reason is not None:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGHUP)
                 return
 
     def _silent(self, seen: dict[int, tuple[str, float]]) -> Failure | None:
@@ -247,4 +255,5 @@ def _until(condition: Callable[[], bool], limit_s: float) -> bool:
 
 
 def _lost(host: int, how: str) -> Failure:
-    return Failure(text=f"its launcher {how}", exit_code=1, is_cause=True, host=host)
+    text = f"its launcher {how}"
+    return Failure(text=text, exit_code=1, is_cause=True, is_host=True, host=host)

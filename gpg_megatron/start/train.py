@@ -9,25 +9,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gpg_megatron.errors import RunError, UserError, exit_codes, torchrun_rank
+from gpg_megatron.errors import UserError, exit_codes, torchrun_rank
 
 if TYPE_CHECKING:
     import argparse
 
     from gpg_megatron.config.sections import Config
 
-RANK0_GRACE_S = 30.0
-
 
 @exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input or configuration, 1 anything else."""
+    """Returns the exit code: 0 done, 2 bad input or configuration, 75 left in order, 1 anything
+    else."""
+    # A batch system sends it to all processes of a job; it is the launcher's alone, see leaving.py.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = torchrun_rank()
     if rank is not None:
         # The launcher passes Ctrl-C on; a rank ends by it without a traceback.
@@ -49,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         return dry_run(config, arguments)
     if rank is not None:
+        from gpg_megatron.start.rank import run_rank
+
         return run_rank(config)
     if arguments.check:
         return check(config, hosts.ranks_of_a_host(config.policy.world_size))
@@ -127,68 +128,6 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     )
     print("\n".join(lines(plan_run(config, device=device, machine=machine))))
     return 0
-
-
-def run_rank(config: Config) -> int:
-    """One rank of the world that torchrun made."""
-    import torch.distributed as dist
-
-    from gpg_megatron.host.collectives import on_rank0
-    from gpg_megatron.host.device import (
-        init_process_group,
-        is_lost_peer,
-        resolve_device,
-        set_threads,
-    )
-    from gpg_megatron.host.lock import locked
-    from gpg_megatron.policy.on_cpu import hide_gpu_libraries, quiet_megatron
-
-    device = resolve_device(config.trainer.device)
-    quiet_megatron()
-    if device == "cpu":
-        hide_gpu_libraries()
-    from gpg_megatron.loop.build import build_run
-    from gpg_megatron.loop.inputs import check_model
-    from gpg_megatron.loop.trainer import train
-
-    set_threads(config.policy.num_threads)
-    world = int(os.environ["WORLD_SIZE"])
-    if world != config.policy.world_size:
-        raise UserError(
-            f"torchrun started {world} processes, but TP x PP x DP of the policy section is "
-            f"{config.policy.world_size}; expected equal numbers"
-        )
-    shape = check_model(config)
-    init_process_group(device, config.policy.timeout_s)
-    try:
-        run_id = on_rank0(_own_run)
-        with ExitStack() as held:
-            on_rank0(lambda: held.enter_context(locked(config.trainer.output_dir)))
-            train(held.enter_context(build_run(config, shape, device, run_id)))
-    except (RunError, TimeoutError) as error:
-        if dist.get_rank() and getattr(error, "everywhere", False):
-            time.sleep(RANK0_GRACE_S)  # rank 0 says it; the launcher ends this rank then
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        print(f"policy rank {dist.get_rank()} lost its connection to another", file=sys.stderr)
-        return 1
-    finally:
-        dist.destroy_process_group()
-    return 0
-
-
-def _own_run() -> str:
-    """The run that the launcher opened, or, under somebody else's torchrun, a new one."""
-    from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
-
-    if RUN_ID_VARIABLE not in os.environ:
-        os.environ[RUN_ID_VARIABLE] = new_run_id()
-        start_reaper(os.environ[RUN_ID_VARIABLE])
-    return os.environ[RUN_ID_VARIABLE]
 
 
 if __name__ == "__main__":

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpg_megatron.config.sections import Config
+from gpg_megatron.errors import EXIT_STOPPED
 from gpg_megatron.host.cores import can_bind
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+from gpg_megatron.start.leaving import AT_ONCE, leaving_in_order
 from gpg_megatron.start.meeting import Failure
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
+
+SHUTDOWN_S = 10
+"""Ranks do not answer SIGTERM, they end by it."""
+WORDS_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Torch's agent names one to each rank, and reads it when the rank has ended."""
+_NO_FILE = "<N/A>"
+_FOLLOWS = (signal.SIGTERM, signal.SIGABRT)
+"""By which ranks end when others have: the agent sends one, NCCL's watchdog the other."""
 
 
 @contextmanager
@@ -55,11 +70,13 @@ def world_of(n_hosts: int, n_ranks: int, on_gpus: bool, **rendezvous: Any) -> La
         nproc_per_node=n_ranks,
         max_restarts=0,
         monitor_interval=0.5,
+        signals_to_handle=AT_ONCE,
+        shutdown_timeout=SHUTDOWN_S,
         **rendezvous,
     )
 
 
-def run_ranks(world: LaunchConfig, arguments: Sequence[str]) -> Failure | None:
+def run_ranks(config: Config, world: LaunchConfig, arguments: Sequence[str]) -> Failure | None:
     """The ranks of this host, to their end."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,19 +86,47 @@ def run_ranks(world: LaunchConfig, arguments: Sequence[str]) -> Failure | None:
     for name in ("", ".agent.server.api", ".multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(world, sys.executable)("-m", "gpg_megatron.start.train", *arguments)
+        with leaving_in_order(config):
+            elastic_launch(world, sys.executable)("-m", "gpg_megatron.start.train", *arguments)
     except SignalException as stop:
         return stopped(stop.sigval)
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        code = failure.exitcode
-        if code == 2:
-            text = "bad input or configuration, as it says there"
-            return Failure(text=text, exit_code=2, is_cause=True, is_said=True)
-        # Ranks end with 1 when they lose others; they do not kill themselves.
-        text = f"policy rank {rank} ended: {_exit_text(code)}"
-        return Failure(text=text, exit_code=1, is_cause=code < 0)
+        return what_ended(failed.failures)
     return None
+
+
+def leave_words(reason: str) -> None:
+    """In a rank that knows why the run ends: one line, which the launcher prints last."""
+    if path := os.environ.get(WORDS_FILE):
+        words = {"message": reason, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps(words), encoding="utf-8")
+
+
+def what_ended(failures: Mapping[int, ProcessFailure]) -> Failure:
+    """Of the ranks of this host that have failed, by rank, what began it."""
+
+    def place(rank: int) -> tuple[bool, bool, bool, int, int]:
+        failure = failures[rank]
+        killed = failure.exitcode < 0 and -failure.exitcode not in _FOLLOWS
+        return not killed, not _words(failure), failure.exitcode < 0, failure.timestamp, rank
+
+    rank = min(failures, key=place)
+    failure = failures[rank]
+    code = failure.exitcode
+    if code == EXIT_STOPPED:
+        return Failure(text="left in order", exit_code=code, is_cause=True, is_said=True)
+    if code == 2:
+        text = "bad input or configuration, as it says there"
+        return Failure(text=text, exit_code=2, is_cause=True, is_said=True)
+    # Ranks end with 1 when they lose others; they do not kill themselves.
+    words = _words(failure)
+    text = words or f"policy rank {rank} ended: {_exit_text(code)}"
+    return Failure(text=text, exit_code=1, is_cause=bool(words) or code < 0)
+
+
+def _words(failure: ProcessFailure) -> str:
+    """What the rank left; empty: nothing."""
+    return "" if failure.error_file == _NO_FILE else failure.message
 
 
 def _exit_text(code: int) -> str:

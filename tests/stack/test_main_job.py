@@ -16,6 +16,7 @@ import pytest
 
 from gpg_megatron.checkpoint.compare import compare
 from gpg_megatron.config.loading import load_config
+from gpg_megatron.errors import EXIT_STOPPED
 from tests.stack.jobs import START_LIMIT_S, STEP_KEYS, Job, running_job
 from tests.tiny import make_tiny_model, write_problems
 
@@ -230,30 +231,36 @@ SAVING = (
 def test_a_resumed_run_is_the_uninterrupted_one(job: Path) -> None:
     """Rollouts, metrics and stored weights, bit by bit; and its checkpoint and its export are
     models to start from."""
-    with started(job, "whole4", *SAVING, "trainer.total_training_steps=4", EXPORT) as whole:
+    with started(job, "cut", *SAVING) as cut:
+        cut.wait_for_step(1)
+        cut.process.send_signal(signal.SIGTERM)
+        printed = cut.ends(EXIT_STOPPED, limit_s=60)
+    done = cut.metrics()[-1]["step"]
+    assert "left in order: asked by SIGTERM; started again" in printed
+    assert (cut.output / "checkpoints" / f"step_{done}" / "complete.json").exists(), "in any step"
+    last_step = f"trainer.total_training_steps={done + 2}"
+    with started(job, "whole_saving", *SAVING, last_step, EXPORT) as whole:
         whole.ends(0, limit_s=START_LIMIT_S)
-    with started(job, "cut", *SAVING, "trainer.total_training_steps=2") as cut:
-        cut.ends(0, limit_s=START_LIMIT_S)
-    (cut.output / "checkpoints" / "step_3").mkdir()  # what a kill leaves
-    with started(job, "cut", *SAVING, "trainer.total_training_steps=4") as cut:
+    (cut.output / "checkpoints" / f"step_{done + 1}").mkdir()  # what a kill leaves
+    with started(job, "cut", *SAVING, last_step) as cut:
         printed = cut.ends(0, limit_s=START_LIMIT_S)
-    assert "step_3 is incomplete" in printed and "resumed from" in printed, printed
-    for step in (3, 4):
+    assert f"step_{done + 1} is incomplete" in printed and "resumed from" in printed, printed
+    for step in (done + 1, done + 2):
         name = f"rollouts/step_{step}.jsonl"
         assert (whole.output / name).read_bytes() == (cut.output / name).read_bytes()
     last = {row["step"]: row for row in cut.metrics()}
     for row in whole.metrics():
         assert _timeless(last[row["step"]]) == _timeless(row)
-    ends = [run.output / "checkpoints" / "step_4" for run in (whole, cut)]
+    ends = [run.output / "checkpoints" / f"step_{done + 2}" for run in (whole, cut)]
     for path in ends[0].glob("*.distcp"):
         assert path.read_bytes() == (ends[1] / path.name).read_bytes(), path.name
 
-    result = compare(whole.output / "hf" / "step_4", ends[0])
+    result = compare(whole.output / "hf" / f"step_{done + 2}", ends[0])
     assert len(result) > 40 and all(result.values())
     again = "trainer.total_training_steps=1"
     with started(job, "from_checkpoint", f"model.path={ends[0]}", again) as run:
         assert "first sync verified" in run.ends(0, limit_s=START_LIMIT_S)
-    with started(job, "cut", *SAVING, "trainer.total_training_steps=4") as run:
+    with started(job, "cut", *SAVING, last_step) as run:
         assert "nothing to do" in run.ends(0, limit_s=START_LIMIT_S)
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import pytest
 
-from gpg_megatron.config.sections import Config, RewardConfig, RolloutConfig, TrainerConfig
+from gpg_megatron.config.reward import RewardConfig
+from gpg_megatron.config.sections import Config, RolloutConfig, TrainerConfig
 from gpg_megatron.data.stream import PromptStream
 from gpg_megatron.loop.collector import Collector, rules_of
 from gpg_megatron.observe.watchdog import Watchdog

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -49,6 +50,14 @@ def inboxes(outbox: ShmOutbox) -> Iterator[tuple[ShmInbox, ShmInbox]]:
     yield inboxes
     for inbox in inboxes:
         inbox.close()
+
+
+def test_a_sender_that_is_gone_is_named(
+    outbox: ShmOutbox, inboxes: tuple[ShmInbox, ShmInbox]
+) -> None:
+    assert [inbox.lost() for inbox in inboxes] == [None, None]
+    fcntl.flock(outbox._segment._file, fcntl.LOCK_UN)  # as the kernel does for a dead process
+    assert [inbox.lost() for inbox in inboxes] == [SENDER, SENDER]
 
 
 def attach(address: ShmAddress, receiver: int, sizes: Sequence[int] = (BUCKET,) * 99) -> ShmInbox:

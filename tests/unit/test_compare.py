@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.evaluation import compare
 from gpg_megatron.types import Reward, ScoredGroup

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.evaluation import cli as evaluate_cli
 from gpg_megatron.evaluation.evaluate import by_source, evaluate, write_generations
 from gpg_megatron.reward.pool import RewardPool

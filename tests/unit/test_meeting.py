@@ -16,7 +16,7 @@ from gpg_megatron.start.meeting import COMPARE_S, Failure, Hosts, Meeting, cause
 
 KILLED = Failure(text="policy rank 3 ended: killed by SIGKILL", exit_code=1, is_cause=True, host=1)
 FOLLOWED = Failure(text="policy rank 0 ended: exit code 1", exit_code=1, is_cause=False, host=0)
-STOPPED = Failure(text="stopped by SIGTERM", exit_code=143, is_cause=True, host=0)
+STOPPED = Failure(text="stopped by SIGHUP", exit_code=129, is_cause=True, host=0)
 
 
 @pytest.fixture
@@ -155,8 +155,8 @@ def test_the_cause(failures: list[Failure], here: int, expected: Failure | None)
 
 
 def test_what_a_host_prints() -> None:
-    assert STOPPED.line(0) == "stopped by SIGTERM"
-    assert STOPPED.line(1) == "error: host 0: stopped by SIGTERM"
+    assert STOPPED.line(0) == "stopped by SIGHUP"
+    assert STOPPED.line(1) == "error: host 0: stopped by SIGHUP"
     assert replace(KILLED, is_said=True).line(1) == ""
 
 

@@ -120,6 +120,34 @@ def test_the_watchdog_names_the_innermost_phase_and_the_rank() -> None:
     assert found and 1 <= int(found[1]) <= 20
 
 
+class Others:
+    """Rank 1 has learned on, rank 2 waits as this one does, rank 3 is stopped."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
+
+    def hear(self) -> dict[int, str]:
+        n = len(self.told)
+        return {1: f"{n} 7 sync", 2: f"{n} 5 policy", 3: "4 2 policy", 4: ""}
+
+
+def test_the_watchdog_names_the_ranks_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpg_megatron.observe.watchdog.BEAT_S", 0.05)
+    stream, others = io.StringIO(), Others()
+    watchdog = Watchdog(rank=0, limit_s=0.2, ranks=others, stream=stream)
+    with closing(watchdog), watchdog.phase("policy"):
+        deadline = time.monotonic() + 20
+        while not stream.getvalue():
+            assert time.monotonic() < deadline, "waited 20 s for the watchdog's line"
+            time.sleep(0.05)
+    assert others.told[0].endswith(" policy")
+    late = "rank 1 is in sync for 7 s; rank 3 gives no sign, last in policy; rank 4 gives no sign"
+    assert stream.getvalue().splitlines()[0].endswith(f" s; {late}")
+
+
 def test_the_watchdog_says_nothing_while_phases_change() -> None:
     stream = io.StringIO()
     with closing(Watchdog(rank=0, limit_s=1.0, stream=stream)) as watchdog:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.data.catalog import load_split
 from gpg_megatron.reward.form import MAX_ANSWER, normal_form
 from gpg_megatron.reward.mathematics import equal, vote

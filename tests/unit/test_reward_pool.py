@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.errors import RunError, UserError
 from gpg_megatron.reward import pool as pool_module
 from gpg_megatron.reward.pool import RewardPool
@@ -319,7 +319,7 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-        "from gpg_megatron.config.sections import RewardConfig\n"
+        "from gpg_megatron.config.reward import RewardConfig\n"
         "from gpg_megatron.reward.pool import RewardPool\n"
         "from test_reward_pool import item\n"
         "config = RewardConfig(num_workers=2, timeout_s=600)\n"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpg_megatron.config.sections import RewardConfig
+from gpg_megatron.config.reward import RewardConfig
 from gpg_megatron.data.catalog import DATA_SETS
 from gpg_megatron.errors import UserError
 from gpg_megatron.reward.gsm8k import TAIL as GSM8K_TAIL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,8 @@ class World:
         self.version = schedule.done
         self.in_engines: int | None = None
         self.n_published = 0
+        self.leaves_at = 1000
+        """The version from which on the run is asked to leave."""
         self.step = schedule.done
 
     def perform(self, action: Action) -> None:
@@ -183,15 +186,18 @@ class World:
 
     def warn_of_shaped_scores(self, *_: object) -> None: ...
 
-    def finish(self) -> None:
-        self.calls.append("finish")
+    def finish(self, left_because: str) -> None:
+        self.calls.append(left_because or "finish")
+
+    def asked_to_leave(self) -> str:
+        return "asked" if self.version >= self.leaves_at else ""
 
     # ---- disk
-    def saves_at(self, step: int) -> bool:
-        return self.save_every > 0 and step % self.save_every == 0
+    def saves_at(self, step: int, leaves: bool) -> bool:
+        return self.save_every > 0 and (leaves or step % self.save_every == 0)
 
-    def save_at(self, step: int, _: object, evals: Mapping[str, float]) -> None:
-        if self.saves_at(step):
+    def save_at(self, step: int, _: object, evals: Mapping[str, float], leaves: bool) -> None:
+        if self.saves_at(step, leaves):
             self.needs("parameters", "optimizer")
             assert bool(evals) is self.schedule.evaluates_at(step)
             self.calls.append(f"save {step}")
@@ -234,6 +240,7 @@ def run(
                 rank0=any_world,
                 peak_flops_per_s=1e9,
                 trace=lambda step: nullcontext(),
+                asked_to_leave=world.asked_to_leave,
             )
         )
     return world.calls
@@ -277,6 +284,21 @@ def test_every_part_finds_what_it_needs_and_comes_in_its_turn(
     assert run(world) == [*expected, "finish"]
     n_learned = world.version - done
     assert world.n_published == 1 + (n_steps if mode == "colocated" else n_learned)
+
+
+@pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
+def test_a_run_that_is_asked_to_leave_finishes_the_step_and_saves(mode: Mode) -> None:
+    schedule = Schedule(done=0, last=9, evaluate_first=False, evaluate_every=0)
+    world = World(mode, [True], schedule, save_every=5)
+    world.leaves_at = 2
+    calls = ["take 1", "learn", "report 1", "take 2", "learn", "save 2", "report 2", "asked"]
+    assert run(world) == calls
+    again = World(mode, [True], replace(schedule, done=2), save_every=5)
+    again.leaves_at = 0
+    assert run(again) == ["asked"], "before its first step: nothing is to be saved"
+    last = World(mode, [True], replace(schedule, last=2), save_every=0)
+    last.leaves_at = 2
+    assert run(last)[-1] == "finish", "there is nothing left to leave"
 
 
 def test_the_time_of_a_save_and_the_evaluation_are_in_the_row_of_their_step() -> None:

@@ -70,6 +70,9 @@ class Inbox(Protocol):
     def poll(self) -> tuple[int, torch.Tensor] | None:
         """A sender and its next message, uint8 [n_bytes]; None while there is none."""
 
+    def lost(self) -> int | None:
+        """A sender whose process is gone, where nothing else tells; None: there is none."""
+
     def done(self) -> None:
         """What reads the message that poll returned has ended, or is on the current stream."""
 

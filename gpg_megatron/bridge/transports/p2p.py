@@ -196,6 +196,9 @@ class P2PInbox:
         self._read.put(None)
         self._worker.end()
 
+    def lost(self) -> None:
+        """Nothing: a connection that is gone fails by itself."""
+
     def _run(self, groups: list[Any]) -> None:
         of = dict(zip(self._addresses, groups, strict=True))
         number = 0

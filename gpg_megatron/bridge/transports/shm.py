@@ -13,6 +13,7 @@ device: the sender posts a message when it has come down, the worker reads it wh
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from collections import deque
@@ -57,6 +58,19 @@ class _Segment:
     def set(self, value: int, field: int, slot: int = 0) -> None:
         os.pwrite(self._file, value.to_bytes(8, sys.byteorder), slot * _HEADER + field)
 
+    def hold(self) -> None:
+        """Until this process ends, however it does, is_held is true for others."""
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def is_held(self) -> bool:
+        """Whether the process lives that holds it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        return False
+
     def close(self) -> None:
         if self._locked:
             unregister(self._memory)
@@ -96,6 +110,7 @@ class ShmOutbox:
         finally:
             os.close(descriptor)
         self._segment = _Segment(self._path, bucket_bytes, locked=lane is not None)
+        self._segment.hold()
         self._lane = lane
         self._slots = self._segment.slots if lane is None else lane.slots
         self._posts: deque[_Post] = deque()
@@ -130,6 +145,8 @@ class ShmOutbox:
         self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        # Whoever still reads gives up.
+        self._segment.set(self._segment.get(_RESETS) + 1, _RESETS)
         self.settle()
         self._segment.close()
 
@@ -233,6 +250,10 @@ class ShmInbox:
         if first.ready is not None and not first.ready.query():
             return None
         return first.sender, first.data
+
+    def lost(self) -> int | None:
+        gone = (number for number, s in self._senders.items() if not s.segment.is_held())
+        return next(gone, None)
 
     def done(self) -> None:
         message = self._messages.popleft()
