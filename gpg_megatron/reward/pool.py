@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,6 +137,8 @@ class RewardPool:
         self._prepared: list[str] = []
         self._crashes_in_a_row = 0
         self._error = ""
+        self._turn = threading.Lock()
+        """A stream of groups and an evaluation beside it share the workers."""
         self._workers: list[_Worker] = []
         try:
             for _ in range(config.num_workers):
@@ -186,8 +189,9 @@ class RewardPool:
 
     def _judged(self, questions: Sequence[Question]) -> list[Reward]:
         try:
-            self._prepare(sorted({question.scorer for question in questions}))
-            return self._run([_Task(i, x) for i, x in enumerate(questions)])
+            with self._turn:
+                self._prepare(sorted({question.scorer for question in questions}))
+                return self._run([_Task(i, x) for i, x in enumerate(questions)])
         except BaseException:
             # Replies may still be under way: the processes cannot be used again.
             self.close()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -412,3 +413,15 @@ def test_functions_of_the_users(tmp_path: Path) -> None:
     )
     assert [r.parts for r in scored("wrong")] == [CRASH, CRASH]
     assert [r.score for r in scored("extra")] == [1.0, 1.0]
+
+
+def test_two_threads_get_the_scores_of_their_own_answers(bad_scorers: str) -> None:
+    """A stream of groups and an evaluation beside it."""
+    asked = [[item(["slow", "a", "b"], truth) for _ in range(4)] for truth in ("a", "b")]
+    with (
+        closing(RewardPool(RewardConfig(num_workers=2), scorers_module=bad_scorers)) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        a, b = threads.map(pool.score, asked)
+    assert [reward.score for group in a for reward in group.rewards] == [0.0, 1.0, 0.0] * 4
+    assert [reward.score for group in b for reward in group.rewards] == [0.0, 0.0, 1.0] * 4
