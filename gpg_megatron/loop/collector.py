@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,7 +96,7 @@ class Collector:
         """By ticket, of the whole pool."""
         self._groups: dict[int, ScoredGroup] = {}
         """By ticket, of those that are ready."""
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         """Since the last batch."""
         self._seen = time.monotonic()
         self._changed = threading.Condition()
@@ -123,7 +123,7 @@ class Collector:
             self._prompts = {t: prompt for t, prompt in self._prompts.items() if t in kept}
             ready = {group.ticket for group in self._state.ready}
             self._groups = {t: group for t, group in self._groups.items() if t in ready}
-            seconds, self._seconds = self._seconds, Counter()
+            seconds, self._seconds = self._seconds, defaultdict(float)
         return Rollout(
             groups=selection.groups,
             skipped=selection.skipped,
@@ -175,7 +175,7 @@ class Collector:
         self._groups = dict(zip(tickets, state.groups, strict=True))
         self._prompts = {t: group.prompt for t, group in self._groups.items()}
         self._prompts |= {int(t): prompts[name] for t, name in values["prompts"].items()}
-        self._seconds = Counter(values["seconds"])
+        self._seconds = defaultdict(float, values["seconds"])
 
     # ---- under the lock -----------------------------------------------------------------------
 
@@ -235,7 +235,8 @@ class Collector:
         timings = self._watchdog.pop_timings()
         check_dead_by(scored, self._config.algorithm.dead_by)
         with self._changed:
-            self._seconds.update(timings)
+            for name, spent in timings.items():
+                self._seconds[name] += spent
             if len(self._flights):
                 self._seconds["timing/rollout_s"] += timings["timing/reward_s"]
             for (ticket, _), group in zip(ended, scored, strict=True):

@@ -56,8 +56,15 @@ def _of_earlier_version(values: dict[str, Any], step: int) -> LoopState:
         Group(ticket=t, weights=first if t < len(carried) else step - 1, carried=t < len(carried))
         for t in range(len(rows))
     ]
-    counts = dict.fromkeys(("closed", "learned", "published", "weights"), step)
-    machine = State(next_ticket=len(rows), ready=tuple(ready), redraws=ahead["redraws"], **counts)
+    machine = State(
+        next_ticket=len(rows),
+        ready=tuple(ready),
+        closed=step,
+        learned=step,
+        published=step,
+        weights=step,
+        redraws=ahead["redraws"],
+    )
     new = {"stream": values["stream"], "machine": machine_to_json(machine), "prompts": {}}
     seconds = ahead.get("timings", {})
     return LoopState(values=new | {"seconds": seconds}, groups=tuple(map(from_json, rows)))

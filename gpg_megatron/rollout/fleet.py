@@ -80,8 +80,8 @@ class Fleet:
         import ray
 
         gpus = self._spec.gpus
-        options = {"max_restarts": 0, "max_concurrency": MOST_CALLS}
-        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, **options)(Engine)
+        actor_class: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Engine)
+        actor_class = actor_class.options(max_concurrency=MOST_CALLS)
         self._actors = [actor_class.remote(self._spec, str(log)) for log in self._logs]
         self._placing = self._send("placement by Ray", lambda actor: actor.placed.remote())
         self._loading = self._send(

@@ -147,7 +147,7 @@ def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
     published = _different(before, aliases)
     policy.offload(("parameters",))
     left = _bytes_by_part(policy)
-    if run.checkpoints.saves_at(run.step):
+    if run.checkpoints.saves_at(run.step, leaves=False):
         policy.load(("parameters", "optimizer"))
         _save(run)
         policy.offload(("parameters", "optimizer"))

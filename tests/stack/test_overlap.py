@@ -3,6 +3,7 @@ only wait as long as they would work."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -64,9 +65,10 @@ def actors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
         num_cpus=N_ENGINES,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
-    engines = [ray.remote(num_cpus=1)(Engine).remote(3 * i) for i in range(N_ENGINES)]
+    actor_class: Any = ray.remote(num_cpus=1)(Engine)
+    engines = [actor_class.remote(3 * i) for i in range(N_ENGINES)]
     ray.get([engine.ready.remote() for engine in engines], timeout=300)
     yield engines
     ray.shutdown()

@@ -37,7 +37,7 @@ def test_bytes_written_are_bytes_held(tp: int, pp: int, dp: int, ranks: tuple[in
     config = replace(Config(), policy=policy)
     grid = policy_grid(policy, QWEN2_7B)
     for rank, found in zip(ranks, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        stage = _stage(config, QWEN2_7B, grid, rank // (tp * dp))
+        stage = _stage(config, QWEN2_7B, grid, rank // (tp * dp), on_gpus=True)
         replica = rank // tp % dp
         expected = rank_host_memory(
             config,

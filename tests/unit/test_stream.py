@@ -35,6 +35,7 @@ from gpg_megatron.loop.stream import (
     next_batch,
 )
 from gpg_megatron.types import Prompt, Reward, ScoredGroup
+from tests.samples import int32
 
 
 def play(rules: Rules, *events: Event, state: State | None = None) -> tuple[State, list[Action]]:
@@ -194,7 +195,7 @@ def test_what_is_aborted_is_drawn_again_and_what_is_cut_belongs_to_the_batch() -
 
 def scored(group: Group) -> ScoredGroup:
     prompt = Prompt(
-        id=str(group.ticket), token_ids=(1,), messages=(), ground_truth="", data_source=""
+        id=str(group.ticket), token_ids=int32((1,)), messages=(), ground_truth="", data_source=""
     )
     rewards = [Reward(score=s, accuracy=s, parts={}) for s in (0.0, float(group.live))]
     return ScoredGroup(prompt=prompt, completions=(), rewards=tuple(rewards))
