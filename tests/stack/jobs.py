@@ -19,6 +19,8 @@ from tests.shared_memory import all_segments
 
 START_LIMIT_S = 480.0
 END_LIMIT_S = 20.0
+LOOK_S = 0.5
+"""Between two looks at all processes: ten looks a second took a fifth of a core from the job."""
 STEP_KEYS = {
     "reward/mean",
     "reward/accuracy",
@@ -83,7 +85,7 @@ class Job:
         while not any(row["step"] >= step for row in self.metrics()):
             assert self.is_running(), self.log.read_text()
             assert time.monotonic() < deadline, f"no step {step}: {self.log.read_text()}"
-            time.sleep(0.2)
+            time.sleep(LOOK_S)
 
     def is_running(self) -> bool:
         """Also remembers the processes below and their segments, which must end with it."""
@@ -107,7 +109,7 @@ class Job:
         deadline = time.monotonic() + limit_s
         while self.is_running():
             assert time.monotonic() < deadline, f"still running: {self.log.read_text()}"
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
         assert self.process.returncode == code, self.log.read_text()
         deadline = time.monotonic() + END_LIMIT_S
         while left := self.living():
