@@ -201,6 +201,8 @@ def next_batch(rules: Rules, state: State) -> tuple[Group, ...] | None:
     chooses they are those among `extra` more that finished, as few as have enough live ones; those
     that would be too old for the batch after come first, and are waited for.
     """
+    if len(state.ready) < rules.size:
+        return None
     finished = _finished(rules, state)
     n = rules.size * (1 + state.redraws)
     if not rules.chooses:
@@ -272,9 +274,8 @@ def _taken(rules: Rules, state: State, event: Taken) -> tuple[State, tuple[Actio
         places=0,
         running=rules.staleness > 0,
     )
-    late: tuple[int, ...] = ()
-    if rules.extra and rules.unfinished == "abort":
-        late = tuple(t for t in window if t in state.flying)
+    aborts = rules.extra > 0 and rules.unfinished == "abort"
+    late = tuple(t for t in window if aborts and t in state.flying)
     # A surplus of redraws is as old as the batch that it comes from, and one more.
     old = (g.ticket for g in state.ready if age(state, g.weights) > rules.staleness + g.carried)
     return _back(state, frozenset((*late, *old))), (Stop(late, keep=False),) if late else ()
@@ -319,11 +320,12 @@ def _is_due(rules: Rules, state: State, weights: int) -> bool:
 
 def _needs_redraw(rules: Rules, state: State) -> bool:
     """The paper's beta_th: a whole draw has finished, and too few groups are live."""
-    if state.redraws >= rules.max_redraws or not rules.wanted or not state.running:
+    n = rules.size * (1 + state.redraws)
+    if state.redraws >= rules.max_redraws or not state.running or len(state.ready) < n:
         return False
     finished = _finished(rules, state)
     n_live = sum(group.live for group in finished)
-    return len(finished) >= rules.size * (1 + state.redraws) and n_live < rules.wanted * rules.size
+    return len(finished) >= n and n_live < rules.wanted * rules.size
 
 
 def _startable(rules: Rules, state: State) -> tuple[int, ...]:
