@@ -184,6 +184,22 @@ def _about_the_stream(config: Config) -> Iterator[tuple[bool, str]]:
         "rollout.update is in-flight with trainer.max_staleness=0, where no request runs while "
         "weights change; expected drain, or a trainer.max_staleness of at least 1",
     )
+    yield (
+        r.unfinished != "carry" and r.oversample == 0,
+        f"rollout.unfinished is {r.unfinished} with rollout.oversample=0, where a batch waits "
+        "for all of its groups; expected carry, or an oversample above 0",
+    )
+    yield (
+        r.oversample > 0 and r.unfinished == "carry" and (r.update == "drain" or staleness < 2),
+        f"rollout.oversample is {r.oversample} with rollout.unfinished=carry, but groups can only "
+        "go on with rollout.update=in-flight and a trainer.max_staleness of at least 2; expected "
+        "them, or abort or cut",
+    )
+    yield (
+        r.update == "drain" and r.in_flight_cache != "keep",
+        "rollout.in_flight_cache is recompute with rollout.update=drain, where no request goes on "
+        "after an update; expected keep, or rollout.update=in-flight",
+    )
 
 
 def _about_stop_strings(stop: tuple[str, ...]) -> Iterator[tuple[bool, str]]:

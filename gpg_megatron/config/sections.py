@@ -158,6 +158,12 @@ class RolloutConfig:
     """Limit of one group, or of one batch of held-out prompts, in seconds."""
     update: Literal["drain", "in-flight"] = "drain"
     """What new weights do with running requests: wait for their end, or change under them."""
+    in_flight_cache: Literal["keep", "recompute"] = "keep"
+    """What older weights computed for a request that goes on."""
+    oversample: float = ranged(0.0, at_least=0, below=1)
+    """Share of a batch whose slowest groups it does not wait for."""
+    unfinished: Literal["carry", "abort", "cut"] = "carry"
+    """Those come into a later batch; or are drawn again; or end as they are, in the batch."""
     ray_address: Optional[str] = None
     """None: a private Ray inside rank 0; otherwise the address of a cluster to join."""
 

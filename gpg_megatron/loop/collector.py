@@ -8,6 +8,8 @@ Whichever thread brings an event does what the machine then wants, under one loc
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -25,6 +27,7 @@ from gpg_megatron.loop.stream import (
     Event,
     Finished,
     Group,
+    Lost,
     PublishBegan,
     Published,
     Rules,
@@ -70,6 +73,8 @@ def rules_of(config: Config, room: int) -> Rules:
         room=room_for(room, r.n),
         wanted=config.algorithm.wanted_fraction,
         max_redraws=config.algorithm.max_redraws,
+        extra=math.ceil(r.oversample * t.train_batch_size),
+        unfinished=r.unfinished,
     )
 
 
@@ -96,6 +101,9 @@ class Collector:
         """By ticket, of the whole pool."""
         self._groups: dict[int, ScoredGroup] = {}
         """By ticket, of those that are ready."""
+        self._starts = itertools.count()
+        self._flying: dict[int, int] = {}
+        """Number of a start -> ticket, of those whose answers are wanted."""
         self._seconds: defaultdict[str, float] = defaultdict(float)
         """Since the last batch."""
         self._seen = time.monotonic()
@@ -190,7 +198,16 @@ class Collector:
         self._changed.notify_all()
 
     def _do(self, action: Action) -> None:
-        assert isinstance(action, Start), "no batch closes before its groups have finished"
+        if isinstance(action, Start):
+            self._start(action)
+            return
+        for start, ticket in list(self._flying.items()):
+            if ticket in action.tickets:
+                self._flights.stop(start, keep=action.keep)
+                if not action.keep:
+                    del self._flying[start]
+
+    def _start(self, action: Start) -> None:
         new = [ticket for ticket in action.tickets if ticket not in self._prompts]
         self._prompts |= zip(new, self._stream.take(len(new)), strict=True)
         requests = sampling_requests(
@@ -201,7 +218,9 @@ class Collector:
             first=action.place,
         )
         for i in largest_first(requests):
-            self._flights.start(action.tickets[i], requests[i])
+            start = next(self._starts)
+            self._flying[start] = action.tickets[i]
+            self._flights.start(start, requests[i])
 
     def _wait(self, there: Callable[[], bool]) -> None:
         while not there():
@@ -230,8 +249,11 @@ class Collector:
         """Wait for answers, score them, and say so."""
         with self._watchdog.phase("rollout"):
             ended = self._flights.next()
+        with self._changed:
+            wanted = ((start, answers) for start, answers in ended if start in self._flying)
+            answered = [(s, self._prompts[self._flying[s]], answers) for s, answers in wanted]
         with self._watchdog.phase("reward"):
-            scored = self._pool.score([(self._prompts[t], answers) for t, answers in ended])
+            scored = self._pool.score([(prompt, answers) for _, prompt, answers in answered])
         timings = self._watchdog.pop_timings()
         check_dead_by(scored, self._config.algorithm.dead_by)
         with self._changed:
@@ -239,9 +261,18 @@ class Collector:
                 self._seconds[name] += spent
             if len(self._flights):
                 self._seconds["timing/rollout_s"] += timings["timing/reward_s"]
-            for (ticket, _), group in zip(ended, scored, strict=True):
-                self._groups[ticket] = _without_extra_info(group)
-                self._happens(Finished(ticket, is_live(group, self._config.algorithm.dead_by)))
+            for (start, _, _), group in zip(answered, scored, strict=True):
+                self._lands(start, group)
+
+    def _lands(self, start: int, group: ScoredGroup) -> None:
+        ticket = self._flying.pop(start, None)
+        if ticket is None:
+            return  # aborted while it was scored
+        if not all(len(completion.token_ids) for completion in group.completions):
+            self._happens(Lost(frozenset({ticket})))  # cut before it had begun
+            return
+        self._groups[ticket] = _without_extra_info(group)
+        self._happens(Finished(ticket, is_live(group, self._config.algorithm.dead_by)))
 
     def _timings(self, seconds: Mapping[str, float]) -> dict[str, float]:
         ahead = {"timing/idle_s": seconds.get("idle", 0.0)} if self._rules.staleness else {}

@@ -23,9 +23,9 @@ from gpg_megatron.types import EnginePart
 
 T = TypeVar("T")
 SleepLevel = Literal[1, 2]
-PauseMode = Literal["wait", "keep"]
-"""What an update does with running requests: wait for their end, or hold them and go on with
-them on the new weights."""
+PauseMode = Literal["wait", "keep", "recompute"]
+"""What an update does with running requests: wait for their end; or hold them and go on with them
+on the new weights, with the keys and values that they have, or with those computed again."""
 # torchrun's variables would make vLLM's workers believe that they are policy ranks.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TORCHRUN_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -110,10 +110,15 @@ class Engine:
         await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
 
-    async def answer(self, request: SamplingRequest, version: int) -> Sampled:
-        """The samples of one request; vLLM batches it with the others that run."""
+    async def answer(self, request: SamplingRequest, version: int, name: str = "") -> Sampled:
+        """The samples of one request; vLLM batches it with the others that run. stop(name) ends
+        it."""
         self._refuse_unless_ready()
-        return await self._alive(self._generate_one(request, version))
+        return await self._alive(self._generate_one(request, version, name))
+
+    async def stop(self, name: str) -> None:
+        """End a request if it still runs: its samples are what there is of them."""
+        await self._alive(self._llm.abort(name))
 
     def _refuse_unless_ready(self) -> None:
         if self._asleep:
@@ -124,7 +129,7 @@ class Engine:
                 "must be published again"
             )
 
-    async def _generate_one(self, request: SamplingRequest, version: int) -> Sampled:
+    async def _generate_one(self, request: SamplingRequest, version: int, name: str) -> Sampled:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -150,7 +155,7 @@ class Engine:
         )
         self._serial += 1
         final = None
-        async for output in self._llm.generate(prompt, params, str(self._serial)):
+        async for output in self._llm.generate(prompt, params, name or str(self._serial)):
             final = output
         assert final is not None and final.finished and len(final.outputs) == wanted.n
         return from_vllm(sorted(final.outputs, key=lambda o: o.index))
@@ -169,7 +174,8 @@ class Engine:
     async def begin_update(self, mode: PauseMode) -> None:
         """Stop generating, and refuse to until commit: the weights are about to be a mixture."""
         self._whole = False
-        await self._alive(self._llm.pause_generation(mode=mode, clear_cache=mode != "keep"))
+        held: Literal["wait", "keep"] = "wait" if mode == "wait" else "keep"
+        await self._alive(self._llm.pause_generation(mode=held, clear_cache=mode != "keep"))
         await self._alive(self._llm.collective_rpc("bridge_forget_update"))
         await self._alive(self._llm.start_weight_update())
 

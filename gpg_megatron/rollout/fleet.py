@@ -121,13 +121,14 @@ class Fleet:
         """For requests that are started one by one, and answered as they end."""
         return Flights(
             self._ask,
+            lambda engine, name: self._actors[engine].stop.remote(name),
             lambda sent: self._pending("generating a rollout batch", sent),
             num_engines=self.num_engines,
             timeout_s=self._spec.rollout.generate_timeout_s,
         )
 
-    def _ask(self, engine: int, request: SamplingRequest) -> Any:
-        return self._actors[engine].answer.remote(self._fitting(request), self._version)
+    def _ask(self, engine: int, request: SamplingRequest, name: str) -> Any:
+        return self._actors[engine].answer.remote(self._fitting(request), self._version, name)
 
     def _fitting(self, request: SamplingRequest) -> SamplingRequest:
         """Engines read token ids; what else a row holds may not exist on their hosts."""
@@ -176,7 +177,7 @@ class Fleet:
         """Stop generation on every engine; it is refused until commit. mode: None: that of
         rollout.update."""
         r = self._spec.rollout
-        mode = mode or ("wait" if r.update == "drain" else "keep")
+        mode = mode or ("wait" if r.update == "drain" else r.in_flight_cache)
         limit = r.generate_timeout_s
         self._all("pausing generation", lambda actor: actor.begin_update.remote(mode), limit)
 

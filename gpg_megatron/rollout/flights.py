@@ -2,6 +2,7 @@
 object store never holds a batch.
 
 start(key, request) --Ray--> the engine that owes least --> next(): (key, completions)
+stop(key) ----------Ray--> that engine
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
 from gpg_megatron.rollout.sampling import SamplingRequest, to_completions
 from gpg_megatron.types import Completion
 
-Ask = Callable[[int, SamplingRequest], Any]
-"""Sends a request to an engine; Ray's reference to its samples."""
+Ask = Callable[[int, SamplingRequest, str], Any]
+"""Sends a request to an engine under a name; Ray's reference to its samples."""
+Stop = Callable[[int, str], Any]
+"""Ends the request of that name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Flight:
+    key: int
     request: SamplingRequest
     engine: int
     ref: Any
@@ -32,11 +36,12 @@ class _Flight:
 
 
 class Flights:
-    """What is in flight. start may be called while another thread waits in next."""
+    """What is in flight. start and stop may be called while another thread waits in next."""
 
     def __init__(
         self,
         ask: Ask,
+        stop: Stop,
         pending: Callable[[Mapping[Any, int]], PendingCalls],
         *,
         num_engines: int,
@@ -48,17 +53,21 @@ class Flights:
             timeout_s: for each group.
         """
         self._ask = ask
+        self._stop = stop
         self._pending = pending
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._load = [0] * num_engines
         """Samples that each engine owes."""
-        self._flying: dict[int, _Flight] = {}
-        """In the order of their starts."""
-        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._started = 0
+        self._flying: dict[str, _Flight] = {}
+        """By name, in the order of their starts."""
+        self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._unwanted: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._flying)
+        """Those whose answers are wanted."""
+        return len(self._flying) - len(self._unwanted)
 
     @property
     def owed(self) -> int:
@@ -66,29 +75,45 @@ class Flights:
         return sum(self._load)
 
     def start(self, key: int, request: SamplingRequest) -> None:
-        """Returns at once. No two that are in flight have the same key."""
+        """Returns at once. No two whose answers are wanted have the same key."""
         with self._lock:
             engine = self._load.index(min(self._load))
             self._load[engine] += request.params.n
-        ref = self._ask(engine, request)
+            self._started += 1
+            name = f"group {self._started}"
+        ref = self._ask(engine, request, name)
         future = ref.future()
-        self._flying[key] = _Flight(
-            request=request, engine=engine, ref=ref, future=future, began=time.monotonic()
+        self._flying[name] = _Flight(
+            key=key,
+            request=request,
+            engine=engine,
+            ref=ref,
+            future=future,
+            began=time.monotonic(),
         )
-        future.add_done_callback(lambda _: self._ended.put(key))
+        future.add_done_callback(lambda _: self._ended.put(name))
+
+    def stop(self, key: int, *, keep: bool) -> None:
+        """End a group if it still runs; keep: what it has comes, else nothing does."""
+        for name, flight in list(self._flying.items()):
+            if flight.key == key and name not in self._unwanted:
+                self._stop(flight.engine, name)
+                if not keep:
+                    self._unwanted.add(name)
 
     def next(self) -> list[tuple[int, list[Completion]]]:
-        """Those that have ended since the last call, at least one; something has to be in flight.
+        """Those that have ended since the last call, maybe none that is wanted; something has to
+        be in flight.
 
         Raises:
             EngineDied, EngineError, TimeoutError
         """
-        keys = [self._wait()]
+        names = [self._wait()]
         while not self._ended.empty():
-            keys.append(self._ended.get())
-        return [(key, self._landed(key)) for key in keys]
+            names.append(self._ended.get())
+        return [landed for name in names if (landed := self._landed(name))]
 
-    def _wait(self) -> int:
+    def _wait(self) -> str:
         first = next(iter(self._flying.values()))
         left = first.began + self._timeout_s - time.monotonic()
         try:
@@ -98,15 +123,18 @@ class Flights:
             late.next_answers(time.monotonic(), self._timeout_s)
             raise AssertionError("it is late") from None
 
-    def _landed(self, key: int) -> list[Completion]:
-        flight = self._flying.pop(key)
+    def _landed(self, name: str) -> tuple[int, list[Completion]] | None:
+        flight = self._flying.pop(name)
         with self._lock:
             self._load[flight.engine] -= flight.request.params.n
         if flight.future.exception() is None:
             sampled = flight.future.result()
         else:
             (sampled,) = self._pending({flight.ref: flight.engine}).answers(CONTROL_TIMEOUT_S)
-        return to_completions(flight.request, sampled)
+        if name in self._unwanted:
+            self._unwanted.remove(name)
+            return None
+        return flight.key, to_completions(flight.request, sampled)
 
 
 def largest_first(requests: Sequence[SamplingRequest]) -> list[int]:

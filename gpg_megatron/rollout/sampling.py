@@ -120,7 +120,10 @@ def from_vllm(outputs: Sequence[Any]) -> Sampled:
         lengths=tuple(len(o.token_ids) for o in outputs),
         token_ids=np.array([token for o in outputs for token in o.token_ids], np.int32),
         logprobs=np.array([value for o in outputs for value in o.logprobs.logprobs], np.float32),
-        finish_reasons=tuple(o.finish_reason for o in outputs),
+        # Where a request was stopped, its answers end as they would at the length limit.
+        finish_reasons=tuple(
+            "length" if o.finish_reason == "abort" else o.finish_reason for o in outputs
+        ),
         texts=tuple(o.text for o in outputs),
         versions=tuple(
             tuple((s.version, s.start, s.end) for s in o.weight_versions or ()) for o in outputs

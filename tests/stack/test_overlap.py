@@ -92,7 +92,8 @@ def step_seconds(
         for i in range(100)
     ]
     flights = Flights(
-        lambda engine, request: actors[engine].answer.remote(request),
+        lambda engine, request, name: actors[engine].answer.remote(request),
+        lambda engine, name: None,
         lambda sent: PendingCalls("waiting", [Path("none")] * N_ENGINES, sent),
         num_engines=N_ENGINES,
         timeout_s=60,

@@ -40,6 +40,7 @@ from tests.tiny import PAD, make_tiny_model
 
 HERE = Path(__file__).resolve().parent
 MAX_MODEL_LEN = 256
+SCALE = 3.0
 PROMPTS = ([10, 20, 30], [40, 50], [60, 70, 80, 90, 100], [7])
 
 
@@ -100,9 +101,10 @@ def version_of(fleet: Fleet) -> int:
     return fleet.generate([request(max_tokens=1)])[0].versions[0].version
 
 
-def update(fleet: Fleet, version: int) -> None:
-    """An update that changes nothing but the version."""
+def update(fleet: Fleet, version: int, scale: float = 1.0) -> None:
+    """An update of the version; and of a weight, which is multiplied."""
     fleet.begin_update()
+    fleet.call_workers("scale", [(scale,)], timeout_s=30)
     fleet.receive(b"").wait(30)
     fleet.commit(version)
 
@@ -122,6 +124,31 @@ def largest_gap(model_dir: Path, prompt: Prompt, c: Completion, temperature: flo
         logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / temperature
     expected = logits.log_softmax(-1).gather(-1, ids[0, len(prompt.token_ids) :, None])[:, 0]
     return float((expected - torch.from_numpy(c.logprobs)).abs().max())
+
+
+def logprob_gap(model_dir: Path, prompt: Prompt, c: Completion, *, old_until: int) -> list[float]:
+    """|log-prob difference| of each token between the engine and a plain model, whose weights are
+    the scaled ones from the token at old_until on; keys and values are kept."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = torch.tensor([[*prompt.token_ids.tolist(), *c.token_ids.tolist()]])
+    # The last token that old weights sampled is read by the new ones.
+    border = len(prompt.token_ids) + old_until - 1 if old_until else 0
+    logits, past = [], None
+    for part, scale in ((ids[:, :border], 1.0), (ids[:, border:-1], SCALE)):
+        if not part.shape[1]:
+            continue
+        with torch.no_grad():
+            network.model.layers[0].input_layernorm.weight *= scale
+            out = network(part, past_key_values=past, use_cache=True)
+        logits.append(out.logits[0])
+        past = out.past_key_values
+    all_logprobs = torch.cat(logits)[len(prompt.token_ids) - 1 :].log_softmax(-1)
+    expected = all_logprobs.gather(-1, ids[0, len(prompt.token_ids) :, None])[:, 0]
+    gaps: list[float] = (expected - torch.tensor(c.logprobs)).abs().tolist()
+    return gaps
 
 
 @pytest.fixture(scope="module")
@@ -302,25 +329,62 @@ class TestOneEngine:
         assert "the update failed" in str(pending.failure())
         update(fleet, version + 1)
 
-    def test_running_requests_go_on_after_an_update(self, fleet: Fleet) -> None:
-        """Pause mode keep: one completion, tokens of two versions, each token stamped."""
+    @pytest.mark.parametrize("cache", ["keep", "recompute"])
+    def test_running_requests_go_on_after_an_update(
+        self, fleet: Fleet, model: Path, cache: Any
+    ) -> None:
+        """One completion, tokens of two versions, each with the log-prob that its weights gave it
+        over the keys and values of both, or of the new ones only."""
         old = version_of(fleet)
+        prompt = replace(request().prompt, id="long", token_ids=int32(range(10, 170)))
+        long = replace(request(n=4, max_tokens=80, temperature=1.0, seed=11), prompt=prompt)
         done: list[Completion] = []
-        long = request(3, n=8, max_tokens=MAX_MODEL_LEN - 8, temperature=1.0, seed=11)
         caller = threading.Thread(target=lambda: done.extend(fleet.generate([long])))
         caller.start()
         time.sleep(0.4)
-        fleet.begin_update("keep")
+        fleet.begin_update(cache)
+        fleet.call_workers("scale", [(SCALE,)], timeout_s=30)
         fleet.receive(b"").wait(30)
         fleet.commit(old + 1)
         caller.join(timeout=120)
-        assert len(done) == 8
+        (fresh,) = fleet.generate([replace(long, params=replace(long.params, n=1, seed=12))])
+        update(fleet, old + 2, scale=1 / SCALE)
         crossed = [c for c in done if len(c.versions) == 2]
         assert crossed, [c.versions for c in done]
         for c in crossed:
             first, second = c.versions
             assert (first.version, second.version) == (old, old + 1)
             assert 0 == first.start < first.end == second.start < second.end == len(c.token_ids)
+            mixed = logprob_gap(model, prompt, c, old_until=first.end)
+            new = logprob_gap(model, prompt, c, old_until=0)[first.end :]
+            assert max(mixed[: first.end]) < 1e-4
+            assert (max(mixed[first.end :]) < 1e-4) is (cache == "keep")
+            assert (max(new) < 1e-4) is (cache == "recompute")
+        # The prompt's keys and values of the old weights are still there.
+        assert max(logprob_gap(model, prompt, fresh, old_until=0)) < 1e-4
+
+    def test_groups_end_in_any_order_and_can_be_stopped(self, fleet: Fleet) -> None:
+        long, flights = request(3, max_tokens=240, temperature=1.0, seed=11), fleet.flights()
+        whole = fleet.generate([long])
+        flights.start(1, long)
+        flights.start(2, request(max_tokens=1))
+        ((key, answers),) = flights.next()
+        assert key == 2 and tokens(answers) == tokens(fleet.generate([request(max_tokens=1)]))
+        flights.start(3, request(max_tokens=240, temperature=1.0, seed=12))
+        time.sleep(0.3)
+        flights.stop(1, keep=True)
+        flights.stop(3, keep=False)
+        assert len(flights) == 1, "what is not kept never comes"
+        while not (landed := flights.next()):
+            pass
+        ((key, answers),) = landed
+        n_tokens = [sum(len(c.token_ids) for c in part) for part in (answers, whole)]
+        assert key == 1 and n_tokens[0] < n_tokens[1]
+        for a, b in zip(answers, whole, strict=True):
+            n = len(a.token_ids)
+            assert a.token_ids.tolist() == b.token_ids[:n].tolist() and len(a.logprobs) == n
+            assert a.finish_reason == ("length" if n < len(b.token_ids) else b.finish_reason)
+        assert len(fleet.generate([request()])) == 4, "the engine goes on"
 
     def test_calls_reach_the_workers(self, fleet: Fleet) -> None:
         assert fleet.call_workers("hello", [(1, "a")], timeout_s=30) == [[[0, [1, "a"]]]]

@@ -56,5 +56,10 @@ class Extension:
         time.sleep(seconds)
         return seconds
 
+    def scale(self: Any, factor: float) -> None:
+        """Other keys and values in the first layer, and all that follows from them."""
+        layers = self.model_runner.get_model().model.layers
+        layers[0].input_layernorm.weight.data *= factor
+
     def bridge_forget_update(self) -> None:
         self._weight_update_active = False

@@ -41,6 +41,7 @@ class Engines:
         """The first ticket that is answered only when it may go."""
         self.may_go = threading.Event()
         self.failure: Exception | None = None
+        self.stopped: list[tuple[int, bool]] = []
         self._flying: dict[int, list[Completion]] = {}
 
     def __len__(self) -> int:
@@ -62,13 +63,23 @@ class Engines:
             for index in range(request.params.n)
         ]
 
+    def stop(self, key: int, *, keep: bool) -> None:
+        """What is kept is an answer like the others; from then on nothing is held."""
+        self.stopped.append((key, keep))
+        if not keep:
+            del self._flying[key]
+        self.held_from = 10**9
+        self.may_go.set()
+
     def next(self) -> list[tuple[int, list[Completion]]]:
+        if not self._flying:
+            return []
         key = next(iter(self._flying))
         if key >= self.held_from:
             assert self.may_go.wait(20), "held for 20 s"
             if self.failure:
                 raise self.failure
-        return [(key, self._flying.pop(key))]
+        return [(key, self._flying.pop(key))] if key in self._flying else []
 
 
 class Scorers:
@@ -85,9 +96,11 @@ class Scorers:
         return groups
 
 
-def config(staleness: int = 0, update: Any = "drain", beta_th: float = 1.0) -> Config:
+def config(
+    staleness: int = 0, update: Any = "drain", beta_th: float = 1.0, **rollout: Any
+) -> Config:
     return Config(
-        rollout=RolloutConfig(n=2, update=update),
+        rollout=RolloutConfig(n=2, update=update, **rollout),
         trainer=TrainerConfig(train_batch_size=4, seed=5, max_staleness=staleness),
         algorithm=AlgorithmConfig(beta_th=beta_th, max_redraws=3),
     )
@@ -229,6 +242,27 @@ def test_a_restored_run_goes_on_as_the_one_that_was_saved(
     for _ in range(2):
         assert learned_from(step(other, other_engines)) == learned_from(step(collector, engines))
     assert other_engines.requests == engines.requests[n_before:]
+
+
+def test_what_is_aborted_is_drawn_again_first_and_with_other_seeds(make: Make) -> None:
+    collector, engines = make(config(beta_th=0.0, oversample=0.5, unfinished="abort"))
+    engines.held_from = 4
+    assert len(step(collector, engines).groups) == 4
+    assert engines.stopped == [(4, False), (5, False)]
+    late = engines.requests[4:6]
+    rollout = step(collector, engines)
+    again = engines.requests[6:8]
+    assert [name for name, _ in again] == [name for name, _ in late]
+    assert {seed for _, seed in again}.isdisjoint({seed for _, seed in late})
+    assert [group.prompt.id for group in rollout.groups[:2]] == [name for name, _ in late]
+
+
+def test_what_is_cut_belongs_to_the_batch(make: Make) -> None:
+    collector, engines = make(config(beta_th=0.0, oversample=0.5, unfinished="cut"))
+    engines.held_from = 2
+    groups = step(collector, engines).groups
+    assert [g.prompt.id for g in groups] == [name for name, _ in engines.requests[:4]]
+    assert (2, True) in engines.stopped and (3, True) in engines.stopped
 
 
 def test_what_was_in_flight_is_drawn_again(make: Make, tmp_path: Path) -> None:

@@ -188,6 +188,9 @@ def test_an_override_without_the_right_form(minimal: Path, item: str) -> None:
         ("rollout.temperature=true", "rollout.temperature"),
         ("trainer.max_staleness=-1", "trainer.max_staleness is -1; expected at least 0"),
         ("rollout.update=in-flight", "rollout.update is in-flight with trainer.max_staleness=0"),
+        ("rollout.oversample=0.5", "groups can only go on with rollout.update=in-flight"),
+        ("rollout.unfinished=cut", "rollout.unfinished is cut with rollout.oversample=0"),
+        ("rollout.in_flight_cache=recompute", "in_flight_cache is recompute with rollout.update="),
     ],
 )
 def test_a_mistake_in_an_override(minimal: Path, item: str, part: str) -> None:

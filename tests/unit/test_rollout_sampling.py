@@ -83,13 +83,13 @@ class Watched(Flights):
 
     def __init__(self, num_engines: int, random: Random) -> None:
         none: Any = None
-        super().__init__(self._send, none, num_engines=num_engines, timeout_s=1.0)
+        super().__init__(self._send, none, none, num_engines=num_engines, timeout_s=1.0)
         self._random = random
         self._open: list[tuple[int, SamplingRequest, Future[Sampled]]] = []
         self.loads: list[Counter[int]] = []
         """Samples of each engine, whenever an answer is waited for."""
 
-    def _send(self, engine: int, request: SamplingRequest) -> Any:
+    def _send(self, engine: int, request: SamplingRequest, name: str) -> Any:
         future: Future[Sampled] = Future()
         self._open.append((engine, request, future))
         return SimpleNamespace(future=lambda: future)
