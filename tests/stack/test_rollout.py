@@ -167,7 +167,7 @@ def fleet(model: Path) -> Iterator[Fleet]:
 class TestOneEngine:
     def test_seeds_decide_the_tokens(self, fleet: Fleet) -> None:
         once, again = fleet.generate([request()]), fleet.generate([request()])
-        assert once == again
+        assert plain(once) == plain(again)
         assert len(set(tokens(once))) == 4  # the samples of a group differ
         assert tokens(fleet.generate([request(seed=6)])) != tokens(once)
 
