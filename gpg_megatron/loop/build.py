@@ -295,6 +295,7 @@ def _guard(config: Config, rank0: Rank0 | None) -> Guard:
         coarser=DTYPES[coarser],
         # With top_p or top_k the engine's log-probs are those of a cut distribution.
         judges_rollouts=not config.rollout.truncates,
+        draws_ahead=config.trainer.max_staleness > 0,
         max_bad_steps=config.trainer.max_bad_steps,
         stop_on=config.trainer.stop_on,
         samples_file=Path(config.trainer.output_dir) / "bad_samples.jsonl",

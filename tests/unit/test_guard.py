@@ -81,6 +81,7 @@ def guard(folder: Path, said: list[str] | None = None, **options: Any) -> Guard:
         "tolerance": 1e-4,
         "coarser": torch.float32,
         "judges_rollouts": True,
+        "draws_ahead": False,
         "max_bad_steps": 3,
         "stop_on": {},
         "samples_file": folder / "bad_samples.jsonl",
@@ -175,6 +176,14 @@ def test_only_whole_samples_of_the_present_weights_are_held_against_the_policy(
     assert judge.check(1, samples, [near]) is judged, "otherwise the canary has to"
     with pytest.raises(MismatchError) if judged else nullcontext():
         judge.check(1, samples, [far])
+
+
+def test_where_engines_draw_ahead_the_canary_has_to_show_it_at_every_tenth_step(
+    tmp_path: Path,
+) -> None:
+    old, judge = [sample("a", version=3)], guard(tmp_path, draws_ahead=True)
+    due = [step for step in range(1, 31) if not judge.check(step, old, [MADE])]
+    assert due == [10, 20, 30]
 
 
 def test_a_step_that_computed_nothing_judges_nothing(tmp_path: Path) -> None:

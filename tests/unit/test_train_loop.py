@@ -217,6 +217,7 @@ def run(
         tolerance=None,
         coarser=torch.float32,
         judges_rollouts=True,
+        draws_ahead=False,
         max_bad_steps=3,
         stop_on=stop_on or {},
         samples_file=folder / "bad.jsonl",
