@@ -104,15 +104,14 @@ class Engine:
         tokenizer: Any = self._llm.get_tokenizer()
         added = tokenizer.added_tokens_decoder
         self._special = {x.content: i for i, x in added.items() if x.special}
-        self._serial = 0
         self._whole = True
         self._asleep: set[EnginePart] = set()
         await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
 
-    async def answer(self, request: SamplingRequest, version: int, name: str = "") -> Sampled:
-        """The samples of one request; vLLM batches it with the others that run. stop(name) ends
-        it."""
+    async def answer(self, request: SamplingRequest, version: int, name: str) -> Sampled:
+        """The samples of one request; vLLM batches it with the others that run. No two that run
+        have the same name; stop(name) ends it."""
         self._refuse_unless_ready()
         return await self._alive(self._generate_one(request, version, name))
 
@@ -153,9 +152,8 @@ class Engine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._serial += 1
         final = None
-        async for output in self._llm.generate(prompt, params, name or str(self._serial)):
+        async for output in self._llm.generate(prompt, params, name):
             final = output
         assert final is not None and final.finished and len(final.outputs) == wanted.n
         return from_vllm(sorted(final.outputs, key=lambda o: o.index))

@@ -7,6 +7,7 @@ stop(key) ----------Ray--> that engine
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -23,6 +24,8 @@ Ask = Callable[[int, SamplingRequest, str], Any]
 """Sends a request to an engine under a name; Ray's reference to its samples."""
 Stop = Callable[[int, str], Any]
 """Ends the request of that name."""
+_NUMBERS = itertools.count()
+"""Of requests. An evaluation may ask the engines that a stream of groups asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,6 @@ class Flights:
         self._lock = threading.Lock()
         self._load = [0] * num_engines
         """Samples that each engine owes."""
-        self._started = 0
         self._flying: dict[str, _Flight] = {}
         """By name, in the order of their starts."""
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -79,27 +81,32 @@ class Flights:
         with self._lock:
             engine = self._load.index(min(self._load))
             self._load[engine] += request.params.n
-            self._started += 1
-            name = f"group {self._started}"
+        name = f"group {next(_NUMBERS)}"
         ref = self._ask(engine, request, name)
         future = ref.future()
-        self._flying[name] = _Flight(
-            key=key,
-            request=request,
-            engine=engine,
-            ref=ref,
-            future=future,
-            began=time.monotonic(),
-        )
+        with self._lock:
+            self._flying[name] = _Flight(
+                key=key,
+                request=request,
+                engine=engine,
+                ref=ref,
+                future=future,
+                began=time.monotonic(),
+            )
         future.add_done_callback(lambda _: self._ended.put(name))
 
     def stop(self, key: int, *, keep: bool) -> None:
         """End a group if it still runs; keep: what it has comes, else nothing does."""
-        for name, flight in list(self._flying.items()):
-            if flight.key == key and name not in self._unwanted:
-                self._stop(flight.engine, name)
-                if not keep:
-                    self._unwanted.add(name)
+        with self._lock:  # what lands meanwhile is not marked
+            meant = {
+                name: flight.engine
+                for name, flight in self._flying.items()
+                if flight.key == key and name not in self._unwanted
+            }
+            if not keep:
+                self._unwanted |= meant.keys()
+        for name, engine in meant.items():
+            self._stop(engine, name)
 
     def next(self) -> list[tuple[int, list[Completion]]]:
         """Those that have ended since the last call, maybe none that is wanted; something has to
@@ -114,7 +121,8 @@ class Flights:
         return [landed for name in names if (landed := self._landed(name))]
 
     def _wait(self) -> str:
-        first = next(iter(self._flying.values()))
+        with self._lock:
+            first = next(iter(self._flying.values()))
         left = first.began + self._timeout_s - time.monotonic()
         try:
             return self._ended.get(timeout=max(0.0, left))
@@ -124,17 +132,15 @@ class Flights:
             raise AssertionError("it is late") from None
 
     def _landed(self, name: str) -> tuple[int, list[Completion]] | None:
-        flight = self._flying.pop(name)
         with self._lock:
+            flight, is_wanted = self._flying.pop(name), name not in self._unwanted
+            self._unwanted.discard(name)
             self._load[flight.engine] -= flight.request.params.n
         if flight.future.exception() is None:
             sampled = flight.future.result()
         else:
             (sampled,) = self._pending({flight.ref: flight.engine}).answers(CONTROL_TIMEOUT_S)
-        if name in self._unwanted:
-            self._unwanted.remove(name)
-            return None
-        return flight.key, to_completions(flight.request, sampled)
+        return (flight.key, to_completions(flight.request, sampled)) if is_wanted else None
 
 
 def largest_first(requests: Sequence[SamplingRequest]) -> list[int]:

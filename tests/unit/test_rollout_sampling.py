@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -78,6 +78,17 @@ def test_the_canary_is_short_and_of_the_whole_distribution(longest: int, tokens:
     )
 
 
+def one_token_each(n: int) -> Sampled:
+    return Sampled(
+        lengths=(1,) * n,
+        token_ids=int32([7] * n),
+        logprobs=float32([-1.0] * n),
+        finish_reasons=("stop",) * n,
+        texts=("",) * n,
+        versions=((("0", 0, 1),),) * n,
+    )
+
+
 class Watched(Flights):
     """Engines that finish a request when the test says so."""
 
@@ -100,18 +111,39 @@ class Watched(Flights):
             load[engine] += request.params.n
         self.loads.append(load)
         _, request, future = self._open.pop(self._random.randrange(len(self._open)))
-        n = request.params.n
-        future.set_result(
-            Sampled(
-                lengths=(1,) * n,
-                token_ids=int32([7] * n),
-                logprobs=float32([-1.0] * n),
-                finish_reasons=("stop",) * n,
-                texts=("",) * n,
-                versions=((("0", 0, 1),),) * n,
-            )
-        )
+        future.set_result(one_token_each(request.params.n))
         return super().next()
+
+
+def test_no_two_requests_of_an_engine_have_one_name() -> None:
+    """A stream of groups and an evaluation beside it each have flights of their own."""
+    names: list[str] = []
+
+    def ask(engine: int, request: SamplingRequest, name: str) -> Any:
+        names.append(name)
+        return SimpleNamespace(future=Future)
+
+    none: Any = None
+    stream, evaluation = (Flights(ask, none, none, num_engines=1, timeout_s=1.0) for _ in range(2))
+    for key in range(3):
+        for flights in (stream, evaluation):
+            flights.start(key, _request(key))
+    assert len(set(names)) == len(names) == 6
+
+
+def test_what_ends_while_it_is_stopped_is_counted_once() -> None:
+    future: Future[Sampled] = Future()
+    landed: list[Any] = []
+
+    def stop(engine: int, name: str) -> None:
+        future.set_result(one_token_each(2))
+        landed.extend(flights.next())  # as another thread may
+
+    none, ref = cast(Any, None), SimpleNamespace(future=lambda: future)
+    flights = Flights(lambda *_: ref, stop, none, num_engines=1, timeout_s=1.0)
+    flights.start(0, _request(n=2))
+    flights.stop(0, keep=False)
+    assert landed == [] and len(flights) == flights.owed == 0
 
 
 @given(
