@@ -10,6 +10,7 @@ Between take and seen a prompt is out, and does not come a second time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
@@ -28,7 +29,7 @@ SURE = 1e-6
 """Accuracy within this of 1 or 0 is all right or all wrong."""
 
 
-class _Curriculum(PromptStream):
+class _Curriculum(PromptStream, ABC):
     """A stream that learns. Prompts are named by their place in the list."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
@@ -59,17 +60,21 @@ class _Curriculum(PromptStream):
         self._out = set(state.get("out", ()))
         self._remember(state.get(type(self).__name__) or {})
 
+    @abstractmethod
     def _choose(self, n: int) -> list[int]:
-        raise NotImplementedError
+        """The next n, which are out from now on."""
 
+    @abstractmethod
     def _learn(self, i: int, accuracies: Sequence[float]) -> None:
-        raise NotImplementedError
+        """Take in the answers to one."""
 
+    @abstractmethod
     def _memory(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What _remember needs, as plain JSON."""
 
+    @abstractmethod
     def _remember(self, memory: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Know what was known then; empty: nothing."""
 
 
 class Pools(_Curriculum):

@@ -111,7 +111,7 @@ def _run(
     from gpg_megatron.host.device import device_bytes, resolve_device
     from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
     from gpg_megatron.model.shape import load_model_shape
-    from gpg_megatron.placement.memory import check_cache, engine_limits, engine_memory
+    from gpg_megatron.placement.memory import fitting_limits
     from gpg_megatron.rollout.fleet import Fleet
     from gpg_megatron.rollout.spec import EngineSpec
 
@@ -121,11 +121,9 @@ def _run(
     directory = local_directory(config.model)
     shape = load_model_shape(directory)
     n_parameters = worker_parameters(shape, config.rollout.tensor_model_parallel_size)
-    memory = engine_memory(
+    limits = fitting_limits(
         config, shape, n_parameters=n_parameters, device_bytes=device_bytes(device)
     )
-    check_cache(config, memory)
-    limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,
         model_path=str(directory.resolve()),

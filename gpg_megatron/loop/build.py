@@ -123,6 +123,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
             rank0=rank0,
             peak_flops_per_s=peak,
             trace=trace_of(config.trainer, dist.get_rank()),
+            stop_on=config.trainer.stop_on,
             asked_to_leave=LeaveRequest(config.trainer.output_dir, config.trainer.max_hours),
         )
 
@@ -297,7 +298,6 @@ def _guard(config: Config, rank0: Rank0 | None) -> Guard:
         judges_rollouts=not config.rollout.truncates,
         draws_ahead=config.trainer.max_staleness > 0,
         max_bad_steps=config.trainer.max_bad_steps,
-        stop_on=config.trainer.stop_on,
         samples_file=Path(config.trainer.output_dir) / "bad_samples.jsonl",
         say=rank0.message if rank0 is not None else lambda text: None,
         is_rank0=rank0 is not None,

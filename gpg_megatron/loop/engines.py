@@ -16,7 +16,7 @@ from gpg_megatron.host.device import Device, device_bytes
 from gpg_megatron.host.reaper import scratch_directory
 from gpg_megatron.loop.inputs import is_converted, model_files
 from gpg_megatron.placement.devices import engine_devices, visible_devices
-from gpg_megatron.placement.memory import check_cache, engine_limits, engine_memory
+from gpg_megatron.placement.memory import fitting_limits
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import ModelShape
@@ -31,11 +31,9 @@ def start_engines(config: Config, shape: ModelShape, device: Device, run_id: str
     share its GPUs must have taken, and given back, their memory first."""
     colocated = config.trainer.placement == "colocated"
     n_parameters = worker_parameters(shape, config.rollout.tensor_model_parallel_size)
-    memory = engine_memory(
+    limits = fitting_limits(
         config, shape, n_parameters=n_parameters, device_bytes=device_bytes(device)
     )
-    check_cache(config, memory)
-    limits = engine_limits(config, memory, on_gpu=device == "cuda")
     spec = EngineSpec(
         rollout=config.rollout,
         model_path=os.path.abspath(model_files(config)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ class Guard:
         judges_rollouts: bool,
         draws_ahead: bool,
         max_bad_steps: int,
-        stop_on: Mapping[str, float],
         samples_file: Path,
         say: Callable[[str], None],
         is_rank0: bool,
@@ -60,7 +59,6 @@ class Guard:
             judges_rollouts: the engines' log-probs of what is trained on are comparable.
             draws_ahead: the engines are busy after a step, too.
             max_bad_steps: so many in a row end the run, at least 1.
-            stop_on: sign of a collapse -> its limit, see collapse.py.
             samples_file: where their samples are written.
             say: prints a line, where this rank is to print any.
             is_rank0: this rank writes the file.
@@ -71,7 +69,6 @@ class Guard:
         self._judges_rollouts = judges_rollouts
         self._draws_ahead = draws_ahead
         self._bad_steps = BadSteps(max_bad_steps)
-        self.stop_on = stop_on
         self._samples_file = samples_file
         self._say = say
         self._is_rank0 = is_rank0

@@ -95,6 +95,8 @@ class Run:
     """Of all policy ranks together."""
     trace: Trace
     """What a step runs in: nothing, or the profiler."""
+    stop_on: Mapping[str, float]
+    """Sign of a collapse -> its limit, see collapse.py."""
     asked_to_leave: Callable[[], str]
     """Asked on rank 0: why the run is to leave; empty: it is not."""
     left_because: str = field(default="", init=False)
@@ -143,7 +145,7 @@ class Run:
         Raises:
             Collapsed: one is beyond its limit. Nothing of this step is saved.
         """
-        if not (limits := self.guard.stop_on):
+        if not (limits := self.stop_on):
             return {}
         found = signs(rollout.metrics["reward/accuracy"], samples, results)
         if said := verdict(step, found, limits):

@@ -285,12 +285,6 @@ def cache_problem(config: Config, engine: EngineMemory) -> str | None:
     return None
 
 
-def check_cache(config: Config, engine: EngineMemory) -> None:
-    """Raises UserError if the cache cannot hold one sequence of full length."""
-    if problem := cache_problem(config, engine):
-        raise UserError(problem)
-
-
 def engine_limits(config: Config, engine: EngineMemory, *, on_gpu: bool) -> EngineLimits:
     """What an engine may do at once: the section's keys or, where they are not set,
 
@@ -321,3 +315,17 @@ def engine_limits(config: Config, engine: EngineMemory, *, on_gpu: bool) -> Engi
             "as many"
         )
     return EngineLimits(max_num_seqs=n_seqs, max_num_batched_tokens=n_tokens)
+
+
+def fitting_limits(
+    config: Config, shape: ModelShape, *, n_parameters: int, device_bytes: int | None
+) -> EngineLimits:
+    """engine_limits of an engine that is about to start; the arguments are those of engine_memory.
+
+    Raises:
+        UserError: one sequence of full length does not fit.
+    """
+    engine = engine_memory(config, shape, n_parameters=n_parameters, device_bytes=device_bytes)
+    if problem := cache_problem(config, engine):
+        raise UserError(problem)
+    return engine_limits(config, engine, on_gpu=device_bytes is not None)

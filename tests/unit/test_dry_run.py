@@ -20,7 +20,7 @@ from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.data.schema import make_row, write_parquets
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
-from gpg_megatron.placement.memory import check_cache
+from gpg_megatron.placement.memory import fitting_limits
 from gpg_megatron.start import train
 from gpg_megatron.start.dry_run import Machine, count_rows, plan_run, problems
 from gpg_megatron.start.dry_run_text import lines
@@ -256,7 +256,12 @@ def test_what_does_not_fit_is_named(models: Path) -> None:
     short = plan_run(flagship(models, f"rollout.gpu_memory_utilization={share}"), device="cuda")
     assert "one sequence may have 2,048" in problems(short)[0]
     with pytest.raises(UserError, match="one sequence may have 2,048"):
-        check_cache(short.config, short.engine)  # what a run asks before its engines start
+        fitting_limits(  # what a run asks before its engines start
+            short.config,
+            short.shape,
+            n_parameters=short.engine.parameters // 2,
+            device_bytes=short.device_bytes,
+        )
     host = replace(plan_run(flagship(models), device="cpu"), host_bytes=GIB)
     assert "are more than this machine's 1.00 GiB" in problems(host)[0]
 

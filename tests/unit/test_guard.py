@@ -83,7 +83,6 @@ def guard(folder: Path, said: list[str] | None = None, **options: Any) -> Guard:
         "judges_rollouts": True,
         "draws_ahead": False,
         "max_bad_steps": 3,
-        "stop_on": {},
         "samples_file": folder / "bad_samples.jsonl",
         "say": (said if said is not None else []).append,
         "is_rank0": True,

@@ -219,7 +219,6 @@ def run(
         judges_rollouts=True,
         draws_ahead=False,
         max_bad_steps=3,
-        stop_on=stop_on or {},
         samples_file=folder / "bad.jsonl",
         say=world.message,
         is_rank0=True,
@@ -241,6 +240,7 @@ def run(
                 rank0=any_world,
                 peak_flops_per_s=1e9,
                 trace=lambda step: nullcontext(),
+                stop_on=stop_on or {},
                 asked_to_leave=world.asked_to_leave,
             )
         )
