@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 STOP_FILE = "stop"
@@ -26,8 +25,7 @@ def ask_to_leave(output_dir: str | Path, reason: str) -> None:
 
 def forget_request(output_dir: str | Path) -> None:
     """A request that was met, or was made to a run before."""
-    with suppress(NotADirectoryError):  # the check of the directory says that better
-        (Path(output_dir) / STOP_FILE).unlink(missing_ok=True)
+    (Path(output_dir) / STOP_FILE).unlink(missing_ok=True)
 
 
 class LeaveRequest:

@@ -24,7 +24,7 @@ from gpg_megatron.placement.hosts import HostOffer, HostShare, share_hosts
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.leaving import leaving_in_order
 from gpg_megatron.start.meeting import Failure, Hosts, Meeting
-from gpg_megatron.start.preflight import has_work, preflight
+from gpg_megatron.start.preflight import may_start
 from gpg_megatron.start.world import own_run, run_ranks, stopped, world_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _run_host(
     meeting.wait_for_all("to start")
     meeting.watch()
     if hosts.rank == 0:
-        works = has_work(config, preflight(config, hosts.ranks_of_a_host(config.policy.world_size)))
+        n_ranks = hosts.ranks_of_a_host(config.policy.world_size)
+        works = may_start(config, n_ranks, attempt=attempt)
         meeting.tell("the checks", "work" if works else "none")
     else:
         check_model(config)

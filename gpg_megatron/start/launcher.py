@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
-from gpg_megatron.host.leaving import BEGAN_VARIABLE, forget_request
+from gpg_megatron.host.leaving import BEGAN_VARIABLE
 from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.loop.suspect import SUSPECT_VARIABLE
 from gpg_megatron.policy.transformer_engine import check_transformer_engine
 from gpg_megatron.start.hosts import run_among_hosts
 from gpg_megatron.start.meeting import Failure, Hosts
-from gpg_megatron.start.preflight import check_devices, has_work, preflight
+from gpg_megatron.start.preflight import check_devices, may_start
 from gpg_megatron.start.restarts import Restarts
 from gpg_megatron.start.world import one_host_world, own_run, run_ranks
 
@@ -77,8 +77,6 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     allow_open_files()
     on_gpus = resolve_device(config.trainer.device) == "cuda"
     os.environ[BEGAN_VARIABLE] = str(time.time())
-    if hosts.rank == 0:
-        forget_request(config.trainer.output_dir)
     if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     restarts = Restarts(config)
@@ -109,7 +107,7 @@ def _run(
         check_devices(config, n_ranks)
         if on_gpus:
             check_transformer_engine()
-        if not has_work(config, preflight(config, n_ranks)):
+        if not may_start(config, n_ranks, attempt=attempt):
             return None
     with own_run() as run_id:
         return run_ranks(config, one_host_world(run_id, n_ranks, on_gpus, is_alone), arguments)

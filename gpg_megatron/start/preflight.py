@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gpg_megatron.checkpoint.resume import ResumePoint, find_resume_point
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.leaving import forget_request
 from gpg_megatron.host.reaper import new_run_id
 from gpg_megatron.loop.inputs import Inputs, check_model, check_output, load_inputs
 from gpg_megatron.reward.sources import scorer_name
@@ -63,6 +64,15 @@ def preflight(config: Config, n_ranks: int) -> Preflight:
     for line in inputs.warnings:
         print(f"warning: {line}", file=sys.stderr)
     return Preflight(shape=shape, inputs=inputs, point=point)
+
+
+def may_start(config: Config, n_ranks: int, *, attempt: int) -> bool:
+    """preflight, and whether there is something to do. Who asked an earlier run of the directory to
+    leave did not mean this one; who asks between two attempts does. Raises UserError."""
+    found = preflight(config, n_ranks)
+    if not attempt:
+        forget_request(config.trainer.output_dir)
+    return has_work(config, found)
 
 
 def has_work(config: Config, found: Preflight) -> bool:

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gpg_megatron.config.sections import CheckpointConfig, Config, TrainerConfig
-from gpg_megatron.errors import EXIT_STOPPED
+from gpg_megatron.errors import EXIT_STOPPED, UserError
 from gpg_megatron.host.leaving import (
     BEGAN_VARIABLE,
     STOP_FILE,
@@ -21,8 +21,10 @@ from gpg_megatron.host.leaving import (
     ask_to_leave,
     forget_request,
 )
+from gpg_megatron.host.lock import locked
 from gpg_megatron.start.leaving import leaving_in_order
 from gpg_megatron.start.meeting import Failure
+from gpg_megatron.start.preflight import may_start
 from gpg_megatron.start.world import WORDS_FILE, leave_words, what_ended
 
 
@@ -74,6 +76,15 @@ def test_a_request_by_hand_and_the_hours(tmp_path: Path, monkeypatch: pytest.Mon
     assert LeaveRequest(tmp_path, 2.0)() == "trainer.max_hours=2 are over"
     ask_to_leave(tmp_path / "new", "asked by a person")
     assert LeaveRequest(tmp_path / "new", None)() == "asked by a person"
+
+
+def test_a_run_that_is_refused_forgets_no_request_to_the_one_that_is_there(tmp_path: Path) -> None:
+    mine = config(tmp_path)
+    with locked(mine.trainer.output_dir):
+        ask_to_leave(mine.trainer.output_dir, "asked by a person")
+        with pytest.raises(UserError, match="in use by"):
+            may_start(mine, 1, attempt=0)
+        assert LeaveRequest(mine.trainer.output_dir, None)() == "asked by a person"
 
 
 def ended(folder: Path, codes: dict[int, int], words: dict[int, str]) -> Failure:
