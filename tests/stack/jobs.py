@@ -110,7 +110,8 @@ class Job:
         while self.is_running():
             assert time.monotonic() < deadline, f"still running: {self.log.read_text()}"
             time.sleep(LOOK_S)
-        assert self.process.returncode == code, self.log.read_text()
+        ended = self.process.returncode
+        assert ended == code, f"{ended}: {self.log.read_text()}"
         deadline = time.monotonic() + END_LIMIT_S
         while left := self.living():
             assert time.monotonic() < deadline, left
