@@ -328,6 +328,12 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     """RMSNorm over each head of q and k (Qwen3)."""
+    output_bias: bool = False
+    """Of the attention's output projection."""
+    mlp_bias: bool = False
+    """Of both projections of the MLP."""
+    window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     """None: plain rotary angles."""

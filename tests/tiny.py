@@ -63,6 +63,9 @@ def make_tiny_model(
     )
     model = AutoModelForCausalLM.from_config(config).float()
     model.model.norm.weight.data *= sharpness
+    for name, parameter in model.named_parameters():
+        if family == "llama" and name.endswith("bias"):  # made as zeros, which hide a mix-up
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -97,8 +100,10 @@ def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if family.startswith("qwen3"):
         options["head_dim"] = 32
+    if family == "llama":
+        options |= {"attention_bias": True, "mlp_bias": True}
     if family == "mistral":
-        options["sliding_window"] = None
+        options["sliding_window"] = 6  # fewer than the tokens of a sequence
     if family.endswith("_moe"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
         options |= {"moe_intermediate_size": hidden_size // 2}

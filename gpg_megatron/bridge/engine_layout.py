@@ -110,7 +110,7 @@ def _dense(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Pla
         n = whole[0] // tp
         parameter = name.replace(f".{found[1]}_proj.", ".gate_up_proj.")
         return _cut(parameter, whole, worker * n, n, at=n * (found[1] == "up"), of=2 * n)
-    if re.search(r"\.(o|down)_proj\.", name):
+    if re.search(r"\.(o|down)_proj\.weight", name):
         n = whole[1] // tp
         return _cut(name, whole, worker * n, n, dimension=1)
     return _cut(name, whole, 0, whole[0])

@@ -93,6 +93,7 @@ _COMMON = (
     _attention("linear_proj.weight", "o_proj.weight", columns, "hidden q"),
 )  # fmt: skip
 _QKV_BIAS = (_attention("linear_qkv.bias", "q_proj.bias k_proj.bias v_proj.bias", qkv_rows, "qkv"),)
+_OUTPUT_BIAS = (_attention("linear_proj.bias", "o_proj.bias", replicated, "hidden"),)
 _QK_NORM = (
     _attention("q_layernorm.weight", "q_norm.weight", replicated, "head"),
     _attention("k_layernorm.weight", "k_norm.weight", replicated, "head"),
@@ -108,6 +109,10 @@ _DENSE_MLP = (
     ),
     _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", columns, "hidden ffn"),
 )  # fmt: skip
+_MLP_BIAS = (
+    _layer("mlp.linear_fc1.bias", "mlp.gate_proj.bias mlp.up_proj.bias", gated_rows, "gate_and_up"),
+    _layer("mlp.linear_fc2.bias", "mlp.down_proj.bias", replicated, "hidden"),
+)
 _MOE_MLP = (
     _layer(
         "pre_mlp_layernorm.weight", "post_attention_layernorm.weight", replicated, "hidden"
@@ -145,6 +150,8 @@ def rules_of(model: ModelShape) -> tuple[Rule, ...]:
         + (_MOE_MLP if model.moe else _DENSE_MLP)
         + (_SHARED_EXPERT if model.moe and model.moe.shared_ffn_size else ())
         + (_QKV_BIAS if model.qkv_bias else ())
+        + (_OUTPUT_BIAS if model.output_bias else ())
+        + (_MLP_BIAS if model.mlp_bias else ())
         + (_QK_NORM if model.qk_norm else ())
         + (_TIED_HEAD if model.tied else _HEAD)
     )

@@ -24,6 +24,14 @@ class TokenCosts:
     """Of each token that reaches the vocabulary projection, in addition."""
     per_pair: float
     """Of each pair of a token and one that it attends to, itself included."""
+    window: int | None = None
+    """Tokens that a token attends to at most, itself included; None: all before it."""
+
+    def pairs(self, before: int, own: int) -> int:
+        """Of `own` tokens in a row and what they attend to, with so many tokens before them."""
+        last, window = before + own, self.window or before + own
+        beyond = _sum_to(max(0, last - window)) - _sum_to(max(0, before - window))
+        return _sum_to(last) - _sum_to(before) - beyond
 
     def total(self, *, n_tokens: int, n_loss_tokens: int, n_pairs: int) -> float:
         """Floating-point operations."""
@@ -32,6 +40,11 @@ class TokenCosts:
             + self.per_loss_token * n_loss_tokens
             + self.per_pair * n_pairs
         )
+
+
+def _sum_to(n: int) -> int:
+    """1 + ... + n."""
+    return n * (n + 1) // 2
 
 
 def token_costs(shape: ModelShape) -> TokenCosts:
@@ -49,4 +62,5 @@ def token_costs(shape: ModelShape) -> TokenCosts:
         per_token=per_multiply_add * shape.num_layers * (attention + mlp),
         per_loss_token=per_multiply_add * shape.hidden_size * shape.vocab_size,
         per_pair=per_multiply_add * shape.num_layers * 2 * q_width,
+        window=shape.window,
     )

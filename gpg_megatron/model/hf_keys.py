@@ -7,8 +7,8 @@ the model's code, there or in vLLM: EXTRA and the `extra` of a family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Final
 
@@ -100,7 +100,7 @@ COMMON: dict[str, Key] = {
     "eos_token_id": _free(int, list, NoneType),
 }
 WINDOWS = {
-    "use_sliding_window": NO_FLAG,
+    "use_sliding_window": FLAG,
     "sliding_window": _free(int, NoneType, default=4096),
 }
 LAYER_WINDOWS = WINDOWS | {
@@ -200,9 +200,22 @@ class Family:
     """What else may be in the file; what is in neither is unknown."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    slides: Callable[[int, int], bool] | None = None
+    """(layer, max_window_layers) -> whether the layer has the window, where the file has no
+    layer_types; None: all have."""
+    biases: Mapping[str, str] = field(default_factory=dict)
+    """Field of ModelShape -> the key that says it, for biases that a model may have."""
     experts: bool = False
     """In every layer."""
     shared_expert: bool = False
+
+
+def _last_layers_slide(layer: int, max_window_layers: int) -> bool:
+    return layer >= max_window_layers
+
+
+def _every_second_slides(layer: int, max_window_layers: int) -> bool:
+    return layer % 2 == 0 and layer < max_window_layers
 
 
 # A further family also needs its rows in layout/families.py.
@@ -212,6 +225,7 @@ FAMILIES = {
         declared=COMMON | LAYER_WINDOWS,
         # The model's code has biases whatever the file says.
         extra=EXTRA | {"attention_bias": FREE, "qkv_bias": FREE},
+        slides=_last_layers_slide,
         qkv_bias=True,
     ),
     "Qwen3ForCausalLM": Family(
@@ -220,6 +234,7 @@ FAMILIES = {
         | LAYER_WINDOWS
         | {"attention_bias": NO_FLAG, "head_dim": Key(types=INT, default=128, most=MAX_SIZE)},
         extra=EXTRA | {"qkv_bias": FREE},
+        slides=_last_layers_slide,
         qk_norm=True,
     ),
     "LlamaForCausalLM": Family(
@@ -229,12 +244,17 @@ FAMILIES = {
         | {
             "num_key_value_heads": _sizes_or_null(None),
             "head_dim": _sizes_or_null(None),
-            "attention_bias": NO_FLAG,
-            "mlp_bias": NO_FLAG,
+            "attention_bias": FLAG,
+            "mlp_bias": FLAG,
             "attention_dropout": _free(int, float, NoneType, default=0.0),
             "pretraining_tp": _free(int, NoneType, default=1),
         },
         extra=EXTRA | LLAMA_ENGINE,
+        biases={
+            "qkv_bias": "attention_bias",
+            "output_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+        },
     ),
     "MistralForCausalLM": Family(
         model_type="mistral",
@@ -243,7 +263,7 @@ FAMILIES = {
         | {
             "num_key_value_heads": Key(types=INT, default=8, most=MAX_SIZE),
             "head_dim": _sizes_or_null(None),
-            "sliding_window": Key(types=(int, NoneType), default=4096, only=(None,)),
+            "sliding_window": _free(int, NoneType, default=4096),
         },
         extra=EXTRA | LLAMA_ENGINE,
     ),
@@ -259,6 +279,7 @@ FAMILIES = {
             "qkv_bias": Key(types=BOOL, default=True, only=(True,)),
         },
         extra=EXTRA | {"attention_bias": FREE},
+        slides=_every_second_slides,
         qkv_bias=True,
         experts=True,
         shared_expert=True,

@@ -124,7 +124,7 @@ def build_model(
         _scale_cosine_and_sine(megatron_config, shape.rope_scaling.attention_factor)
     model = PolicyModel(
         config=megatron_config,
-        transformer_layer_spec=layer_spec(megatron_config, qk_norm=shape.qk_norm),
+        transformer_layer_spec=layer_spec(megatron_config, shape),
         vocab_size=padded_vocab_size(shape, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -200,10 +200,13 @@ def _transformer_config(
         qk_layernorm=shape.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        # What attention has is its own: modules.Attention.
+        add_bias_linear=shape.mlp_bias,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # Those before and after a token.
+        window_size=None if shape.window is None else (shape.window - 1, 0),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,

@@ -7,6 +7,7 @@ Engine, where present, brings its own norms and matrix products.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from gpg_megatron.policy.attention import PackedAttention
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
+from gpg_megatron.types import ModelShape
 
 
 class RMSNorm(torch.nn.Module):
@@ -56,8 +58,20 @@ class RMSNorm(torch.nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
+class Attention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
+    """Whose output projection has a bias or not, whatever the MLP has: Megatron has one switch for
+    both."""
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any
+    ) -> None:
+        own = copy.copy(config)
+        own.add_bias_linear = output_bias
+        super().__init__(own, *args, **kwargs)
+
+
 def layer_spec(
-    config: TransformerConfig, *, qk_norm: bool
+    config: TransformerConfig, shape: ModelShape
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """This stage's layers: Transformer Engine's norms and products where it is present, else
     ours. Attention is always the project's: Transformer Engine's knows no shared prompts."""
@@ -65,12 +79,14 @@ def layer_spec(
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=qk_norm,
+            qk_layernorm=shape.qk_norm,
         )
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention = layer.submodules.self_attention
+        attention.module, attention.submodules.core_attention = Attention, PackedAttention
+        attention.params |= {"output_bias": shape.output_bias}
         return layer
     layer = _own_layer(
-        head_norm=RMSNorm if qk_norm else IdentityOp,
+        shape,
         mlp=_EXPERTS if config.num_moe_experts else _MLP,
         stored_names=_STORED_NORMS[: 1 if config.num_moe_experts else 2],
     )
@@ -99,18 +115,22 @@ _STORED_NORMS = (
 
 
 def _own_layer(
+    shape: ModelShape,
     *,
-    head_norm: type[torch.nn.Module],
     mlp: ModuleSpec,
     stored_names: Sequence[tuple[str, str]],
 ) -> ModuleSpec:
+    head_norm = RMSNorm if shape.qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                module=Attention,
+                params={
+                    "attn_mask_type": AttnMaskType.causal,
+                    "output_bias": shape.output_bias,
+                },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=PackedAttention,

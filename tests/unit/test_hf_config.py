@@ -82,6 +82,11 @@ def of_family(architecture: str, **changes: Any) -> dict[str, Any]:
 
 LLAMA, MISTRAL = of_family("LlamaForCausalLM"), of_family("MistralForCausalLM")
 QWEN2 = of_family("Qwen2ForCausalLM")
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+SLIDING = ["sliding_attention"] * 3
+SOME_LAYERS = (
+    "a sliding window in some layers only (use_sliding_window, max_window_layers, layer_types)"
+)
 QWEN2_MOE, QWEN3_MOE = of_family("Qwen2MoeForCausalLM"), of_family("Qwen3MoeForCausalLM")
 
 
@@ -238,7 +243,6 @@ def test_a_missing_key_is_named(tmp_path: Path, key: Any) -> None:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope type longrope"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act other than silu"),
     ],
 )
@@ -250,9 +254,8 @@ def test_an_unsupported_option_is_named(tmp_path: Path, change: Any, words: Any)
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096 (other than null)"),
         (MISTRAL | {"attention_bias": True}, "attention_bias"),
-        (LLAMA | {"attention_bias": True}, "attention_bias"),
+        (LLAMA | {"attention_bias": True, "qkv_bias": False}, "qkv_bias beside attention_bias"),
         (LLAMA | {"qkv_bias": True}, "qkv_bias"),
         (LLAMA | {"sliding_window": 32}, "sliding_window 32 (other than null)"),
         (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step other than 1"),
@@ -261,7 +264,15 @@ def test_an_unsupported_option_is_named(tmp_path: Path, change: Any, words: Any)
         (QWEN3_MOE | {"num_experts_per_tok": 1}, "norm_topk_prob with one expert per token"),
         (QWEN2_MOE | {"mlp_only_layers": [1, 2]}, "mlp_only_layers"),
         (QWEN2_MOE | {"qkv_bias": False}, "qkv_bias other than true"),
-        (QWEN2_MOE | {"use_sliding_window": True}, "use_sliding_window"),
+        (
+            QWEN2_MOE | {"use_sliding_window": True},
+            SOME_LAYERS,
+        ),
+        (QWEN3_MOE | WINDOW | {"layer_types": ["full_attention"] * 3}, SOME_LAYERS),
+        (QWEN2 | WINDOW | {"max_window_layers": 1}, SOME_LAYERS),
+        (QWEN3 | WINDOW | {"layer_types": [*SLIDING[:2], "full_attention"]}, SOME_LAYERS),
+        (QWEN3 | {"layer_types": SLIDING}, "layer_types other than full_attention"),
+        (LLAMA | {"layer_types": SLIDING}, "layer_types other than full_attention"),
     ],
 )
 def test_an_unsupported_option_of_a_family(tmp_path: Path, raw: Any, words: Any) -> None:
@@ -272,7 +283,9 @@ def test_an_unsupported_option_of_a_family(tmp_path: Path, raw: Any, words: Any)
 def test_mistral_slides_unless_told_not_to(tmp_path: Path) -> None:
     """Without the key transformers' own default is a window of 4096."""
     raw = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
-    assert "sliding_window 4096" in refusal(write(tmp_path, raw))
+    assert load_model_shape(write(tmp_path, raw)).window == 4096
+    message = refusal(write(tmp_path, MISTRAL | {"sliding_window": 0}))
+    assert message.endswith(": sliding_window is 0; expected 1 or more")
 
 
 def test_one_expert_per_token_without_scaling(tmp_path: Path) -> None:
