@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ class Bench:
             for variant in VARIANTS:
                 outcome = self.update(variant)
                 first = right.setdefault(variant.none_dead, outcome)
-                same = _check(outcome, first, self.limit)
+                same = _check(outcome, first, self.limit, math.log(self.shape.vocab_size))
                 print(f"{variant.name}: {outcome.seconds:.2f} s, {same}", flush=True)
                 rows[variant.name].append(replace(outcome, gradient=None))
             print(_table(rows), flush=True)
@@ -253,10 +254,14 @@ def _part_of_gradient(parameters: Sequence[Any]) -> torch.Tensor:
     return torch.cat([p.main_grad.flatten()[::k] for p in parameters])
 
 
-def _check(outcome: Outcome, right: Outcome, limit: float) -> str:
-    """The relative differences between two updates that should be one; fails when they are not."""
+def _check(outcome: Outcome, right: Outcome, limit: float, log_prob: float) -> str:
+    """The relative differences between two updates that should be one; fails when they are not.
+
+    Args:
+        log_prob: size of a token's. The terms of the loss cancel; they are what it is a part of.
+    """
     errors = {
-        "loss": abs(outcome.loss / right.loss - 1.0),
+        "loss": abs(outcome.loss - right.loss) / log_prob,
         "grad_norm": abs(outcome.grad_norm / right.grad_norm - 1.0),
     }
     if outcome.gradient is not None and right.gradient is not None:
