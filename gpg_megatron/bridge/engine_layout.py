@@ -74,6 +74,12 @@ def _places(
     engine: Engine, hf_shapes: Mapping[str, tuple[int, ...]], worker: int
 ) -> Iterator[tuple[str, *_Place]]:
     for name, whole in hf_shapes.items():
+        if name.endswith(".gate_up_proj.weight"):
+            n = whole[0] // 2 // engine.tp_size
+            for part in range(2):
+                first = part * whole[0] // 2 + worker * n
+                yield name, *_cut(name, whole, first, n, at=part * n, of=2 * n)
+            continue
         place = _expert if EXPERT.fullmatch(name) else _dense
         if found := place(engine, name, whole, worker):
             yield name, *found

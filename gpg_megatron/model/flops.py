@@ -52,14 +52,15 @@ def token_costs(shape: ModelShape) -> TokenCosts:
     q_width = shape.num_heads * shape.head_dim
     kv_width = shape.num_kv_heads * shape.head_dim
     attention = 2 * shape.hidden_size * (q_width + kv_width)
-    if shape.moe is None:
-        mlp = 3 * shape.hidden_size * shape.ffn_size
-    else:
+    n_dense = len(shape.dense_layers)
+    mlps = n_dense * 3 * shape.hidden_size * shape.ffn_size
+    if shape.moe is not None:
         width = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
-        mlp = shape.hidden_size * (3 * width + shape.moe.num_experts)
+        experts = shape.hidden_size * (3 * width + shape.moe.num_experts)
+        mlps += (shape.num_layers - n_dense) * experts
     per_multiply_add = 2.0 * _FORWARD_AND_BACKWARD
     return TokenCosts(
-        per_token=per_multiply_add * shape.num_layers * (attention + mlp),
+        per_token=per_multiply_add * (shape.num_layers * attention + mlps),
         per_loss_token=per_multiply_add * shape.hidden_size * shape.vocab_size,
         per_pair=per_multiply_add * shape.num_layers * 2 * q_width,
         window=shape.window,

@@ -112,15 +112,15 @@ LAST_TOKENS = {
     "eos_token_id": _free(int, list, NoneType, default=2),
 }
 EXPERTS = {
-    "decoder_sparse_step": Key(types=INT, default=1, only=(1,)),
+    "decoder_sparse_step": Key(types=INT, default=1, most=MAX_COUNT),
     "moe_intermediate_size": SIZE,
     "num_experts_per_tok": COUNT,
     "num_experts": COUNT,
     "norm_topk_prob": FLAG,
     "output_router_logits": FLAG,
     "router_aux_loss_coef": _free(float, default=0.001),
-    "mlp_only_layers": Key(types=(list, NoneType), only=([], None)),
-    # No layer uses it, and a file need not have it.
+    "mlp_only_layers": _free(list, NoneType),
+    # Where no layer uses it, a file need not have it.
     "intermediate_size": Key(types=INT, most=MAX_SIZE),
 }
 
@@ -198,15 +198,18 @@ class Family:
     """By the family's configuration class in transformers."""
     extra: Mapping[str, Key]
     """What else may be in the file; what is in neither is unknown."""
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    has: frozenset[str] = frozenset()
+    """Flags of ModelShape that its code sets, whatever the file says."""
+    rotary_part: float | None = None
+    """Of a head's elements those that are rotated, where the file does not say; None: always
+    all."""
     slides: Callable[[int, int], bool] | None = None
     """(layer, max_window_layers) -> whether the layer has the window, where the file has no
     layer_types; None: all have."""
     biases: Mapping[str, str] = field(default_factory=dict)
     """Field of ModelShape -> the key that says it, for biases that a model may have."""
     experts: bool = False
-    """In every layer."""
+    """In every layer, or in some: decoder_sparse_step, mlp_only_layers."""
     shared_expert: bool = False
 
 
@@ -226,7 +229,7 @@ FAMILIES = {
         # The model's code has biases whatever the file says.
         extra=EXTRA | {"attention_bias": FREE, "qkv_bias": FREE},
         slides=_last_layers_slide,
-        qkv_bias=True,
+        has=frozenset({"qkv_bias"}),
     ),
     "Qwen3ForCausalLM": Family(
         model_type="qwen3",
@@ -235,7 +238,7 @@ FAMILIES = {
         | {"attention_bias": NO_FLAG, "head_dim": Key(types=INT, default=128, most=MAX_SIZE)},
         extra=EXTRA | {"qkv_bias": FREE},
         slides=_last_layers_slide,
-        qk_norm=True,
+        has=frozenset({"qk_norm"}),
     ),
     "LlamaForCausalLM": Family(
         model_type="llama",
@@ -267,6 +270,21 @@ FAMILIES = {
         },
         extra=EXTRA | LLAMA_ENGINE,
     ),
+    "Glm4ForCausalLM": Family(
+        model_type="glm4",
+        declared=COMMON
+        | {
+            "num_key_value_heads": Key(types=INT, default=2, most=MAX_SIZE),
+            "head_dim": Key(types=INT, default=128, most=MAX_SIZE),
+            "attention_bias": Key(types=BOOL, default=True),
+            "pad_token_id": _free(int, NoneType, default=151329),
+        },
+        # The engine slides if the file says so, transformers does not.
+        extra=EXTRA | {"partial_rotary_factor": FREE, "qkv_bias": FREE, "sliding_window": NULL},
+        has=frozenset({"post_norms", "fused_gate_up", "rotary_neighbours"}),
+        rotary_part=0.5,
+        biases={"qkv_bias": "attention_bias"},
+    ),
     "Qwen2MoeForCausalLM": Family(
         model_type="qwen2_moe",
         declared=COMMON
@@ -280,7 +298,7 @@ FAMILIES = {
         },
         extra=EXTRA | {"attention_bias": FREE},
         slides=_every_second_slides,
-        qkv_bias=True,
+        has=frozenset({"qkv_bias"}),
         experts=True,
         shared_expert=True,
     ),
@@ -296,7 +314,7 @@ FAMILIES = {
         # The class's other name for num_experts, and the one that it writes.
         extra=EXTRA
         | {"num_local_experts": COUNT, "qkv_bias": FREE, "shared_expert_intermediate_size": FREE},
-        qk_norm=True,
+        has=frozenset({"qk_norm"}),
         experts=True,
     ),
 }

@@ -17,7 +17,7 @@ from typing import Any
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
 from gpg_megatron.model.json_file import Refusal, plain, read_object, shown
-from gpg_megatron.model.rope import read_rope, unread
+from gpg_megatron.model.rope import read_rope, read_rotary_dim, unread
 from gpg_megatron.model.windows import read_window
 from gpg_megatron.types import ModelShape, MoEShape
 
@@ -170,7 +170,8 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         head_dim=head_dim,
         vocab_size=values["vocab_size"],
         tied=values["tie_word_embeddings"],
-        qk_norm=family.qk_norm,
+        rotary_dim=read_rotary_dim(raw, family.rotary_part, head_dim),
+        **dict.fromkeys(family.has, True),
         **_biases(family, raw, values),
         window=read_window(family, values),
         rope_theta=theta,
@@ -187,7 +188,7 @@ def _biases(family: Family, raw: Mapping[str, Any], values: Mapping[str, Any]) -
     if found.get("output_bias") and "qkv_bias" in raw:
         # Of q, k and v the engine goes by the one, transformers by the other.
         raise Refusal("qkv_bias beside attention_bias is not supported")
-    return {"qkv_bias": family.qkv_bias} | found
+    return found
 
 
 def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
@@ -201,6 +202,7 @@ def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
         ffn_size=values["moe_intermediate_size"],
         shared_ffn_size=values["shared_expert_intermediate_size"] if family.shared_expert else 0,
         renormalised=values["norm_topk_prob"],
+        dense_layers=_dense_layers(values),
     )
     if shape.experts_per_token > shape.num_experts:
         raise Refusal(
@@ -211,6 +213,21 @@ def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
         # The only expert would have the constant weight 1, and its router no gradient.
         raise Refusal("norm_topk_prob with one expert per token is not supported")
     return shape
+
+
+def _dense_layers(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers without experts, as transformers' and vLLM's code has it. Raises Refusal."""
+    number, dense = values["num_hidden_layers"], values["mlp_only_layers"] or []
+    for layer in dense:
+        if type(layer) is not int or not 0 <= layer < number:
+            raise Refusal(f"mlp_only_layers has {shown(layer)}; expected layers 0 to {number - 1}")
+    step = values["decoder_sparse_step"]
+    found = tuple(i for i in range(number) if i in dense or (i + 1) % step)
+    if len(found) == number:
+        raise Refusal("decoder_sparse_step and mlp_only_layers leave no layer with experts")
+    if found and values["intermediate_size"] is None:
+        raise Refusal("key 'intermediate_size' is missing")
+    return found
 
 
 def _is_number(value: object) -> bool:

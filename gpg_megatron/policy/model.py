@@ -136,7 +136,7 @@ def build_model(
     # It would choose this rank's positions; _preprocess takes each token's own.
     model.rotary_pos_emb.cp_group = None
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
-        shape.rope_theta, shape.head_dim, shape.rope_scaling
+        shape.rope_theta, shape.rotary_dim or shape.head_dim, shape.rope_scaling
     ).to(device)
     model.real_vocab_size = shape.vocab_size
     model.temperature = temperature
@@ -198,6 +198,7 @@ def _transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         qk_layernorm=shape.qk_norm,
+        rotary_interleaved=shape.rotary_neighbours,
         gated_linear_unit=True,
         activation_func=F.silu,
         # What attention has is its own: modules.Attention.
@@ -257,6 +258,12 @@ def _expert_options(shape: ModelShape, config: PolicyConfig) -> dict[str, Any]:
         # The only loss is GPG's.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
+        # A list makes Megatron store each layer under keys of its own.
+        "moe_layer_freq": (
+            [int(i not in shape.dense_layers) for i in range(shape.num_layers)]
+            if shape.dense_layers
+            else 1
+        ),
         "moe_grouped_gemm": has_transformer_engine(),
         "expert_model_parallel_size": config.expert_model_parallel_size,
     }

@@ -225,6 +225,17 @@ PROBLEMS = (
         rope={"rope_type": "linear", "factor": 2.0},
     ),
     Problem(
+        name="glm4-untied",
+        family="Glm4",
+        tied=False,
+        vocab_size=131,
+        head_dim=8,
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        sequence_parallel=True,
+    ),
+    Problem(
         name="qwen3moe-tied",
         family="Qwen3Moe",
         tied=True,
@@ -243,13 +254,14 @@ PROBLEMS = (
         tied=False,
         vocab_size=131,
         head_dim=8,
+        options={"mlp_only_layers": [1]},
         algorithm=from_preset("amap", correction="truncate-sequence", correction_max=4.0),
         temperature=1.0,
         clip_grad=0.5,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
         experts=True,
-        seed=35,
+        seed=55,
     ),
 )
 _LAYOUTS_WITH_EXPERTS = {
@@ -271,6 +283,8 @@ def problems_of(layout: Layout) -> list[Problem]:
 def _is_solved(problem: Problem, layout: Layout) -> bool:
     if problem.family == "Mistral":
         return layout in (Layout(), Layout(cp=2))  # beside the window it has Llama's parts
+    if problem.family == "Glm4":
+        return layout in (Layout(), Layout(tp=2))
     if problem.experts:
         every = layout.world_size < 4 or (layout.tp > 1 and layout.ep > 1)
         return layout in _LAYOUTS_WITH_EXPERTS and (every or problem.tied)
@@ -403,6 +417,7 @@ def make_model(problem: Problem, directory: Path) -> None:
         max_position_embeddings=64,
         tie_word_embeddings=problem.tied,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **problem.rope},
+        pad_token_id=None,
         **{"sliding_window": None, **(experts if problem.experts else {}), **problem.options},
     )
     torch.manual_seed(problem.seed)

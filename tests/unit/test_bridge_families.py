@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -17,7 +18,7 @@ from gpg_megatron.types import ModelShape
 
 # All different, so that no dimension can be taken for another.
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, PADDED_VOCAB = 2, 24, 40, 4, 2, 8, 50, 128
-FLAGS = {
+FLAGS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
     "LlamaForCausalLM": {"qkv_bias": True, "qk_norm": False, "output_bias": True, "mlp_bias": True},

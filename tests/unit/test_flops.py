@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,6 +50,8 @@ def test_a_token_pays_for_the_experts_that_it_visits() -> None:
     )
     per_layer = (token_costs(shape(moe)).per_token - token_costs(shape()).per_token) / (6 * 30)
     assert per_layer == 576 * (3 * 600 + 60) - 576 * 3 * 1536
+    some = token_costs(shape(replace(moe, dense_layers=(0, 7, 8)))).per_token
+    assert token_costs(shape(moe)).per_token - some == 6 * 3 * per_layer
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.none() | st.integers(1, 12))

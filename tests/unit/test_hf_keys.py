@@ -87,9 +87,16 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
             ffn_size=config.moe_intermediate_size,
             shared_ffn_size=config.shared_expert_intermediate_size if family.shared_expert else 0,
             renormalised=config.norm_topk_prob,
+            dense_layers=tuple(
+                i
+                for i in range(config.num_hidden_layers)
+                if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step
+            ),
         )
-    llama = family.model_type == "llama"
+    llama, glm = family.model_type == "llama", family.model_type == "glm4"
+    qkv_bias = config.attention_bias if llama or glm else family.model_type.startswith("qwen2")
     quotient = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or quotient
     return ModelShape(
         architecture=config.architectures[0],
         num_layers=config.num_hidden_layers,
@@ -97,13 +104,17 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         ffn_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or quotient,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         tied=config.tie_word_embeddings,
-        qkv_bias=family.qkv_bias or (llama and config.attention_bias),
+        qkv_bias=qkv_bias,
         output_bias=llama and config.attention_bias,
         mlp_bias=llama and config.mlp_bias,
-        qk_norm=family.qk_norm,
+        qk_norm=family.model_type.startswith("qwen3"),
+        post_norms=glm,
+        fused_gate_up=glm,
+        rotary_neighbours=glm,
+        rotary_dim=int(head_dim * config.rope_parameters["partial_rotary_factor"]) if glm else None,
         window=as_window(config, family),
         rope_theta=config.rope_parameters["rope_theta"],
         rope_scaling=as_scaling(config.rope_parameters),
@@ -193,7 +204,6 @@ GOOD: dict[str, list[Any]] = {
         None, {}, {"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 300},
         {"rope_type": "default", "type": "yarn", "partial_rotary_factor": 1.0},
     ],
-    "partial_rotary_factor": [1.0, 1, None],
     "hidden_act": ["silu"],
     "rms_norm_eps": [1e-5, 1e-6],
     "max_position_embeddings": [2048, 131072],
@@ -215,20 +225,25 @@ GOOD: dict[str, list[Any]] = {
 }  # fmt: skip
 GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
     "num_key_value_heads": {"qwen2 qwen3 llama": [1, 2, 4, None], "": [1, 2, 4]},
-    "head_dim": {"qwen3": [16, 32], "": [16, 32, None]},
-    "attention_bias": {"qwen2 qwen2_moe": [True, False, None], "llama": [True, False], "": [False]},
+    "head_dim": {"qwen3 glm4": [16, 32], "": [16, 32, None]},
+    "partial_rotary_factor": {"glm4": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
+    "attention_bias": {
+        "qwen2 qwen2_moe": [True, False, None],
+        "llama glm4": [True, False],
+        "": [False],
+    },
     "mlp_bias": {"llama": [True, False], "": [False]},
     "qkv_bias": {"qwen2_moe": [True], "llama mistral": [False], "": [True, False]},
     "use_sliding_window": {"": [False]},
-    "sliding_window": {"llama mistral": [None], "": [None, 64, 0]},
+    "sliding_window": {"llama mistral glm4": [None], "": [None, 64, 0]},
     "max_window_layers": {"": [0, 2, 28]},
 }
 GOOD_OF_EXPERTS: dict[str, list[Any]] = {
     "norm_topk_prob": [True, False],
     "num_experts_per_tok": [2, 4],
     "num_local_experts": [6, 12],
-    "decoder_sparse_step": [1],
-    "mlp_only_layers": [None, []],
+    "decoder_sparse_step": [1, 2, 3],
+    "mlp_only_layers": [None, [], [0]],
     "output_router_logits": [True, False],
     "router_aux_loss_coef": [0.0, 0.01],
 }
