@@ -97,10 +97,8 @@ class Engine:
     async def start(self) -> float:
         """Load the model; returns the seconds it took."""
         begin = time.monotonic()
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
+        # Minutes, for a large model: placed and pids are answered meanwhile.
+        self._llm = await asyncio.to_thread(self._load)
         tokenizer: Any = self._llm.get_tokenizer()
         added = tokenizer.added_tokens_decoder
         self._special = {x.content: i for i, x in added.items() if x.special}
@@ -108,6 +106,12 @@ class Engine:
         self._asleep: set[EnginePart] = set()
         await self._alive(self._llm.update_weight_version("0"))
         return time.monotonic() - begin
+
+    def _load(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
 
     async def answer(self, request: SamplingRequest, version: int, name: str) -> Sampled:
         """The samples of one request; vLLM batches it with the others that run. No two that run
