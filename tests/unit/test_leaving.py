@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +35,30 @@ def config(folder: Path, *, save_freq: int = 1, grace_s: int = 60) -> Config:
         trainer=TrainerConfig(output_dir=str(folder / "run"), grace_s=grace_s),
         checkpoint=CheckpointConfig(save_freq=save_freq),
     )
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from gpg_megatron.errors import exit_codes
+
+@exit_codes
+def main(argv=None):
+    exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(5)")
+
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_in_the_making_of_a_dataclass_is_an_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(INTERRUPTED)
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "command"],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
