@@ -25,9 +25,8 @@ from gpg_megatron.host.leaving import (
 )
 from gpg_megatron.host.lock import locked
 from gpg_megatron.start.leaving import leaving_in_order
-from gpg_megatron.start.meeting import Failure
 from gpg_megatron.start.preflight import may_start
-from gpg_megatron.start.world import WORDS_FILE, leave_words, what_ended
+from gpg_megatron.start.world import WORDS_FILE, Failure, leave_words, what_ended
 
 
 def config(folder: Path, *, save_freq: int = 1, grace_s: int = 60) -> Config:
@@ -59,6 +58,26 @@ def test_ctrl_c_in_the_making_of_a_dataclass_is_an_exit_code(tmp_path: Path) -> 
         text=True,
     )
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
+
+
+RANK = """
+import time
+from gpg_megatron.start.rank import die_with_parent
+die_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+"""
+AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+def test_a_rank_dies_with_the_agent_that_started_it() -> None:
+    command = [sys.executable, "-c", AGENT, RANK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None and agent.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        agent.kill()
+        assert agent.stdout.read() == "", "nobody holds it open any more"
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
