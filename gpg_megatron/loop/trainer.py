@@ -251,8 +251,12 @@ class Run:
         return self.rank0
 
     def _evaluate(self, step: int, when: str) -> dict[str, float]:
+        def evaluate() -> dict[str, float]:
+            with self.rollouts.evaluating():
+                return self._rank0.evaluate(step)
+
         with self.place(State.ROLLOUT):
-            metrics = self.on_rank0(lambda: self._rank0.evaluate(step))
+            metrics = self.on_rank0(evaluate)
         for name, value in metrics.items():
             if not name.endswith("/ci95"):
                 self.say(f"{name} {when}: {value:.3f}")

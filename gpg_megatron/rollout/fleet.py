@@ -20,7 +20,7 @@ from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, EnginePart
 
-PLACEMENT_TIMEOUT_S = 120.0
+PLACEMENT_TIMEOUT_S = 300.0
 SHUTDOWN_TIMEOUT_S = 8.0
 EXIT_GRACE_S = 3.0
 MOST_CALLS = 10_000
