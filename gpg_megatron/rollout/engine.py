@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -94,9 +93,9 @@ class Engine:
         """Answers as soon as Ray has found a place: the host's name."""
         return os.uname().nodename
 
-    async def start(self) -> float:
-        """Load the model; returns the seconds it took."""
-        begin = time.monotonic()
+    async def start(self) -> tuple[str, list[int]]:
+        """Load the model; returns the host's name, and the ids of this process and all below."""
+        import psutil
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -107,7 +106,12 @@ class Engine:
         self._whole = True
         self._asleep: set[EnginePart] = set()
         await self._alive(self._llm.update_weight_version("0"))
-        return time.monotonic() - begin
+        this = psutil.Process()
+        return os.uname().nodename, [this.pid, *(p.pid for p in this.children(recursive=True))]
+
+    async def pulse(self) -> None:
+        """Answers when the core does, which it does between two steps of a batch."""
+        await self._alive(self._llm.is_sleeping())
 
     async def answer(self, request: SamplingRequest, version: int, name: str) -> Sampled:
         """The samples of one request; vLLM batches it with the others that run. No two that run
@@ -206,13 +210,6 @@ class Engine:
         # vLLM passes over a part that does not sleep, with a warning in the log.
         if is_awake != (not self._asleep):
             raise RuntimeError(f"the engine did not wake {', '.join(parts)}")
-
-    async def pids(self) -> list[int]:
-        """This process and all below it."""
-        import psutil
-
-        this = psutil.Process()
-        return [this.pid, *(child.pid for child in this.children(recursive=True))]
 
     async def shutdown(self) -> None:
         self._llm.shutdown(timeout=3)

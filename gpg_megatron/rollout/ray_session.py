@@ -36,6 +36,8 @@ def open_ray(
         UserError: no cluster at config.ray_address, or too few free resources.
         RunError: a private Ray did not start.
     """
+    # Read when Ray is imported: a thread that asks after the end would start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     assert not ray.is_initialized(), "one fleet at a time in a process"
