@@ -8,17 +8,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.policy_batches import sequence
+from gpg_megatron.host.device import Device
 from gpg_megatron.types import TrainSample
 
 
 class PlainUpdate:
     """The model with torch's AdamW; every call is one update."""
 
-    def __init__(self, path: Path, dtype: str, sequences_per_batch: int) -> None:
+    def __init__(
+        self, path: Path, dtype: torch.dtype, sequences_per_batch: int, device: Device
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+        self.device = device
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
         self.model.config.use_cache = False
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0)
         self.sequences_per_batch = sequences_per_batch
@@ -47,13 +50,14 @@ class PlainUpdate:
 
     def _loss(self, samples: Sequence[TrainSample], weights: Sequence[float]) -> torch.Tensor:
         rows = [torch.from_numpy(sequence(sample)).long() for sample in samples]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
-        attention_mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        attention_mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.device)
+        tokens = tokens.to(self.device)
         logits = self.model(input_ids=tokens, attention_mask=attention_mask).logits[:, :-1].float()
         logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        scale = torch.zeros_like(logprobs)
+        scale = torch.zeros(logprobs.shape)
         for row, sample, weight in zip(scale, samples, weights, strict=True):
             first = len(sample.prompt_token_ids) - 1
             row[first : first + len(sample.response_token_ids)] = sample.advantage * weight
-        return -(logprobs * scale).sum()
+        return -(logprobs * scale.to(self.device)).sum()

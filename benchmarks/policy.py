@@ -5,17 +5,15 @@
 Every variant makes the same update from the same weights: loss, gradient norm and gradient are
 compared. A plain padded Hugging Face implementation of the update is timed beside them. The
 variants take turns, so that a busy machine slows all of them; medians are printed. Without
---model: random weights in the shape of SmolLM2-135M. Last line: JSON.
+--model: random weights in a published shape. Last line: JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
+import math
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.machine import machine
+from benchmarks.measure import Clock, PeakMemory
 from benchmarks.plain_update import PlainUpdate
 from benchmarks.policy_batches import (
     AGGREGATION,
@@ -42,7 +42,8 @@ from gpg_megatron.config.sections import (
     RolloutConfig,
     TrainerConfig,
 )
-from gpg_megatron.host.device import set_threads
+from gpg_megatron.host.device import Device, resolve_device, set_threads
+from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
@@ -50,7 +51,34 @@ from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.types import ModelShape, TrainSample
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_LIMIT = 2**62
+COMPARED = 2**24
+"""Elements of the gradient that are compared, evenly over all of it."""
+
+COMMON = {"tie_word_embeddings": True, "max_position_embeddings": 8192, "initializer_range": 0.04}
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_theta": 100000.0,
+    },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rope_theta": 1000000.0,
+    },
+}
 
 
 def main() -> None:
@@ -58,17 +86,20 @@ def main() -> None:
     options = _options()
     quiet_megatron()
     set_threads(options.threads)
+    print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(options.model or _random_model(Path(folder), options.layers))
+        model = Path(options.model or _random_model(Path(folder), options))
         bench = Bench(options, model)
         rows = bench.run()
-    print(json.dumps(_summary(rows)))
+        peak = peak_flops_per_s(options.device, DTYPES[options.dtype])
+    print(json.dumps(_summary(rows, options.device, peak)))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policy", description=__doc__)
     parser.add_argument("--model", help="Hugging Face directory; default: random weights")
-    parser.add_argument("--layers", type=int, default=30, help="of the random model")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="if without one")
+    parser.add_argument("--layers", type=int, help="of the random model, if fewer")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
     parser.add_argument("--prompt-tokens", type=int, default=200)
@@ -77,29 +108,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dead", type=float, default=0.5, help="share of the groups")
     parser.add_argument("--micro-batch-tokens", type=int, default=2112)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=3)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.device = resolve_device(options.device)
+    return options
 
 
-def _random_model(folder: Path, layers: int) -> Path:
-    """The shape of SmolLM2-135M, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _random_model(folder: Path, options: argparse.Namespace) -> Path:
+    """A published shape, random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        rope_theta=100000.0,
-        max_position_embeddings=8192,
-        initializer_range=0.04,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    layers = {"num_hidden_layers": options.layers} if options.layers else {}
+    config = AutoConfig.for_model(**COMMON | SHAPES[options.shape] | layers)
+    dtype = DTYPES[options.dtype]
+    with torch.device(options.device):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 
@@ -112,14 +138,16 @@ class Outcome:
     """Of all threads: on a machine that others use, this says more than the clock."""
     n_tokens: int
     """That went through the network, in a pass with gradient."""
-    peak_rss_gb: float
-    """Of the process."""
-    added_rss_gb: float
-    """The peak above what the process held before the update."""
+    peak_gb: float
+    """Of the process; on a GPU of torch's allocator."""
+    added_gb: float
+    """The peak above what was held before the update."""
+    flops: float = 0.0
+    """Of the matrix products that the update needs; 0: not counted."""
     loss: float
     grad_norm: float
     gradient: torch.Tensor | None
-    """Every parameter's, in one row; None for the plain implementation."""
+    """A part of it, in one row; None for the plain implementation."""
 
 
 class Bench:
@@ -129,10 +157,12 @@ class Bench:
         from gpg_megatron.policy.policy import Policy
 
         self.options = options
+        self.device: Device = options.device
         self.limit = TOLERANCE[options.dtype]
         self.shape: ModelShape = load_model_shape(model)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        self.policy = Policy(_config(options, model), self.shape, device="cpu")
+        backend = "gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.policy = Policy(_config(options, model), self.shape, device=self.device)
         load_hf(model, self.policy.named_shards(), self.shape, self.policy.position)
         self.policy.weights_loaded()
         self.weights = {name: x.clone() for name, x in self.policy.named_shards().items()}
@@ -155,7 +185,7 @@ class Bench:
             for variant in VARIANTS:
                 outcome = self.update(variant)
                 first = right.setdefault(variant.none_dead, outcome)
-                same = _check(outcome, first, self.limit)
+                same = _check(outcome, first, self.limit, math.log(self.shape.vocab_size))
                 print(f"{variant.name}: {outcome.seconds:.2f} s, {same}", flush=True)
                 rows[variant.name].append(replace(outcome, gradient=None))
             print(_table(rows), flush=True)
@@ -169,19 +199,21 @@ class Bench:
     def _plain(self, samples: Sequence[TrainSample]) -> Outcome:
         if self.plain is None:
             sequences = max(1, self.options.micro_batch_tokens // len(sequence(samples[0])))
-            self.plain = PlainUpdate(self.plain_path, self.options.dtype, sequences)
+            self.plain = PlainUpdate(
+                self.plain_path, DTYPES[self.options.dtype], sequences, self.device
+            )
             self._plain(self.batches[True][:sequences])
         self.plain.reset()
         weights = aggregation_weights(samples, AGGREGATION, self.options.response_tokens)
-        with PeakMemory() as memory, Clock() as clock:
+        with PeakMemory(self.device) as memory, Clock(self.device) as clock:
             loss, grad_norm = self.plain(samples, weights)
         longest = max(len(sequence(sample)) for sample in samples)
         return Outcome(
             seconds=clock.seconds,
             cpu_seconds=clock.cpu_seconds,
             n_tokens=longest * len(samples),
-            peak_rss_gb=memory.peak_gb,
-            added_rss_gb=memory.peak_gb - memory.before_gb,
+            peak_gb=memory.peak_gb,
+            added_gb=memory.peak_gb - memory.before_gb,
             loss=loss,
             grad_norm=grad_norm,
             gradient=None,
@@ -195,9 +227,9 @@ class Bench:
         batch = make_batch(variant, samples, self.options, token_costs(self.shape))
         model = policy._ddp.module
         limit = model.logits_chunk_bytes
-        with PeakMemory() as memory:
+        with PeakMemory(self.device) as memory:
             model.logits_chunk_bytes = NO_LIMIT if variant.full_logits else limit
-            with Clock() as clock:
+            with Clock(self.device) as clock:
                 if variant.old_logprobs:
                     policy.logprobs(batch.micro_batches)
                 result = policy.train(batch)
@@ -207,18 +239,29 @@ class Bench:
             seconds=clock.seconds,
             cpu_seconds=clock.cpu_seconds,
             n_tokens=sum(len(mb.input_ids_T) for mb in batch.micro_batches),
-            peak_rss_gb=memory.peak_gb,
-            added_rss_gb=memory.peak_gb - memory.before_gb,
+            peak_gb=memory.peak_gb,
+            added_gb=memory.peak_gb - memory.before_gb,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            gradient=torch.cat([p.main_grad.flatten() for p in model.parameters()]),
+            gradient=_part_of_gradient(list(model.parameters())),
+            flops=batch.flops,
         )
 
 
-def _check(outcome: Outcome, right: Outcome, limit: float) -> str:
-    """The relative differences between two updates that should be one; fails when they are not."""
+def _part_of_gradient(parameters: Sequence[Any]) -> torch.Tensor:
+    """Every k-th element of each parameter's gradient, in one row."""
+    k = max(1, sum(p.numel() for p in parameters) // COMPARED)
+    return torch.cat([p.main_grad.flatten()[::k] for p in parameters])
+
+
+def _check(outcome: Outcome, right: Outcome, limit: float, log_prob: float) -> str:
+    """The relative differences between two updates that should be one; fails when they are not.
+
+    Args:
+        log_prob: size of a token's. The terms of the loss cancel; they are what it is a part of.
+    """
     errors = {
-        "loss": abs(outcome.loss / right.loss - 1.0),
+        "loss": abs(outcome.loss - right.loss) / log_prob,
         "grad_norm": abs(outcome.grad_norm / right.grad_norm - 1.0),
     }
     if outcome.gradient is not None and right.gradient is not None:
@@ -228,46 +271,12 @@ def _check(outcome: Outcome, right: Outcome, limit: float) -> str:
     return "differences " + ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
 
 
-class Clock:
-    """Seconds of the wall clock, and of all threads of the process, inside a with block."""
-
-    def __enter__(self) -> Clock:
-        self._begin = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        wall, cpu = self._begin
-        self.seconds, self.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-
-
-class PeakMemory:
-    """The largest resident memory of the process inside a with block, 10^9 bytes."""
-
-    before_gb = peak_gb = 0.0
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what an earlier variant has freed
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size
-        self.before_gb = self._high_water_mark_gb()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.peak_gb = self._high_water_mark_gb()
-
-    @staticmethod
-    def _high_water_mark_gb() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-        return int(peak) * 1024 / 1e9
-
-
 def _config(options: argparse.Namespace, model: Path) -> Config:
     return Config(
         model=ModelConfig(path=str(model), dtype=options.dtype),
         policy=PolicyConfig(max_tokens_per_micro_batch=options.micro_batch_tokens),
         rollout=RolloutConfig(max_response_length=options.response_tokens),
-        trainer=TrainerConfig(total_training_steps=1000, device="cpu"),
+        trainer=TrainerConfig(total_training_steps=1000, device=options.device),
     )
 
 
@@ -287,19 +296,24 @@ def _table(rows: Mapping[str, list[Outcome]]) -> str:
         first, own = rows[name][0], seconds[name]
         lines.append(
             f"| {name} | {own:.2f} | {cpu[name]:.2f} | {first.n_tokens} "
-            f"| {first.n_tokens / own:.0f} | {first.added_rss_gb:.2f} "
+            f"| {first.n_tokens / own:.0f} | {first.added_gb:.2f} "
             f"| {own / seconds[best]:.2f} | {cpu[name] / cpu[best]:.2f} |"
         )
     return "\n".join(lines)
 
 
-def _summary(rows: Mapping[str, list[Outcome]]) -> dict[str, float]:
+def _summary(
+    rows: Mapping[str, list[Outcome]], device: Device, peak_flops_per_s: float
+) -> dict[str, float]:
     seconds = _medians(rows)
     ours, live = seconds["all savings"], seconds["all savings, none dead"]
     first = rows["all savings"][0]
+    flops_per_s = rows["all savings, none dead"][0].flops / live
+    memory = "peak_rss_gb" if device == "cpu" else "peak_gpu_gb"
     return {
+        "mfu_none_dead": round(flops_per_s / peak_flops_per_s, 3),
         "tokens_per_s": round(first.n_tokens / ours, 1),
-        "peak_rss_gb": round(first.peak_rss_gb, 2),
+        memory: round(first.peak_gb, 2),
         "speedup_over_all_off": round(seconds["all off"] / ours, 2),
         "speedup_over_hf_padded": round(seconds["Hugging Face, padded"] / ours, 2),
         "speedup_over_hf_padded_none_dead": round(seconds["Hugging Face, none dead"] / live, 2),

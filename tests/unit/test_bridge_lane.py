@@ -54,13 +54,15 @@ class SlowLane:
 def locked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What was page-locked and let go."""
     calls: list[tuple[str, int]] = []
+    sizes: dict[int, int] = {}
 
     def register(memory: torch.Tensor) -> bool:
+        sizes[memory.data_ptr()] = memory.nbytes
         calls.append(("lock", memory.nbytes))
         return True
 
     monkeypatch.setattr(shm, "register", register)
-    monkeypatch.setattr(shm, "unregister", lambda memory: calls.append(("free", memory.nbytes)))
+    monkeypatch.setattr(shm, "unregister", lambda address: calls.append(("free", sizes[address])))
     return calls
 
 
@@ -95,6 +97,17 @@ def test_both_ends_lock_the_whole_segment(
     ends[2].close()
     assert locked[2:] == [("free", size)]
     ends[2].close = lambda: None  # type: ignore[method-assign]
+
+
+def test_a_segment_that_nobody_closes_is_unlocked_before_its_memory_goes(
+    locked: list[tuple[str, int]],
+) -> None:
+    lane: Any = SlowLane()
+    outbox: ShmOutbox | None = ShmOutbox(f"gpg_test_{secrets.token_hex(8)}", BUCKET, lane)
+    assert outbox is not None
+    outbox.settle()
+    outbox = None
+    assert [what for what, _ in locked] == ["lock", "free"]
 
 
 def test_a_message_is_there_when_both_copies_have_ended(
@@ -216,6 +229,15 @@ def test_memory_that_cannot_be_locked_is_told_and_used(
     assert asked == [(memory.data_ptr(), 3 << 20, 0), "launch"][: 2 if code else 1]
     warning = "warning: the bridge cannot page-lock 3 MiB of shared memory (CUDA error 801)"
     assert capsys.readouterr().err.startswith(warning if code else "")
+
+
+def test_addresses_that_were_freed_while_locked_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = SimpleNamespace(cudaHostRegister=lambda *_: 712)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: taken)
+    with pytest.raises(RuntimeError, match="freed while it was still page-locked"):
+        lane.register(torch.zeros(8))
 
 
 # ---- memory of another process ----------------------------------------------------------

@@ -18,6 +18,9 @@ import torch
 
 from gpg_megatron.bridge.transports.base import SLOTS
 
+_ALREADY_REGISTERED = 712
+"""Of CUDA's error codes."""
+
 Event = Any
 """torch.cuda.Event, which has no types."""
 
@@ -61,10 +64,16 @@ def lane_on(device: torch.device, n_bytes: int) -> Lane | None:
 
 def register(memory: torch.Tensor) -> bool:
     """Page-lock host memory, so that a GPU reads and writes it by itself while kernels run; False,
-    and a warning, where the host does not allow it: then copies are right and slow."""
+    and a warning, where the host does not allow it: then copies are right and slow.
+
+    Raises:
+        RuntimeError: CUDA still knows other memory at these addresses, and would copy that.
+    """
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if not code:
         return True
+    if code == _ALREADY_REGISTERED:
+        raise RuntimeError("memory at these addresses was freed while it was still page-locked")
     print(
         f"warning: the bridge cannot page-lock {memory.nbytes >> 20} MiB of shared memory (CUDA "
         f"error {code}); publishing will be slower",
@@ -76,6 +85,6 @@ def register(memory: torch.Tensor) -> bool:
     return False
 
 
-def unregister(memory: torch.Tensor) -> None:
+def unregister(address: int) -> None:
     """After register has answered True, before the memory goes."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,12 @@ class _Segment:
         self._memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         self.slots = self._memory[_DATA:].view(SLOTS, bucket_bytes)
         self._file = os.open(path, os.O_RDWR)
-        self._locked = locked and bucket_bytes > 0 and register(self._memory)
+        self._unlock: weakref.finalize[..., _Segment] | None = None
+        if locked and bucket_bytes > 0 and register(self._memory):
+            # Also of a segment that nobody closes: the next that the kernel maps to these
+            # addresses would be copied from pages that are gone.
+            self._unlock = weakref.finalize(self, unregister, self._memory.data_ptr())
+            self._unlock.atexit = False  # the driver does it
 
     def get(self, field: int, slot: int = 0) -> int:
         return int.from_bytes(os.pread(self._file, 8, slot * _HEADER + field), sys.byteorder)
@@ -72,8 +78,8 @@ class _Segment:
         return False
 
     def close(self) -> None:
-        if self._locked:
-            unregister(self._memory)
+        if self._unlock is not None:
+            self._unlock()
         os.close(self._file)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.host.device import Device
@@ -18,7 +17,7 @@ from tests.dist.checkpoint_problem import problem_of
 from tests.dist.offload_worker import PARTS, Case, _bytes_by_part, compare
 from tests.dist.problem import make_model
 from tests.gpu.rows.device import seconds
-from tests.gpu.rows.sized import sized_policy
+from tests.gpu.rows.sized import forget_policy, sized_policy
 from tests.gpu.rows.world import one_rank
 
 WITHIN = (0.75, 1.1)
@@ -46,8 +45,7 @@ def peak(device: Device, folder: Path) -> str:
             )
             wrong += [ratio] if not WITHIN[0] <= ratio <= WITHIN[1] else []
             del policy, batch
-            parallel_state.destroy_model_parallel()
-            torch.cuda.empty_cache()
+            forget_policy()
     assert not wrong, "; ".join(told)
     return "; ".join(told)
 
@@ -70,7 +68,7 @@ def offload(device: Device, folder: Path) -> str:
     """The parts of a policy to the host and back; then a whole run that moves every step."""
     with one_rank(device):
         told = _there_and_back(device, folder)
-        parallel_state.destroy_model_parallel()
+        forget_policy()
         problem = problem_of(Case().layout)
         make_model(problem, folder / problem.name)
         verdict = compare(folder, Case(dtype="bf16"), device)

@@ -61,21 +61,26 @@ class Worker:
         self.engine = Engine(model=load_model_shape(job["folder"], need_weights=False), tp_size=1)
         self.device = device
         self.failures: list[str] = []
+        self.receiver: Receiver | None = None
 
     def layout(self, arguments: bytes) -> bytes:
         """As BridgeReceiver.bridge_layout."""
         (shapes,) = pickle.loads(arguments)
         self.wanted = destinations(self.engine, shapes, 0)
         self.target = Tensors(parameter_shapes(self.engine, shapes, 0), self.device)
+        if self.receiver is not None:
+            self.receiver.close()
         self.receiver = Receiver(self.target, 0)
         return pickle.dumps((self.wanted, own_seat(self.device)))
 
     def connect(self, payload: bytes) -> None:
         """Attach to the sender."""
+        assert self.receiver is not None
         self.receiver.connect(pickle.loads(payload), 0)
 
     def receive(self, payload: bytes) -> None:
         """A whole update."""
+        assert self.receiver is not None
         self.receiver.receive(pickle.loads(payload))
 
     def checksums(self) -> dict[str, int]:

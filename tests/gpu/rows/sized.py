@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches
 from gpg_megatron.config.sections import (
@@ -102,3 +104,11 @@ def sized_policy(device: Device, folder: Path, **policy: Any) -> tuple[Policy, T
     (batch,) = make_batches(samples, plan_of(config, token_costs(shape), 0))
     assert len(batch.micro_batches) == 1
     return built, batch, config
+
+
+def forget_policy() -> None:
+    """After the last name of one is gone: the next has the device for itself."""
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # parts of a policy know each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

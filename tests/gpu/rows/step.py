@@ -29,7 +29,7 @@ from tests.dist.problem import (
 )
 from tests.dist.ranks import run_ranks
 from tests.dist.reference import make_reference, save_reference
-from tests.gpu.rows.sized import sized_policy
+from tests.gpu.rows.sized import forget_policy, sized_policy
 from tests.gpu.rows.world import one_rank
 
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
@@ -149,7 +149,7 @@ def recompute(device: Device, folder: Path) -> str:
             assert gap < 1e-2 and math.isfinite(gap), f"{mode}: another gradient, {gap:.1e}"
             told.append(f"{mode} {_peak(device)}difference {gap:.1e}")
             del policy, batch, parameters
-            parallel_state.destroy_model_parallel()
+            forget_policy()
     return "; ".join(told)
 
 
