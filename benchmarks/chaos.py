@@ -1,6 +1,7 @@
 """The demo under random faults at random moments: what it takes to go on, and that nothing is lost.
 
-    python -m benchmarks.chaos --kills 25 --seed 1 [--out DIR] [--reference RUN_DIR] [a.b=value ...]
+    python -m benchmarks.chaos --kills 25 --seed 1 [--only WORDS] [--out DIR]
+        [--reference RUN_DIR] [a.b=value ...]
 
 Faults strike one after the other, each when the one before is over. A launcher that is killed is
 started again, as a batch system would. Every kept row of the metrics must be that of an undisturbed
@@ -195,8 +196,10 @@ def differences(run: Path, reference: Path) -> list[int]:
 def undisturbed(folder: Path, last_step: int, overrides: list[str]) -> Path:
     """A run of as many steps."""
     demo = Demo(folder, [*overrides, f"trainer.total_training_steps={last_step}"])
-    code = demo.process.wait()
-    assert code == 0, demo.printed()[-3000:]
+    try:
+        assert demo.process.wait() == 0, demo.printed()[-3000:]
+    finally:
+        demo.process.kill()
     return folder
 
 
@@ -226,12 +229,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="faults with these in their name"
+    )
     parser.add_argument("--reference", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the demo is ended, too
     draw, out = random.Random(arguments.seed), arguments.out.absolute()
-    rounds = -(-arguments.kills // len(FAULTS))
-    faults = [fault for _ in range(rounds) for fault in draw.sample(FAULTS, len(FAULTS))]
+    some = [fault for fault in FAULTS if arguments.only in fault.name]
+    rounds = -(-arguments.kills // len(some))
+    faults = [fault for _ in range(rounds) for fault in draw.sample(some, len(some))]
     outcomes, end = disturbed(out, arguments.overrides, faults[: arguments.kills], draw)
     kept = [int(row["step"]) for row in read_metrics(out)]
     reference = arguments.reference or undisturbed(

@@ -96,20 +96,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         generating = Generating(fleet, ask_rank0)
         rollouts = open_rollouts(config, rank0, watchdog, generating, group, point)
         placement.enter(State.SYNC)
-        side = PolicySide(
-            shards=policy.named_shards(),
-            model=shape,
-            grid=policy_grid(config.policy, shape, transformer_engine=has_transformer_engine()),
-            rank=policy.position.rank,
-        )
-        bridge = WeightBridge(
-            side,
-            fleet,
-            config.bridge,
-            wire_dtype=DTYPES[config.rollout.dtype],
-            run_id=run_id,
-            group=group,
-        )
+        bridge = _open_bridge(config, shape, policy, fleet, run_id, group)
         yield Run(
             schedule=_schedule(config, point),
             algorithm=config.algorithm,
@@ -165,6 +152,24 @@ def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
     else:
         load_hf(path, policy.named_shards(), shape, policy.position)
         policy.weights_loaded()
+
+
+def _open_bridge(
+    config: Config,
+    shape: ModelShape,
+    policy: Policy,
+    fleet: Fleet | None,
+    run_id: str,
+    group: dist.ProcessGroup,
+) -> WeightBridge:
+    side = PolicySide(
+        shards=policy.named_shards(),
+        model=shape,
+        grid=policy_grid(config.policy, shape, transformer_engine=has_transformer_engine()),
+        rank=policy.position.rank,
+    )
+    dtype = DTYPES[config.rollout.dtype]
+    return WeightBridge(side, fleet, config.bridge, wire_dtype=dtype, run_id=run_id, group=group)
 
 
 # ---- rank 0 ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Drives the state machine of the rollouts (stream.py) on rank 0.
 
     trainer's thread   take: Asked, Taken        publish: PublishBegan, Published
-    thread "rollout"   groups end --> are scored --> Finished
+    thread "rollout"   groups end --> are scored --> Finished; are lost with their engine --> Lost
 
 Whichever thread brings an event does what the machine then wants, under one lock.
 """

@@ -240,7 +240,7 @@ class Fleet:
         try:
             return calls.answers(timeout_s)
         except EngineDied:
-            calls.settle(timeout_s)  # before the others are told something else
+            calls.settle(CONTROL_TIMEOUT_S)  # before the others are told something else
             raise
 
     def _send(self, what: str, call: Callable[[Any], Any]) -> PendingCalls:

@@ -188,11 +188,11 @@ class Roster:
                 *self._loading,
             ):
                 return
+            self._changes += engine in self._members
             self._loading.pop(engine, None)
             for ids in (self._members, self._loaded, self._ready):
                 if engine in ids:
                     ids.remove(engine)
-            self._changes += 1
             # SIGKILL also ends what is stopped, which would not hear Ray.
             for process in self._processes.pop(engine, ()):
                 with suppress(psutil.NoSuchProcess):
@@ -249,6 +249,8 @@ class Roster:
         while not self._closed.wait(PULSE_S):
             with self._changed:
                 living, loading = [*self._members, *self._loaded], dict(self._loading)
+            if loading:
+                self._look_at_nodes()
             for engine, (ref, since) in loading.items():
                 self._look_at_start(engine, ref, since)
             asked = {engine: one for engine, one in asked.items() if engine in living}
@@ -257,6 +259,16 @@ class Roster:
                     del asked[engine]
                 if engine not in asked:
                     asked[engine] = self.actor(engine).pulse.remote(), time.monotonic()
+
+    def _look_at_nodes(self) -> None:
+        """With its raylet a private Ray is gone: what is started would wait for ever."""
+        import ray
+
+        if any(node["Alive"] for node in ray.nodes()):
+            return
+        with self._changed:
+            self._failure = EngineError("Ray has no node left on which an engine could start")
+            self._changed.notify_all()
 
     def _look_at_start(self, engine: int, ref: Any, since: float) -> None:
         limit, number = self._spec.rollout.startup_timeout_s, engine % self._n
