@@ -177,6 +177,7 @@ class Fated(Engines):
         self._fates = list(fates)
         self._publishes = list(publishes)
         self._next_id = n
+        self._old = 0
 
     def ready(self) -> list[int]:
         if self.there:
