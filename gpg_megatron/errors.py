@@ -71,6 +71,10 @@ class RunError(RuntimeError):
     """Whether every rank raises one, so that rank 0 alone says it."""
 
 
+class EngineLost(RunError):
+    """An engine has gone; where it is replaced, what was asked can be asked of the others."""
+
+
 def torchrun_rank() -> int | None:
     """The rank of this process among those that torchrun started; None: it is none of them.
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from gpg_megatron.bridge.links import Links, Way
 from gpg_megatron.bridge.plan import Route
+from gpg_megatron.errors import RunError
 
 BACKEND = "gpg"
 """Name of the weight-transfer engine that is registered in vLLM."""
@@ -58,19 +59,27 @@ class Update:
 class Pending(Protocol):
     """A call to all engines that has been sent and not answered."""
 
-    def failure(self) -> str | None:
-        """Why an engine failed so far; None while none has."""
+    def failure(self) -> RunError | None:
+        """Why an engine failed so far, EngineLost before others; None while none has."""
 
     def wait(self, timeout_s: float) -> None:
         """Return when all engines have answered. Raises what they raised."""
 
+    def settle(self, timeout_s: float) -> None:
+        """Return when all engines have answered, whatever; who does not in time is lost."""
+
 
 class Engines(Protocol):
     """The control plane: what the bridge asks of the engines. Given by the trainer, so that
-    the bridge knows no engine."""
+    the bridge knows no engine. A call may raise EngineLost: if renew then tells of other engines,
+    they can be asked instead."""
 
     @property
     def num_engines(self) -> int: ...
+
+    def renew(self) -> int:
+        """Take in engines that replace lost ones; a number that differs when they are others than
+        before."""
 
     def call_workers(
         self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
@@ -78,7 +87,7 @@ class Engines(Protocol):
         """Call a method of the worker extension; [engine][worker]."""
 
     def connect(self, payload: bytes, *, timeout_s: float) -> None:
-        """Give every engine the pickled Connection and its own number."""
+        """Give every engine the pickled Connection and its place among them."""
 
     def begin_update(self) -> None:
         """Stop generation and refuse it until commit: the weights are about to be a mixture."""

@@ -131,6 +131,12 @@ def _about_the_loop(config: Config) -> Iterator[tuple[bool, str]]:
         f"rollout.max_num_batched_tokens ({n_tokens}) is less than rollout.max_num_seqs "
         f"({n_seqs}); expected at least as many: each sequence has a token in every step",
     )
+    least, n_engines = config.rollout.min_engines, config.rollout.num_engines
+    yield (
+        least > n_engines,
+        f"rollout.min_engines is {least} with rollout.num_engines={n_engines}; expected at most "
+        "as many",
+    )
     for sign, limit in t.stop_on.items():
         key = f"trainer.stop_on.{sign}"
         yield sign not in STOP_SIGNS, f"{key} is unknown; expected {', '.join(STOP_SIGNS)}"

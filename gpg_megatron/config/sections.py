@@ -153,6 +153,12 @@ class RolloutConfig:
     """More of vLLM's engine arguments, handed to it as they are."""
     enforce_eager: bool = False
     """True: no compilation and no graph capture; starts faster."""
+    min_engines: int = ranged(1, at_least=1)
+    """With fewer, because others were lost, the run waits until they are replaced."""
+    max_losses_per_hour: int = ranged(6, at_least=0)
+    """So many engines that are lost in any hour are replaced; the next one ends the run."""
+    stall_timeout_s: int = ranged(180, at_least=1)
+    """An engine that answers nothing for so long, not even that it lives, is ended and replaced."""
     startup_timeout_s: int = ranged(600, at_least=1)
     generate_timeout_s: int = ranged(3600, at_least=1)
     """Limit of one group, or of one batch of held-out prompts, in seconds."""

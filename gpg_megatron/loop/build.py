@@ -40,6 +40,7 @@ from gpg_megatron.loop.checkpoints import (
 )
 from gpg_megatron.loop.collector import Collector, rules_of
 from gpg_megatron.loop.engines import start_engines
+from gpg_megatron.loop.generating import Generating
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.handover import Handover
 from gpg_megatron.loop.inputs import is_converted, load_inputs
@@ -87,27 +88,15 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         load_policy(policy, config, shape, point)
         pids = _pids()
         rank0 = kept_on_rank0(
-            lambda: open_rank0(config, shape, device, fleet, watchdog, pids, ends), ask_rank0
+            lambda: open_rank0(config, shape, device, fleet, pids, ends), ask_rank0
         )
         if rank0 is not None:
             rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
             rank0.say_what_was_decided()
-        rollouts = open_rollouts(config, rank0, watchdog, ask_rank0, group, point)
+        generating = Generating(fleet, ask_rank0)
+        rollouts = open_rollouts(config, rank0, watchdog, generating, group, point)
         placement.enter(State.SYNC)
-        side = PolicySide(
-            shards=policy.named_shards(),
-            model=shape,
-            grid=policy_grid(config.policy, shape, transformer_engine=has_transformer_engine()),
-            rank=policy.position.rank,
-        )
-        bridge = WeightBridge(
-            side,
-            fleet,
-            config.bridge,
-            wire_dtype=DTYPES[config.rollout.dtype],
-            run_id=run_id,
-            group=group,
-        )
+        bridge = _open_bridge(config, shape, policy, fleet, run_id, group)
         yield Run(
             schedule=_schedule(config, point),
             algorithm=config.algorithm,
@@ -120,6 +109,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
             guard=_guard(config, rank0),
             watchdog=watchdog,
             on_rank0=ask_rank0,
+            generating=generating,
             rank0=rank0,
             peak_flops_per_s=peak,
             trace=trace_of(config.trainer, dist.get_rank()),
@@ -164,6 +154,24 @@ def _load_model(policy: Policy, config: Config, shape: ModelShape) -> None:
         policy.weights_loaded()
 
 
+def _open_bridge(
+    config: Config,
+    shape: ModelShape,
+    policy: Policy,
+    fleet: Fleet | None,
+    run_id: str,
+    group: dist.ProcessGroup,
+) -> WeightBridge:
+    side = PolicySide(
+        shards=policy.named_shards(),
+        model=shape,
+        grid=policy_grid(config.policy, shape, transformer_engine=has_transformer_engine()),
+        rank=policy.position.rank,
+    )
+    dtype = DTYPES[config.rollout.dtype]
+    return WeightBridge(side, fleet, config.bridge, wire_dtype=dtype, run_id=run_id, group=group)
+
+
 # ---- rank 0 ---------------------------------------------------------------------------------
 
 
@@ -172,7 +180,6 @@ def open_rank0(
     shape: ModelShape,
     device: Device,
     fleet: Fleet | None,
-    watchdog: Watchdog,
     pids: Sequence[int],
     ends: ExitStack,
 ) -> Rank0:
@@ -192,7 +199,6 @@ def open_rank0(
         pool=opened(RewardPool(config.reward, max_response_length=longest)),
         logger=opened(RunLogger(t.output_dir, config.logging, config_yaml(config))),
         progress=opened(Progress(t.total_training_steps)),
-        watchdog=watchdog,
         pids=pids,
         gpu_metrics=opened(GpuWatch()).take if device == "cuda" else dict,
     )

@@ -1,7 +1,7 @@
 """Drives the state machine of the rollouts (stream.py) on rank 0.
 
     trainer's thread   take: Asked, Taken        publish: PublishBegan, Published
-    thread "rollout"   groups end --> are scored --> Finished
+    thread "rollout"   groups end --> are scored --> Finished; are lost with their engine --> Lost
 
 Whichever thread brings an event does what the machine then wants, under one lock.
 """
@@ -250,8 +250,14 @@ class Collector:
         with self._watchdog.phase("rollout"):
             ended = self._flights.next()
         with self._changed:
-            wanted = ((start, answers) for start, answers in ended if start in self._flying)
-            answered = [(s, self._prompts[self._flying[s]], answers) for s, answers in wanted]
+            wanted = [(start, answers) for start, answers in ended if start in self._flying]
+            answered = [
+                (start, self._prompts[self._flying[start]], answers)
+                for start, answers in wanted
+                if answers is not None
+            ]
+            if lost := {self._flying.pop(start) for start, answers in wanted if answers is None}:
+                self._happens(Lost(frozenset(lost)))
         with self._watchdog.phase("reward"):
             scored = self._pool.score([(prompt, answers) for _, prompt, answers in answered])
         timings = self._watchdog.pop_timings()

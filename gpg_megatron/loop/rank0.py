@@ -21,7 +21,6 @@ from gpg_megatron.observe.progress import Progress
 from gpg_megatron.observe.report import write_report
 from gpg_megatron.observe.rundir import read_metrics
 from gpg_megatron.observe.summary import summary_lines
-from gpg_megatron.observe.watchdog import Watchdog
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.sampling import canary_params, validation_params
@@ -43,7 +42,6 @@ class Rank0:
     pool: RewardPool
     logger: RunLogger
     progress: Progress
-    watchdog: Watchdog
     pids: Sequence[int]
     """Of the other policy ranks on this host and the launcher, for memory/rss_gb."""
     gpu_metrics: Callable[[], dict[str, float]]
@@ -70,8 +68,7 @@ class Rank0:
         params = validation_params(validation, self.config.rollout, seed=trainer.seed)
         path = Path(trainer.output_dir) / "eval" / f"step_{step}.jsonl"
         generations = path if validation.save_generations else None
-        with self.watchdog.phase("eval"):
-            return evaluate(self.fleet, self.pool, self.inputs.val_prompts, params, generations)
+        return evaluate(self.fleet, self.pool, self.inputs.val_prompts, params, generations)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""

@@ -19,6 +19,7 @@ from gpg_megatron.host.collectives import OnRank0
 from gpg_megatron.loop.checkpoints import RunCheckpoints
 from gpg_megatron.loop.collapse import Collapsed, signs, verdict, where_to_go_on
 from gpg_megatron.loop.collector import Rollout
+from gpg_megatron.loop.generating import Generating
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.rank0 import Rank0
 from gpg_megatron.loop.rollouts import Rollouts
@@ -34,6 +35,7 @@ from gpg_megatron.types import Completion, Prompt, StepResult, TrainBatch, Train
 def train(run: Run) -> str:
     """Train to the end, from the resume point if there is one; why it left before, or nothing.
     Collective."""
+    run.generating.publish = run.send_weights
     run.publish()
     run.check_first_sync()
     run.evaluate_first()
@@ -89,6 +91,8 @@ class Run:
     guard: Guard
     watchdog: Watchdog
     on_rank0: OnRank0
+    generating: Generating
+    """on_rank0, for what waits for engines."""
     rank0: Rank0 | None
     """None on the other ranks."""
     peak_flops_per_s: float
@@ -129,9 +133,15 @@ class Run:
         with self.rollouts.updating():
             if self.policy.version == self._published and not self.placement.must_publish:
                 return
-            with self.place(State.SYNC), self.phase("sync"):
-                self.bridge.publish(self.policy.version)
-            self._published = self.policy.version
+            with self.place(State.SYNC):
+                self.send_weights()
+
+    def send_weights(self) -> None:
+        """Whatever the engines have. In the middle of a wait for engines, those that replace lost
+        ones get theirs by it."""
+        with self.phase("sync"):
+            self.bridge.publish(self.policy.version)
+        self._published = self.policy.version
 
     def check_collapse(
         self,
@@ -176,7 +186,7 @@ class Run:
 
     def _canary(self) -> list[tuple[Prompt, Completion]]:
         with self.place(State.ROLLOUT):
-            return self.on_rank0(lambda: self._rank0.canary())
+            return self.generating(lambda: self._rank0.canary())
 
     def evaluate_first(self) -> None:
         """The state before training, as step 0."""
@@ -255,8 +265,8 @@ class Run:
             with self.rollouts.evaluating():
                 return self._rank0.evaluate(step)
 
-        with self.place(State.ROLLOUT):
-            metrics = self.on_rank0(evaluate)
+        with self.place(State.ROLLOUT), self.phase("eval"):
+            metrics = self.generating(evaluate)
         for name, value in metrics.items():
             if not name.endswith("/ci95"):
                 self.say(f"{name} {when}: {value:.3f}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -94,10 +93,11 @@ class Engine:
         """Answers as soon as Ray has found a place: the host's name."""
         return os.uname().nodename
 
-    async def start(self) -> float:
-        """Load the model; returns the seconds it took."""
-        begin = time.monotonic()
-        # Minutes, for a large model: placed and pids are answered meanwhile.
+    async def start(self) -> tuple[str, list[int]]:
+        """Load the model; returns the host's name, and the ids of this process and all below."""
+        import psutil
+
+        # Minutes, for a large model: placed is answered meanwhile.
         self._llm = await asyncio.to_thread(self._load)
         tokenizer: Any = self._llm.get_tokenizer()
         added = tokenizer.added_tokens_decoder
@@ -105,7 +105,12 @@ class Engine:
         self._whole = True
         self._asleep: set[EnginePart] = set()
         await self._alive(self._llm.update_weight_version("0"))
-        return time.monotonic() - begin
+        this = psutil.Process()
+        return os.uname().nodename, [this.pid, *(p.pid for p in this.children(recursive=True))]
+
+    async def pulse(self) -> None:
+        """Answers when the core does, which it does between two steps of a batch."""
+        await self._alive(self._llm.is_sleeping())
 
     def _load(self) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -210,13 +215,6 @@ class Engine:
         # vLLM passes over a part that does not sleep, with a warning in the log.
         if is_awake != (not self._asleep):
             raise RuntimeError(f"the engine did not wake {', '.join(parts)}")
-
-    async def pids(self) -> list[int]:
-        """This process and all below it."""
-        import psutil
-
-        this = psutil.Process()
-        return [this.pid, *(child.pid for child in this.children(recursive=True))]
 
     async def shutdown(self) -> None:
         self._llm.shutdown(timeout=3)

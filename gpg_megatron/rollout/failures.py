@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpg_megatron.errors import RunError
+from gpg_megatron.errors import EngineLost, RunError
 
 _TAIL_LINES = 15
 _TAIL_BYTES = 16384
@@ -14,7 +14,7 @@ class EngineError(RunError):
     """A call to an engine failed; the engine may still live."""
 
 
-class EngineDied(EngineError):
+class EngineDied(EngineError, EngineLost):
     """An engine's actor, core or worker process is gone; nothing can be asked of it again."""
 
 

@@ -5,7 +5,7 @@ requests --flights.py--> engine 0 .. N-1 (in parallel) --> completions in the re
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
-from gpg_megatron.rollout.engine import Engine, PauseMode, SleepLevel
+from gpg_megatron.rollout.engine import PauseMode, SleepLevel
+from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.flights import Flights, answer_all
 from gpg_megatron.rollout.ray_session import open_ray
+from gpg_megatron.rollout.roster import Roster
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import Completion, EnginePart
 
-PLACEMENT_TIMEOUT_S = 120.0
 SHUTDOWN_TIMEOUT_S = 8.0
-EXIT_GRACE_S = 3.0
-MOST_CALLS = 10_000
-"""At once to one engine: each group is one, and Ray would let control wait behind 1,000 of them."""
 MAX_SCRATCH_PATH = 40
 
 
@@ -33,13 +31,11 @@ class Fleet:
 
     def __init__(self, spec: EngineSpec, log_dir: Path) -> None:
         self._spec = spec
-        self._logs = [
-            log_dir.absolute() / f"engine_{i}.log" for i in range(spec.rollout.num_engines)
-        ]
-        self._actors: list[Any] = []
-        self._placing = self._loading = self._pending("starting", {})
-        self._processes: list[Any] = []
+        self._roster = Roster(spec, log_dir)
+        self._renewed = 0
+        """The roster's changes that the bridge knows of."""
         self._version = 0
+        self._updates = False
         self._open = True
 
     @classmethod
@@ -72,21 +68,9 @@ class Fleet:
                 gpus_per_engine=spec.gpus,
                 devices=devices,
             )
-            fleet._submit()
+            fleet._roster.begin()
             undo.pop_all()
         return fleet
-
-    def _submit(self) -> None:
-        import ray
-
-        gpus = self._spec.gpus
-        actor_class: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Engine)
-        actor_class = actor_class.options(max_concurrency=MOST_CALLS)
-        self._actors = [actor_class.remote(self._spec, str(log)) for log in self._logs]
-        self._placing = self._send("placement by Ray", lambda actor: actor.placed.remote())
-        self._loading = self._send(
-            "loading the model into vLLM", lambda actor: actor.start.remote()
-        )
 
     def wait_ready(self) -> None:
         """Return when every engine has loaded its model.
@@ -95,21 +79,12 @@ class Fleet:
             EngineDied, EngineError, TimeoutError: an engine did not start; the last lines of
                 its log are in the message.
         """
-        limit = self._spec.rollout.startup_timeout_s
-        hosts = self._placing.answers(min(PLACEMENT_TIMEOUT_S, limit))
-        self._loading.answers(limit)
-        self._processes = self._local_processes(hosts)
-
-    def _local_processes(self, hosts: Sequence[str]) -> list[Any]:
-        import psutil
-
-        pids = self._all("listing processes", lambda actor: actor.pids.remote())
-        here = os.uname().nodename
-        local = [part for host, part in zip(hosts, pids, strict=True) if host == here]
-        return [psutil.Process(pid) for part in local for pid in part if psutil.pid_exists(pid)]
+        self._roster.wait_ready()
+        self._renewed = self._roster.changes
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
-        """All samples of all requests, in the requests' order, then by index.
+        """All samples of all requests, in the requests' order, then by index. What engines that
+        are lost owe is asked of others; with too few of them it waits for a publish.
 
         Raises:
             EngineDied, EngineError, TimeoutError
@@ -119,16 +94,30 @@ class Fleet:
 
     def flights(self) -> Flights:
         """For requests that are started one by one, and answered as they end."""
-        return Flights(
-            self._ask,
-            lambda engine, name: self._actors[engine].stop.remote(name),
-            lambda sent: self._pending("generating a rollout batch", sent),
-            num_engines=self.num_engines,
-            timeout_s=self._spec.rollout.generate_timeout_s,
-        )
+        return Flights(self, timeout_s=self._spec.rollout.generate_timeout_s)
 
-    def _ask(self, engine: int, request: SamplingRequest, name: str) -> Any:
-        return self._actors[engine].answer.remote(self._fitting(request), self._version, name)
+    @property
+    def version(self) -> int | None:
+        """Of the weights, as it was last committed; None: they are being changed."""
+        return None if self._updates else self._version
+
+    def ready(self) -> list[int]:
+        """Ids of the engines that may be asked; none while they are too few. Raises EngineError:
+        too many were lost."""
+        return self._roster.ready()
+
+    def ask(self, engine: int, request: SamplingRequest, name: str) -> Any:
+        """Send a request to an engine under a name; Ray's reference to its samples."""
+        actor = self._roster.actor(engine)
+        return actor.answer.remote(self._fitting(request), self._version, name)
+
+    def stop(self, engine: int, name: str) -> None:
+        """End the request of that name."""
+        self._roster.actor(engine).stop.remote(name)
+
+    def generating(self, sent: Mapping[Any, int]) -> PendingCalls:
+        """Requests that were sent."""
+        return self._roster.pending("generating a rollout batch", sent)
 
     def _fitting(self, request: SamplingRequest) -> SamplingRequest:
         """Engines read token ids; what else a row holds may not exist on their hosts."""
@@ -139,7 +128,7 @@ class Fleet:
     @property
     def room(self) -> int:
         """Samples that all engines together decode at once."""
-        return self.num_engines * self._spec.max_num_seqs
+        return self._spec.rollout.num_engines * self._spec.max_num_seqs
 
     def call_workers(
         self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
@@ -155,23 +144,44 @@ class Fleet:
         Raises:
             EngineDied, EngineError, TimeoutError
         """
-        refs = {
-            actor.call_workers.remote(method, args): i
-            for i, (actor, args) in enumerate(zip(self._actors, args_per_engine, strict=True))
-        }
-        return self._pending(f"calling {method} on the workers", refs).answers(timeout_s)
+        args = iter(args_per_engine)
+        return self._send(
+            f"calling {method} on the workers",
+            lambda actor: actor.call_workers.remote(method, next(args)),
+        ).answers(timeout_s)
 
     @property
     def num_engines(self) -> int:
-        return len(self._actors)
+        """Those that hear every call."""
+        return len(self._roster.members)
+
+    @property
+    def waits_for_weights(self) -> bool:
+        """Too few engines may generate, and enough others have loaded: a publish mends it."""
+        return self._roster.waits_for_weights
+
+    def renew(self) -> int:
+        """Before a publish: take in engines that have loaded in place of lost ones, and wait for
+        them while too few are left.
+
+        Returns:
+            a number that differs when the engines are others than before.
+
+        Raises:
+            EngineError: too many were lost.
+        """
+        self._renewed = self._roster.renew()
+        return self._renewed
 
     def connect(self, payload: bytes, *, timeout_s: float) -> None:
-        """Give every engine its end of the bridge, and its number."""
+        """Give every engine its end of the bridge, and its place among them."""
         import ray
 
-        shared = ray.put(payload)
-        refs = {actor.connect.remote(shared, i): i for i, actor in enumerate(self._actors)}
-        self._pending("connecting to the policy ranks", refs).wait(timeout_s)
+        shared, places = ray.put(payload), itertools.count()
+        self._send(
+            "connecting to the policy ranks",
+            lambda actor: actor.connect.remote(shared, next(places)),
+        ).wait(timeout_s)
 
     def begin_update(self, mode: PauseMode | None = None) -> None:
         """Stop generation on every engine; it is refused until commit. mode: None: that of
@@ -179,6 +189,7 @@ class Fleet:
         r = self._spec.rollout
         mode = mode or ("wait" if r.update == "drain" else r.in_flight_cache)
         limit = r.generate_timeout_s
+        self._updates = True
         self._all("pausing generation", lambda actor: actor.begin_update.remote(mode), limit)
 
     def receive(self, payload: bytes) -> PendingCalls:
@@ -188,7 +199,8 @@ class Fleet:
     def commit(self, version: int) -> None:
         """Stamp later samples with this version and go on generating."""
         self._all("committing the weights", lambda actor: actor.commit.remote(version))
-        self._version = version
+        self._version, self._updates = version, False
+        self._roster.are_ready()
 
     def sleep(self, level: SleepLevel) -> None:
         """Every engine gives its memory back; level 1 keeps the weights in host memory, level 2
@@ -207,34 +219,33 @@ class Fleet:
         if not self._open:
             return
         self._open = False
+        actors = self._roster.close()
         if ray.is_initialized():
             # Not an error here: an engine that is dead already has nothing to shut down.
             ray.wait(
-                [actor.shutdown.remote() for actor in self._actors] or [ray.put(None)],
-                num_returns=max(1, len(self._actors)),
+                [actor.shutdown.remote() for actor in actors] or [ray.put(None)],
+                num_returns=max(1, len(actors)),
                 timeout=SHUTDOWN_TIMEOUT_S,
             )
-            for actor in self._actors:
+            for actor in actors:
                 ray.kill(actor)
             ray.shutdown()
-        _end(self._processes)
+        self._roster.end_processes()
 
     def _all(
         self, what: str, call: Callable[[Any], Any], timeout_s: float = CONTROL_TIMEOUT_S
     ) -> list[Any]:
         """[engine] answers."""
-        return self._send(what, call).answers(timeout_s)
+        calls = self._send(what, call)
+        try:
+            return calls.answers(timeout_s)
+        except EngineDied:
+            calls.settle(CONTROL_TIMEOUT_S)  # before the others are told something else
+            raise
 
     def _send(self, what: str, call: Callable[[Any], Any]) -> PendingCalls:
-        return self._pending(what, {call(actor): i for i, actor in enumerate(self._actors)})
-
-    def _pending(self, what: str, refs: Mapping[Any, int]) -> PendingCalls:
-        return PendingCalls(what, self._logs, refs)
-
-
-def _end(processes: Sequence[Any]) -> None:
-    """Kill what does not end by itself; resource trackers still unlink what others left."""
-    import psutil
-
-    for process in psutil.wait_procs(processes, timeout=EXIT_GRACE_S)[1]:
-        process.kill()
+        """Raises EngineDied: the engines are not those that the last renew has seen."""
+        refs = {call(self._roster.actor(i)): i for i in self._roster.members}
+        if self._renewed != self._roster.changes:
+            raise EngineDied(f"an engine was lost before {what}")
+        return self._roster.pending(what, refs)

@@ -36,13 +36,10 @@ def open_ray(
         UserError: no cluster at config.ray_address, or too few free resources.
         RunError: a private Ray did not start.
     """
+    _set_environment()
     import ray
 
     assert not ray.is_initialized(), "one fleet at a time in a process"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would give its workers the lowest priority: on a busy CPU the engines would starve.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {
         "namespace": run_id,
         "log_to_driver": False,
@@ -78,6 +75,16 @@ def open_ray(
         num_engines=config.num_engines,
         gpus_per_engine=gpus_per_engine,
     )
+
+
+def _set_environment() -> None:
+    """What Ray reads when it is imported, and when it starts."""
+    # A thread that asks when the run has ended would start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would give its workers the lowest priority: on a busy CPU the engines would starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 @contextmanager

@@ -27,6 +27,9 @@ class EngineSpec:
     """Prompt and decode tokens of one engine step."""
     gives_memory_back: bool = False
     """It will be put to sleep; a GPU's workers have to know."""
+    replaces_lost: bool = False
+    """An engine that is lost is replaced, and gets its weights by the next publish; else the run
+    ends."""
     worker_extension: str
     """Dotted path of the class whose methods call_workers reaches."""
     weight_transfer: str | None = None

@@ -126,7 +126,7 @@ def main() -> None:
         faults.ask("fault", "sleep", 60.0)
         faults.kill_soon(2.0)
         faults.note("kill", lambda: faults.publish(0))
-        faults.note("kill refuses", faults.gap)
+        faults.note("kill mended", faults.gap)
     finally:
         fleet.close()
     if dist.get_rank() == 0:

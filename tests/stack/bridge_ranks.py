@@ -105,6 +105,7 @@ class Fleets:
                 max_model_len=128,
                 max_num_seqs=16,
                 max_num_batched_tokens=8192,
+                replaces_lost=job.get("replaces_lost", False),
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,
                 scratch=scratch,

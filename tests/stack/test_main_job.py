@@ -17,6 +17,7 @@ import pytest
 from gpg_megatron.checkpoint.compare import compare
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import EXIT_STOPPED
+from tests.engine_processes import engine_processes
 from tests.stack.jobs import START_LIMIT_S, STEP_KEYS, Job, running_job
 from tests.tiny import make_tiny_model, write_problems
 
@@ -77,14 +78,6 @@ def started(folder: Path, name: str, *overrides: str) -> Iterator[Job]:
     command += [str(folder / "config.yaml"), f"trainer.output_dir={output}", *overrides]
     with running_job(command, output=output, log=folder / f"{name}.log") as job:
         yield job
-
-
-@pytest.fixture
-def running(job: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
-    """A job that has done a step and would go on for hours."""
-    with started(job, request.node.name) as running:
-        running.wait_for_step(1)
-        yield running
 
 
 def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
@@ -203,20 +196,28 @@ def test_a_run_that_may_not_redraw_any_more_ends(job: Path) -> None:
     assert "error: after 1 redraws 0 groups are live of the 4 that a batch needs" in printed
 
 
-def test_a_killed_rank_ends_the_run(running: Job) -> None:
-    running.ranks()[1].kill()
-    assert "policy rank 1 ended: killed by SIGKILL" in running.ends(1)
-
-
-def test_a_killed_engine_ends_the_run(running: Job) -> None:
-    engine = next(p for p in running.below if p.is_running() and p.name() == "ray::Engine")
-    engine.kill()
-    assert "engine 0 died" in running.ends(1)
-
-
-def test_ctrl_c_ends_the_run(running: Job) -> None:
-    os.killpg(running.process.pid, signal.SIGINT)
-    assert "stopped by SIGINT" in running.ends(130)
+def test_an_engine_that_is_killed_is_replaced_and_nothing_shows(job: Path) -> None:
+    """A run with a killed engine and one without. A killed rank ends one, Ctrl-C the other."""
+    rows = []
+    for is_killed in (False, True):
+        with started(job, f"killed_{is_killed}") as run:
+            run.wait_for_step(1)
+            assert run.is_running()
+            if is_killed:
+                engine_processes(run.process.pid)[0].kill()
+                run.wait_for_step(run.metrics()[-1]["step"] + 3)
+                os.killpg(run.process.pid, signal.SIGINT)
+                printed = run.ends(130)
+                assert "engine 0 died while" in printed and "; it is replaced" in printed
+                assert "engine 0 is there again" in printed
+                assert printed.splitlines()[-1] == "stopped by SIGINT"
+            else:
+                run.wait_for_step(8)
+                run.ranks()[1].kill()
+                assert "policy rank 1 ended: killed by SIGKILL" in run.ends(1)
+            rows.append([_timeless(row) for row in run.metrics()])
+    n = min(map(len, rows))
+    assert n >= 5 and rows[0][:n] == rows[1][:n]
 
 
 EXPORT = "checkpoint.hf_export=last"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import cycle
 from pathlib import Path
@@ -57,6 +57,27 @@ class Engine:
         )
 
 
+class Fleet:
+    """See flights.Engines."""
+
+    version = 0
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+
+    def ready(self) -> range:
+        return range(N_ENGINES)
+
+    def ask(self, engine: int, request: SamplingRequest, name: str) -> Any:
+        return self._actors[engine].answer.remote(request)
+
+    def stop(self, engine: int, name: str) -> None:
+        raise NotImplementedError
+
+    def generating(self, sent: Mapping[Any, int]) -> PendingCalls:
+        return PendingCalls("waiting", [Path("none")] * N_ENGINES, sent)
+
+
 @pytest.fixture(scope="module")
 def actors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     import ray
@@ -91,13 +112,7 @@ def step_seconds(
         )
         for i in range(100)
     ]
-    flights = Flights(
-        lambda engine, request, name: actors[engine].answer.remote(request),
-        lambda engine, name: None,
-        lambda sent: PendingCalls("waiting", [Path("none")] * N_ENGINES, sent),
-        num_engines=N_ENGINES,
-        timeout_s=60,
-    )
+    flights = Flights(Fleet(actors), timeout_s=60)
     rules = rules_of(config, room=N_ENGINES * GROUPS_EACH * N)
     seconds = []
     with closing(RewardPool(config.reward)) as pool, closing(Watchdog(rank=0, limit_s=60)) as dog:

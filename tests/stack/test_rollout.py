@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ PROMPTS = ([10, 20, 30], [40, 50], [60, 70, 80, 90, 100], [7])
 
 
 @contextmanager
-def run_of(model: Path, **changes: int) -> Iterator[Fleet]:
+def run_of(model: Path, **changes: Any) -> Iterator[Fleet]:
     """A marked run with its reaper and a fleet; all of it is ended afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name in (RUN_ID_VARIABLE, "SPT_NOENV"):  # start_reaper sets them: undone at the end
@@ -59,7 +60,7 @@ def run_of(model: Path, **changes: int) -> Iterator[Fleet]:
             cleanup_run(run_id)
 
 
-def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
+def start_fleet(model: Path, run_id: str, *, replaces_lost: bool = False, **changes: int) -> Fleet:
     """changes: keys of the section rollout."""
     settings: dict[str, Any] = {
         "dtype": "fp32",
@@ -76,6 +77,7 @@ def start_fleet(model: Path, run_id: str, **changes: int) -> Fleet:
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=changes.get("max_num_seqs", 64),
         max_num_batched_tokens=8192,
+        replaces_lost=replaces_lost,
         worker_extension="worker_ext.Extension",
         weight_transfer="none",
         scratch=scratch,
@@ -103,8 +105,9 @@ def version_of(fleet: Fleet) -> int:
 
 def update(fleet: Fleet, version: int, scale: float = 1.0) -> None:
     """An update of the version; and of a weight, which is multiplied."""
+    fleet.renew()
     fleet.begin_update()
-    fleet.call_workers("scale", [(scale,)], timeout_s=30)
+    fleet.call_workers("scale", [(scale,)] * fleet.num_engines, timeout_s=30)
     fleet.receive(b"").wait(30)
     fleet.commit(version)
 
@@ -369,6 +372,7 @@ class TestOneEngine:
         flights.start(1, long)
         flights.start(2, request(max_tokens=1))
         ((key, answers),) = flights.next()
+        assert answers is not None
         assert key == 2 and tokens(answers) == tokens(fleet.generate([request(max_tokens=1)]))
         flights.start(3, request(max_tokens=240, temperature=1.0, seed=12))
         time.sleep(0.3)
@@ -378,6 +382,7 @@ class TestOneEngine:
         while not (landed := flights.next()):
             pass
         ((key, answers),) = landed
+        assert answers is not None
         n_tokens = [sum(len(c.token_ids) for c in part) for part in (answers, whole)]
         assert key == 1 and n_tokens[0] < n_tokens[1]
         for a, b in zip(answers, whole, strict=True):
@@ -414,8 +419,9 @@ class TestOneEngine:
 
 
 def test_requests_are_handed_out_as_engines_have_room(model: Path) -> None:
-    """Twice as many samples as both engines run at once; the last prompts are long."""
-    with run_of(model, num_engines=2, max_num_seqs=8) as fleet:
+    """Twice as many samples as both engines run at once; the last prompts are long. One engine
+    after the other is killed: what it owes another one answers, and in the end a new one does."""
+    with run_of(model, num_engines=2, max_num_seqs=8, replaces_lost=True) as fleet:
         requests = [request(i % 4, seed=i, n=4, max_tokens=8 + 16 * (i % 3)) for i in range(8)]
         together = fleet.generate(requests)
         names = [(c.prompt_id, c.index) for c in together]
@@ -425,6 +431,60 @@ def test_requests_are_handed_out_as_engines_have_room(model: Path) -> None:
         with pytest.raises(EngineError, match="failed while generating a rollout batch"):
             fleet.begin_update()
             fleet.generate(requests)
+        update(fleet, 1)
+        for actor in actors():
+            assert tokens(answers_while(fleet, requests, actor.kill)) == tokens(together)
+        fleet.close()
+
+
+def actors() -> list[psutil.Process]:
+    """Of the engines, the oldest first."""
+    found = [p for p in engine_processes() if p.name().startswith("ray::Engine")]
+    return sorted(found, key=psutil.Process.create_time)
+
+
+def answers_while(
+    fleet: Fleet, requests: list[SamplingRequest], fault: Callable[[], None]
+) -> list[Completion]:
+    """What is generated when a fault strikes; engines that wait for weights get some meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(fleet.generate, requests)
+        time.sleep(0.2)
+        fault()
+        deadline = time.monotonic() + 400
+        while not task.done():
+            assert time.monotonic() < deadline
+            if fleet.waits_for_weights:
+                update(fleet, 1)
+            time.sleep(0.05)
+        return task.result()
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_is_ended_and_replaced(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While it generates, and while nothing is asked of it; and one that is lost too often ends
+    the run with what happened last."""
+    changes = {"stall_timeout_s": 10, "max_losses_per_hour": 2}
+    with run_of(model, replaces_lost=True, **changes) as fleet:
+        before = fleet.generate([request(max_tokens=200)])
+        for when in ("busy", "idle"):
+            (hung,) = actors()
+            if when == "busy":
+                again = answers_while(fleet, [request(max_tokens=200)], hung.suspend)
+            else:
+                hung.suspend()
+                hung.wait(30)
+                again = answers_while(fleet, [request(max_tokens=200)], lambda: None)
+            assert tokens(again) == tokens(before) and not hung.is_running()
+        printed = capfd.readouterr().err
+        assert printed.count("engine 0 has answered nothing for 10 s; it is replaced") == 2
+        assert printed.count("engine 0 is there again") == 2
+        actors()[0].kill()
+        why = r"engine 0 died while .* \(3 engines were lost within an hour, rollout.max_losses"
+        with pytest.raises(EngineError, match=why):
+            fleet.generate([request(max_tokens=200)])
         fleet.close()
 
 

@@ -42,6 +42,8 @@ class Engines:
         self.may_go = threading.Event()
         self.failure: Exception | None = None
         self.stopped: list[tuple[int, bool]] = []
+        self.lost: set[int] = set()
+        """What is begun and never answered: engines are lost, and then have other weights."""
         self._flying: dict[int, list[Completion]] = {}
 
     def __len__(self) -> int:
@@ -71,10 +73,13 @@ class Engines:
         self.held_from = 10**9
         self.may_go.set()
 
-    def next(self) -> list[tuple[int, list[Completion]]]:
+    def next(self) -> list[tuple[int, list[Completion] | None]]:
         if not self._flying:
             return []
         key = next(iter(self._flying))
+        if key in self.lost:
+            del self._flying[key]
+            return [(key, None)]
         if key >= self.held_from:
             assert self.may_go.wait(20), "held for 20 s"
             if self.failure:
@@ -260,6 +265,19 @@ def test_a_restored_run_goes_on_as_the_one_that_was_saved(
     for _ in range(2):
         assert learned_from(step(other, other_engines)) == learned_from(step(collector, engines))
     assert other_engines.requests == engines.requests[n_before:]
+
+
+@pytest.mark.parametrize(("staleness", "update"), [(0, "drain"), (2, "in-flight")])
+def test_what_a_lost_engine_had_is_drawn_again_with_other_seeds(
+    make: Make, staleness: int, update: Any
+) -> None:
+    drawn = []
+    for lost in (set[int](), {1, 2, 6}):
+        collector, engines = make(config(staleness, update, beta_th=0.0))
+        engines.lost = lost
+        drawn.append([g.prompt.id for _ in range(3) for g in step(collector, engines).groups])
+        assert len({seed for _, seed in engines.requests}) == len(engines.requests)
+    assert drawn[0] == drawn[1], "nothing is lost, nothing is there twice"
 
 
 def test_what_is_aborted_is_drawn_again_first_and_with_other_seeds(make: Make) -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.rollout.engine import sanitize_environment
 from gpg_megatron.rollout.failures import with_log
-from gpg_megatron.rollout.flights import Flights, answer_all
 from gpg_megatron.rollout.ray_session import check_resources
 from gpg_megatron.rollout.sampling import (
     Sampled,
@@ -33,7 +27,7 @@ from gpg_megatron.rollout.sampling import (
     validation_params,
 )
 from gpg_megatron.rollout.spec import EngineSpec
-from gpg_megatron.types import Completion, Prompt, SamplingParams, VersionSpan
+from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
 from tests.samples import float32, int32, plain
 
 
@@ -76,94 +70,6 @@ def test_the_canary_is_short_and_of_the_whole_distribution(longest: int, tokens:
     assert found == SamplingParams(
         n=1, temperature=0.9, top_p=1.0, top_k=-1, max_tokens=tokens, stop=("\n\n",), seed=3
     )
-
-
-def one_token_each(n: int) -> Sampled:
-    return Sampled(
-        lengths=(1,) * n,
-        token_ids=int32([7] * n),
-        logprobs=float32([-1.0] * n),
-        finish_reasons=("stop",) * n,
-        texts=("",) * n,
-        versions=((("0", 0, 1),),) * n,
-    )
-
-
-class Watched(Flights):
-    """Engines that finish a request when the test says so."""
-
-    def __init__(self, num_engines: int, random: Random) -> None:
-        none: Any = None
-        super().__init__(self._send, none, none, num_engines=num_engines, timeout_s=1.0)
-        self._random = random
-        self._open: list[tuple[int, SamplingRequest, Future[Sampled]]] = []
-        self.loads: list[Counter[int]] = []
-        """Samples of each engine, whenever an answer is waited for."""
-
-    def _send(self, engine: int, request: SamplingRequest, name: str) -> Any:
-        future: Future[Sampled] = Future()
-        self._open.append((engine, request, future))
-        return SimpleNamespace(future=lambda: future)
-
-    def next(self) -> list[tuple[int, list[Completion]]]:
-        load: Counter[int] = Counter()
-        for engine, request, _ in self._open:
-            load[engine] += request.params.n
-        self.loads.append(load)
-        _, request, future = self._open.pop(self._random.randrange(len(self._open)))
-        future.set_result(one_token_each(request.params.n))
-        return super().next()
-
-
-def test_no_two_requests_of_an_engine_have_one_name() -> None:
-    """A stream of groups and an evaluation beside it each have flights of their own."""
-    names: list[str] = []
-
-    def ask(engine: int, request: SamplingRequest, name: str) -> Any:
-        names.append(name)
-        return SimpleNamespace(future=Future)
-
-    none: Any = None
-    stream, evaluation = (Flights(ask, none, none, num_engines=1, timeout_s=1.0) for _ in range(2))
-    for key in range(3):
-        for flights in (stream, evaluation):
-            flights.start(key, _request(key))
-    assert len(set(names)) == len(names) == 6
-
-
-def test_what_ends_while_it_is_stopped_is_counted_once() -> None:
-    future: Future[Sampled] = Future()
-    landed: list[Any] = []
-
-    def stop(engine: int, name: str) -> None:
-        future.set_result(one_token_each(2))
-        landed.extend(flights.next())  # as another thread may
-
-    none, ref = cast(Any, None), SimpleNamespace(future=lambda: future)
-    flights = Flights(lambda *_: ref, stop, none, num_engines=1, timeout_s=1.0)
-    flights.start(0, _request(n=2))
-    flights.stop(0, keep=False)
-    assert landed == [] and len(flights) == flights.owed == 0
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 8), st.integers(1, 99)), max_size=30),
-    st.integers(1, 4),
-    st.integers(8, 40),
-    st.randoms(use_true_random=False),
-)
-def test_each_request_is_answered_once_and_no_engine_idles_while_any_waits(
-    sizes: list[tuple[int, int, int]], n_engines: int, max_num_seqs: int, random: Random
-) -> None:
-    requests = [_request(i, length=p, n=n, max_tokens=m) for i, (p, n, m) in enumerate(sizes)]
-    flights = Watched(n_engines, random)
-    answers = answer_all(flights, requests, n_engines * max_num_seqs)
-    found = [[(c.prompt_id, c.index) for c in group] for group in answers]
-    assert found == [[(f"d/{i}", k) for k in range(n)] for i, (_, n, _) in enumerate(sizes)]
-    for load in flights.loads:
-        assert sum(load.values()) < n_engines * max_num_seqs + 8, "there was room for the last one"
-    if sum(n for _, n, _ in sizes) >= n_engines * (max_num_seqs + 8):
-        assert all(flights.loads[0][engine] > max_num_seqs - 8 for engine in range(n_engines))
 
 
 def test_stream_seed_is_fixed_and_keeps_streams_apart() -> None:

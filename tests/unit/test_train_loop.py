@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -22,6 +23,7 @@ from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.config.sections import CheckpointConfig, Config
 from gpg_megatron.loop.checkpoints import RunCheckpoints, Saving
 from gpg_megatron.loop.collector import Rollout
+from gpg_megatron.loop.generating import Generating
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.inputs import Inputs
 from gpg_megatron.loop.rank0 import Rank0
@@ -94,6 +96,10 @@ class World:
         self.leaves_at = 1000
         """The version from which on the run is asked to leave."""
         self.step = schedule.done
+        self.lost_in = -1
+        """The step in whose evaluation all engines are lost, and others take their place."""
+        self.waits_for_weights = False
+        self._have_weights = threading.Event()
 
     def perform(self, action: Action) -> None:
         """Engines and policy never hold more than the table of states allows."""
@@ -144,6 +150,8 @@ class World:
         assert version == self.version
         self.in_engines = version
         self.n_published += 1
+        self.waits_for_weights = False
+        self._have_weights.set()
 
     # ---- rollouts
     def take(self) -> Rollout:
@@ -176,6 +184,11 @@ class World:
         return [(one.prompt, one.completions[0])]
 
     def evaluate(self, step: int) -> dict[str, float]:
+        if step == self.lost_in:
+            self.in_engines = None
+            self._have_weights.clear()
+            self.waits_for_weights = True
+            assert self._have_weights.wait(20), "nobody published"
         self.generates()
         self.calls.append(f"evaluate {step}")
         return {"eval/d/mean@1": step / 10}
@@ -239,6 +252,7 @@ def run(
                 guard=guard,
                 watchdog=watchdog,
                 on_rank0=lambda action: action(),
+                generating=Generating(any_world, lambda action: action()),
                 rank0=any_world,
                 peak_flops_per_s=1e9,
                 trace=lambda step: nullcontext(),
@@ -287,6 +301,14 @@ def test_every_part_finds_what_it_needs_and_comes_in_its_turn(
     assert run(world) == [*expected, "finish"]
     n_learned = world.version - done
     assert world.n_published == 1 + (n_steps if mode == "colocated" else n_learned)
+
+
+def test_engines_that_are_lost_while_they_generate_get_the_same_weights_again() -> None:
+    schedule = Schedule(done=0, last=3, evaluate_first=False, evaluate_every=1)
+    worlds = [World("disaggregated", [True], schedule, save_every=1) for _ in range(2)]
+    worlds[1].lost_in = 2
+    assert run(worlds[1]) == run(worlds[0])
+    assert worlds[1].n_published == worlds[0].n_published + 1
 
 
 @pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
@@ -367,7 +389,6 @@ def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> No
         pool=none,
         logger=none,
         progress=cast(Any, SimpleNamespace(message=said.append)),
-        watchdog=none,
         pids=(),
         gpu_metrics=dict,
     )

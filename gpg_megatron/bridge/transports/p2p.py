@@ -237,6 +237,8 @@ class _Worker:
         self._thread.join(timeout=CLOSE_S)
         if self._thread.is_alive():
             self._abort()
+        # With the last reference its connections close: who waits at the other end gives up.
+        self._groups.clear()
 
     def _guarded(self) -> None:
         try:

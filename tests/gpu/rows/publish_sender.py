@@ -72,6 +72,10 @@ class OneWorker:
         if self._reply is None and self._pipe.poll(timeout_s):
             self._reply = self._pipe.recv()
 
+    def renew(self) -> int:
+        """It is always the same."""
+        return 0
+
     def call_workers(
         self, method: str, args_per_engine: Sequence[tuple[Any, ...]], *, timeout_s: float
     ) -> list[list[Any]]:
@@ -91,10 +95,14 @@ class OneWorker:
         self._pipe.send(("receive", payload))
         return self
 
-    def failure(self) -> str | None:
+    def failure(self) -> TransferError | None:
         """What it has answered instead of receiving."""
         self._look(0.0)
-        return None if self._reply is None or self._reply[0] else str(self._reply[1])
+        return None if self._reply is None or self._reply[0] else TransferError(self._reply[1])
+
+    def settle(self, timeout_s: float) -> None:
+        """Until it has answered, whatever."""
+        self._look(timeout_s)
 
     def wait(self, timeout_s: float) -> None:
         """Until it has received everything."""
