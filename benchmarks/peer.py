@@ -176,7 +176,9 @@ def bare(options: argparse.Namespace, dtype: str) -> Found:
 
 
 def _found(printed: str, peak_gb: float) -> Found:
-    said = json.loads(printed.splitlines()[-1])
+    # vLLM logs beside it.
+    line = next(x for x in reversed(printed.splitlines()) if x.startswith('{"steps"'))
+    said = json.loads(line)
     return Found(steps=said["steps"], tokens=median(said["tokens"][N_WARM_UP:]), peak_gb=peak_gb)
 
 

@@ -8,7 +8,6 @@ Last line: JSON, seconds of each batch and its response tokens.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 
@@ -16,13 +15,17 @@ import time
 def main() -> None:
     model, dtype, *numbers, cache_gb = sys.argv[1:]
     steps, prompts, samples, tokens = map(int, numbers)
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = cache_gb
     from vllm import LLM, SamplingParams
 
     from benchmarks.peer_task import rows
     from gpg_megatron.types import DTYPES
 
-    engine = LLM(model=model, dtype=DTYPES[dtype], max_model_len=64 + tokens)  # type: ignore[arg-type]
+    engine = LLM(
+        model=model,
+        dtype=DTYPES[dtype],  # type: ignore[arg-type]  # as its own enumeration
+        max_model_len=64 + tokens,
+        kv_cache_memory_bytes=int(float(cache_gb) * 2**30),
+    )
     params = SamplingParams(n=samples, temperature=1.0, max_tokens=tokens)
     texts = [text for text, _ in rows(prompts, 0.0)]
     took, lengths = [], []
