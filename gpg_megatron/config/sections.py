@@ -251,6 +251,8 @@ class ValidationConfig:
     top_p: float = ranged(1.0, above=0, at_most=1)
     top_k: int = ranged(-1, at_least=1, or_value=-1)
     """-1: all tokens."""
+    alone: bool = False
+    """No rollout runs meanwhile where engines draw ahead; False: both share the engines."""
     save_generations: bool = True
     """Write the held-out answers of every evaluation to eval/step_N.jsonl."""
 

@@ -235,7 +235,14 @@ def open_rollouts(
 
     collector = kept_on_rank0(open_collector, ask_rank0)
     ahead = config.trainer.max_staleness > 0
-    return Rollouts(collector, ask_rank0, partial(broadcast, group=group), watchdog, ahead=ahead)
+    return Rollouts(
+        collector,
+        ask_rank0,
+        partial(broadcast, group=group),
+        watchdog,
+        ahead=ahead,
+        stops=config.validation.alone,
+    )
 
 
 def _watchdog() -> Watchdog:

@@ -143,11 +143,11 @@ class Collector:
             timings=self._timings(seconds),
         )
 
-    def begin_publish(self) -> None:
-        """Return when weights may change."""
+    def begin_publish(self, *, quiet: bool = False) -> None:
+        """Return when weights may change; quiet: when nothing is in flight."""
         with self._changed:
             self._happens(PublishBegan())
-            self._wait(lambda: may_publish(self._rules, self._state))
+            self._wait(lambda: may_publish(self._rules, self._state, quiet=quiet))
 
     def end_publish(self) -> None:
         """They have changed, or need not."""

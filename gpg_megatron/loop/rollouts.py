@@ -26,17 +26,20 @@ class Rollouts:
         watchdog: Watchdog,
         *,
         ahead: bool,
+        stops: bool = False,
     ) -> None:
         """
         Args:
             collector: on rank 0; None elsewhere.
             ahead: the engines work while the policy learns.
+            stops: nothing is in flight while held-out prompts are answered.
         """
         self._collector = collector
         self._on_rank0 = on_rank0
         self._broadcast = broadcast
         self._watchdog = watchdog
         self._ahead = ahead
+        self._stops = ahead and stops
 
     def take(self) -> Rollout:
         """The next batch. Arrays are not pickled."""
@@ -66,6 +69,15 @@ class Rollouts:
         yield
         if self._collector is not None:
             self._collector.end_publish()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The body answers held-out prompts, with the newest weights. On rank 0."""
+        if self._stops:
+            self._here.begin_publish(quiet=True)
+        yield
+        if self._stops:
+            self._here.end_publish()
 
     def state(self) -> LoopState:
         """What a resumed run needs. On rank 0."""

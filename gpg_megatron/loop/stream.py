@@ -219,10 +219,10 @@ def next_batch(rules: Rules, state: State) -> tuple[Group, ...] | None:
     return None
 
 
-def may_publish(rules: Rules, state: State) -> bool:
-    """Whether weights may change now. Where nothing may be in flight meanwhile, the batch that
-    comes next is completed first, and nothing else is started."""
-    return rules.in_flight or not (state.flying or _startable(rules, state))
+def may_publish(rules: Rules, state: State, *, quiet: bool = False) -> bool:
+    """Whether weights may change now. Where nothing may be in flight meanwhile (always if quiet),
+    drain completes the batch that comes next first; nothing else is started."""
+    return (rules.in_flight and not quiet) or not (state.flying or _startable(rules, state))
 
 
 def resumed(state: State) -> State:

@@ -261,8 +261,12 @@ class Run:
         return self.rank0
 
     def _evaluate(self, step: int, when: str) -> dict[str, float]:
+        def evaluate() -> dict[str, float]:
+            with self.rollouts.evaluating():
+                return self._rank0.evaluate(step)
+
         with self.place(State.ROLLOUT), self.phase("eval"):
-            metrics = self.generating(lambda: self._rank0.evaluate(step))
+            metrics = self.generating(evaluate)
         for name, value in metrics.items():
             if not name.endswith("/ci95"):
                 self.say(f"{name} {when}: {value:.3f}")

@@ -96,10 +96,9 @@ class Engine:
     async def start(self) -> tuple[str, list[int]]:
         """Load the model; returns the host's name, and the ids of this process and all below."""
         import psutil
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
+        # Minutes, for a large model: placed is answered meanwhile.
+        self._llm = await asyncio.to_thread(self._load)
         tokenizer: Any = self._llm.get_tokenizer()
         added = tokenizer.added_tokens_decoder
         self._special = {x.content: i for i, x in added.items() if x.special}
@@ -112,6 +111,12 @@ class Engine:
     async def pulse(self) -> None:
         """Answers when the core does, which it does between two steps of a batch."""
         await self._alive(self._llm.is_sleeping())
+
+    def _load(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
 
     async def answer(self, request: SamplingRequest, version: int, name: str) -> Sampled:
         """The samples of one request; vLLM batches it with the others that run. No two that run

@@ -184,6 +184,24 @@ def test_groups_are_drawn_while_the_caller_does_something_else(make: Make) -> No
     assert {span.version for (span,) in spans} == {0}
 
 
+@pytest.mark.parametrize("update", ["drain", "in-flight"])
+def test_an_evaluation_that_wants_to_be_alone_is(make: Make, update: Any) -> None:
+    collector, engines = make(config(2, update, beta_th=0.0))
+    none: Any = None
+    beside, alone = (
+        Rollouts(collector, none, none, none, ahead=True, stops=stops) for stops in (False, True)
+    )
+    for _ in range(3):
+        step(collector, engines)
+        state = collector.state().values["machine"]
+        with beside.evaluating():
+            pass
+        with alone.evaluating():
+            assert len(engines) == 0
+        assert collector.state().values["machine"]["weights"] == state["weights"]
+    assert len(collector.take().groups) == 4
+
+
 def test_other_ranks_get_what_is_learned_from_and_arrays_are_not_pickled(make: Make) -> None:
     collector, _ = make(config())
     sent: list[bytes] = []

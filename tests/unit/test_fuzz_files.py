@@ -74,7 +74,7 @@ def read_config(folder: Path, content: bytes) -> None:
             assert "\n" not in line
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_config_json_with_other_values(folder: Path, data: st.DataObject) -> None:
     changes = data.draw(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=6), VALUES))

@@ -47,7 +47,7 @@ def test_so_do_the_texts_of_a_list(typed: str, right: tuple[str, ...]) -> None:
 UNQUOTED = st.text([x for x in string.printable if x not in "\"',"]).map(str.strip).filter(bool)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(UNQUOTED))
 def test_any_texts_without_quotes_and_commas_are_a_list(items: list[str]) -> None:
     assert loaded(f"rollout.stop=[{','.join(items)}]").rollout.stop == tuple(items)

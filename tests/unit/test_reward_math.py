@@ -144,7 +144,14 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("source", "truth"), [("gsm8k", "7"), ("math", "7"), ("verify", "\\pi^2")])
+@pytest.mark.parametrize(
+    ("source", "truth"),
+    [
+        ("gsm8k", "7"),
+        ("math", "7"),
+        pytest.param("verify", "\\pi^2", marks=pytest.mark.slow),
+    ],
+)
 def test_hostile_answers_cost_themselves_only(source: str, truth: str) -> None:
     """Each stands between two right answers, which are right still; nothing else is scored 1."""
     right = f"#### {truth} so \\boxed{{{truth}}}"

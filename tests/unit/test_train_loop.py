@@ -171,6 +171,8 @@ class World:
         """Nothing is in flight."""
         return nullcontext()
 
+    evaluating = updating
+
     def generates(self) -> None:
         self.needs("weights", "kv_cache")
         assert self.in_engines == self.version, "the engines have other weights"
