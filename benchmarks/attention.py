@@ -192,8 +192,8 @@ def main() -> None:
     spans = spans_of(cu_seqlens, prompts)
     varlen = on_meta(varlen_of(spans, cu_seqlens[-1]))
     counts = {
-        "by span": recorded(partial(attend_by_span, spans=spans), cu_seqlens[-1]),
-        "at once": recorded(partial(attend_at_once, varlen=varlen), cu_seqlens[-1]),
+        "by span": recorded(partial(attend_by_span, spans=spans, window=None), cu_seqlens[-1]),
+        "at once": recorded(partial(attend_at_once, varlen=varlen, window=None), cu_seqlens[-1]),
     }
     print(f"{cu_seqlens[-1]} tokens in {len(prompts)} segments, {len(spans)} spans\n")
     print("| attention of a layer | calls forward | calls backward |\n|---|---|---|")

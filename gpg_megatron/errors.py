@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 EXIT_STOPPED = 75
 """Of a run that left in order before its end (EX_TEMPFAIL): started again, it goes on."""
@@ -82,6 +83,31 @@ def torchrun_rank() -> int | None:
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
+class Interrupt(KeyboardInterrupt):
+    """Ctrl-C. Where a KeyboardInterrupt of no other class has left an exec() of text, as in what
+    makes a dataclass, `python -m` ends itself by SIGINT, caught or not, whatever its exit code."""
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise Interrupt
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C raises Interrupt; where it is ignored, as in a shell's background job, it stays so."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        # What has put another handler in its place has its reasons.
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, handler)
+
+
 class Main(Protocol):
     """A command: its arguments, or those of the process -> its exit code."""
 
@@ -94,14 +120,15 @@ def exit_codes(main: Main) -> Main:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except UserError as error:
-            if not torchrun_rank():
-                print(f"error: {one_line(str(error))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped by SIGINT", file=sys.stderr)
-            return 130
+        with _interrupts():
+            try:
+                return main(argv)
+            except UserError as error:
+                if not torchrun_rank():
+                    print(f"error: {one_line(str(error))}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print("stopped by SIGINT", file=sys.stderr)
+                return 130
 
     return run

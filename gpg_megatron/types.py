@@ -5,8 +5,7 @@
 All of them are frozen, slotted and keyword-only, and a field exists only once it is true:
 nothing here is None until later. Those with arrays compare by identity.
 
-Shape legend: L response tokens of one completion, G completions of one group,
-T packed tokens of one micro-batch, S sequences of one micro-batch.
+Shape legend: L tokens of a response, G responses of a group, T tokens and S segments of a row.
 """
 
 from __future__ import annotations
@@ -94,8 +93,7 @@ class Completion:
     token_ids: Tokens
     """[L] response tokens, the end-of-sequence token included when it was sampled."""
     logprobs: LogProbs
-    """[L] natural-log probability of each token under the sampling distribution
-    (after temperature), as the engine computed it."""
+    """[L] natural, under the sampling distribution (after temperature), as the engine has them."""
     finish_reason: FinishReason
     text: str
     """The response decoded without special tokens."""
@@ -114,8 +112,7 @@ class Reward:
     parts: Mapping[str, float]
     """Named components for the metrics, for example {"exact_match": 1.0}."""
     answer: str | None = None
-    """What the scorer read as the answer, in one spelling for equal answers, for majority votes;
-    None: it found none."""
+    """What the scorer read as the answer, equal answers in one spelling; None: it found none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,8 +158,7 @@ class MicroBatch:
     then for each response the prompt's last token and the response without its last token.
     Every position of such a response also attends to the whole prompt segment.
 
-    Position t predicts token t+1: labels, mask, weights and log-probs are already shifted,
-    so element t of each belongs to the logits at position t.
+    Position t predicts token t+1: labels, mask, weights and log-probs are already shifted.
     """
 
     input_ids_T: torch.Tensor
@@ -185,8 +181,7 @@ class MicroBatch:
     rollout_logprobs_T: torch.Tensor
     """float32 [T]; 0 where the mask is False."""
     responses_T: torch.Tensor
-    """int64 [T]; which response of the micro-batch, from 0, the label belongs to; 0 where the
-    mask is False."""
+    """int64 [T]; the response, from 0, that the label belongs to; 0 where the mask is False."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,22 +198,17 @@ class TrainBatch:
     n_shared_tokens: int
     """Tokens of the other samples that were not computed, because samples share a prompt."""
     flops: float
-    """Floating-point operations of the forward and backward pass that the computed tokens
-    need, all ranks; see flops.TokenCosts."""
+    """Floating-point operations that the computed tokens need, all ranks; see flops.TokenCosts."""
     alpha: float
-    """The factor that the update's own alpha put into the advantages; the mean over the
-    micro-steps where each has its own."""
+    """What the update's own alpha multiplied the advantages by; the mean over its micro-steps."""
     whole_alpha: float
     """All of alpha in this update, that of the rollout batch included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anchors:
-    """Log-probs that stay fixed while a rollout batch is learned from, for one TrainBatch.
-
-    Each is empty when the objective needs none, else one fp32 tensor [masked-in positions] for
-    each micro-batch of this rank.
-    """
+    """Log-probs that stay fixed while a rollout batch is learned from, for one TrainBatch: fp32
+    [masked-in positions] for each micro-batch of this rank; none where the objective needs none."""
 
     old: tuple[torch.Tensor, ...] = ()
     """Of the policy before the first update of the rollout batch."""
@@ -260,7 +250,7 @@ class ParallelPosition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEShape:
-    """The experts of a mixture-of-experts model; every layer has them."""
+    """The experts of a mixture-of-experts model."""
 
     num_experts: int
     experts_per_token: int
@@ -270,6 +260,8 @@ class MoEShape:
     """Of the shared expert that every token visits; 0: there is none."""
     renormalised: bool
     """The weights of the chosen experts are scaled to sum to 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Those that have an MLP instead, ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,18 +317,34 @@ class ModelShape:
     """Rows of the embedding as the checkpoint stores it, without padding for parallelism."""
     tied: bool
     """The output projection is the embedding; the checkpoint has no lm_head.weight."""
-    qkv_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    """Of both projections of the MLP; output_bias: of the attention's last one."""
+    qk_norm: bool = False
     """RMSNorm over each head of q and k (Qwen3)."""
+    window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
+    post_norms: bool = False
+    """RMSNorm of what attention and MLP give, before it is added (GLM-4)."""
+    fused_gate_up: bool = False
+    """The checkpoint has gate and up projection of the MLP in one tensor."""
     rope_theta: float
+    rotary_dim: int | None = None
+    """Elements of each head that are rotated, the first; None: all."""
+    rotary_neighbours: bool = False
+    """An element is rotated with its neighbour; else with the one half of them further on."""
     rope_scaling: RopeScaling | None = None
-    """None: plain rotary angles."""
     rms_norm_eps: float
     max_position_embeddings: int
     moe: MoEShape | None = None
-    """None: a dense model."""
 
     @property
     def num_experts(self) -> int:
         """0 for a dense model."""
         return self.moe.num_experts if self.moe else 0
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Those with an MLP, ascending; the others have experts."""
+        return self.moe.dense_layers if self.moe else tuple(range(self.num_layers))

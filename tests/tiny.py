@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "qwen2_moe"]
+Family = Literal["qwen2", "qwen3", "llama", "mistral", "glm4", "qwen3_moe", "qwen2_moe"]
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -63,6 +63,11 @@ def make_tiny_model(
     )
     model = AutoModelForCausalLM.from_config(config).float()
     model.model.norm.weight.data *= sharpness
+    for name, parameter in model.named_parameters():
+        if family in ("llama", "glm4") and name.endswith(
+            "bias"
+        ):  # made as zeros, which hide a mix-up
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -95,15 +100,18 @@ def make_answering_model(directory: Path) -> Path:
 def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
     """What a family's configuration needs besides the common keys."""
     options: dict[str, Any] = {}
-    if family.startswith("qwen3"):
+    if family.startswith("qwen3") or family == "glm4":
         options["head_dim"] = 32
+    if family == "llama":
+        options |= {"attention_bias": True, "mlp_bias": True}
     if family == "mistral":
-        options["sliding_window"] = None
+        options["sliding_window"] = 6  # fewer than the tokens of a sequence
     if family.endswith("_moe"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
         options |= {"moe_intermediate_size": hidden_size // 2}
         options["norm_topk_prob"] = family == "qwen3_moe"
     if family == "qwen2_moe":
+        options["mlp_only_layers"] = [1]
         options["shared_expert_intermediate_size"] = hidden_size
     return options
 

@@ -69,11 +69,11 @@ def run_tokens(run: Sequence[TrainSample]) -> int:
 def run_cost(run: Sequence[TrainSample], costs: TokenCosts) -> float:
     """Floating-point operations of a run of shared_runs."""
     n_shared = run_tokens(run) - _n_response(run) if len(run) > 1 else 0
-    pairs = n_shared * (n_shared + 1) // 2
+    pairs = costs.pairs(0, n_shared)
     for sample in run:
         own = len(sample.response_token_ids)
         own += 0 if len(run) > 1 else len(sample.prompt_token_ids)
-        pairs += own * n_shared + own * (own + 1) // 2
+        pairs += costs.pairs(n_shared, own)
     return costs.total(n_tokens=run_tokens(run), n_loss_tokens=_n_response(run), n_pairs=pairs)
 
 

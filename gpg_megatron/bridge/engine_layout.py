@@ -74,6 +74,12 @@ def _places(
     engine: Engine, hf_shapes: Mapping[str, tuple[int, ...]], worker: int
 ) -> Iterator[tuple[str, *_Place]]:
     for name, whole in hf_shapes.items():
+        if name.endswith(".gate_up_proj.weight"):
+            n = whole[0] // 2 // engine.tp_size
+            for part in range(2):
+                first = part * whole[0] // 2 + worker * n
+                yield name, *_cut(name, whole, first, n, at=part * n, of=2 * n)
+            continue
         place = _expert if EXPERT.fullmatch(name) else _dense
         if found := place(engine, name, whole, worker):
             yield name, *found
@@ -110,7 +116,7 @@ def _dense(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Pla
         n = whole[0] // tp
         parameter = name.replace(f".{found[1]}_proj.", ".gate_up_proj.")
         return _cut(parameter, whole, worker * n, n, at=n * (found[1] == "up"), of=2 * n)
-    if re.search(r"\.(o|down)_proj\.", name):
+    if re.search(r"\.(o|down)_proj\.weight", name):
         n = whole[1] // tp
         return _cut(name, whole, worker * n, n, dimension=1)
     return _cut(name, whole, 0, whole[0])

@@ -136,13 +136,21 @@ def damaged_file(directory: Path, marker: Marker, names: Sequence[str]) -> str |
 
 def check_same_model(directory: Path, marker: Marker, shape: ModelShape) -> None:
     """Raises UserError: the checkpoint is of another model; a difference is named."""
-    here = dataclasses.asdict(shape)
+    here = json.loads(json.dumps(dataclasses.asdict(shape)))
     for key in here.keys() | marker.model.keys():
-        if here.get(key) != marker.model.get(key):
+        one, other = marker.model.get(key), here.get(key)
+        if _told(one) != _told(other):
             raise UserError(
-                f"{directory} is a checkpoint of another model: {key} is "
-                f"{marker.model.get(key)}, in model.path {here.get(key)}"
+                f"{directory} is a checkpoint of another model: {key} is {one}, "
+                f"in model.path {other}"
             )
+
+
+def _told(value: Any) -> Any:
+    """Null for null, false, 0 or empty: fields that came later are that in models of before."""
+    if isinstance(value, dict):
+        return {key: _told(own) for key, own in value.items() if _told(own)}
+    return value or None
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Where each parameter lies in a torch_dist checkpoint: the table of families.py once more.
 
 Megatron stores the parameters of all layers (and experts) under one key, as one tensor with
-leading dimensions for layer and expert, in the order that a single tensor-parallel rank has.
-Names are those of Transformer Engine's modules, whatever the layer spec.
+leading dimensions for layer and expert, in the order that a single tensor-parallel rank has. Where
+some layers have experts and others have not, each layer has keys of its own. Names are those of
+Transformer Engine's modules, whatever the layer spec.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class StoredParameter:
 
     def box(self, local: Box) -> Box:
         """A box of the parameter, in the stored tensor's coordinates."""
-        return Box(tuple((n, n + 1) for n in self.parameter.numbers) + local.ranges)
+        numbers = self.parameter.numbers
+        leading = numbers[len(numbers) - len(self.leading) :]
+        return Box(tuple((n, n + 1) for n in leading) + local.ranges)
 
     def pieces(self, model: ModelShape) -> list[Piece]:
         """What it holds, in Hugging Face coordinates; each piece is whole rows of both."""
@@ -55,15 +58,19 @@ def stored_parameters(model: ModelShape, tp_size: int) -> Iterator[StoredParamet
         stage_of_layer=(0,) * model.num_layers,
         transformer_engine=True,
     )
+    alike = len(model.dense_layers) in (0, model.num_layers)
     for parameter in parameters(model, grid, padded_for_tp=tp_size):
         rule = parameter.rule
-        leading = (model.num_layers,) * rule.per_layer + (model.num_experts,) * rule.per_expert
-        yield StoredParameter(_key(rule), leading, parameter)
+        layers = (model.num_layers,) * (rule.per_layer and alike)
+        leading = layers + (model.num_experts,) * rule.per_expert
+        layer = f"{parameter.numbers[0]}." if rule.per_layer and not alike else ""
+        yield StoredParameter(_key(rule, layer), leading, parameter)
 
 
-def _key(rule: Rule) -> str:
-    """The name without its numbers; experts are one level deeper in a stored name."""
-    key = rule.megatron[-1].replace("layers.{}.", "layers.").replace("weight{}", "weight")
+def _key(rule: Rule, layer: str) -> str:
+    """The name without its numbers but the layer's; experts are one level deeper in a stored
+    name."""
+    key = rule.megatron[-1].replace("layers.{}.", f"layers.{layer}").replace("weight{}", "weight")
     return key.replace(".mlp.experts.", ".mlp.experts.experts.")
 
 

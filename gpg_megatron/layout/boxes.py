@@ -134,17 +134,20 @@ def vocab_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Pi
 
 
 def gated_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
-    """Each rank holds [its rows of gate; its rows of up]. names = (gate, up)."""
+    """Each rank holds [its rows of gate; its rows of up].
+
+    names = (gate, up), or the one tensor of both, gate's rows first.
+    """
     half = shard.shape[0] // 2
-    first = shard.tp_rank * half
-    return [
-        Piece(
-            name,
-            _row_box(first, first + half, shard.shape),
-            _row_box(part * half, (part + 1) * half, shard.shape),
-        )
-        for part, name in enumerate(names)
-    ]
+    pieces = []
+    for part in range(2):
+        first = shard.tp_rank * half
+        if len(names) == 1:
+            first += part * shard.tp_size * half
+        hf = _row_box(first, first + half, shard.shape)
+        local = _row_box(part * half, (part + 1) * half, shard.shape)
+        pieces.append(Piece(names[part % len(names)], hf, local))
+    return pieces
 
 
 def qkv_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:

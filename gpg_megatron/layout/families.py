@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Literal
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import (
@@ -26,6 +27,9 @@ from gpg_megatron.layout.boxes import (
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.types import ModelShape
 
+Layers = Literal["all", "dense", "sparse"]
+"""dense: with an MLP; sparse: with experts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -37,6 +41,8 @@ class Rule:
     layout: Layout
     dims: tuple[str, ...]
     """Of the whole Megatron parameter: keys of dimensions()."""
+    layers: Layers = "all"
+    """That have one, if it is in layers."""
 
     @property
     def pattern(self) -> str:
@@ -45,12 +51,12 @@ class Rule:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has one."""
+        """Whether layers have one."""
         return "{}" in self.pattern
 
     @property
     def per_expert(self) -> bool:
-        """Whether every expert of every layer has one; expert parallelism spreads them."""
+        """Whether every expert of a layer has one; expert parallelism spreads them."""
         return self.pattern.count("{}") == 2
 
     @property
@@ -59,23 +65,35 @@ class Rule:
         return not self.pattern.startswith("embedding.")
 
 
-def _row(megatron: str, hf: str, layout: Layout, dims: str, prefixes: tuple[str, str]) -> Rule:
+def _row(
+    megatron: str,
+    hf: str,
+    layout: Layout,
+    dims: str,
+    prefixes: tuple[str, str],
+    layers: Layers = "all",
+) -> Rule:
     megatron_prefix, hf_prefix = prefixes
     return Rule(
         tuple(megatron_prefix + name for name in megatron.split()),
         tuple(hf_prefix + name for name in hf.split()),
         layout,
         tuple(dims.split()),
+        layers,
     )
 
 
 _once = partial(_row, prefixes=("", ""))
 _layer = partial(_row, prefixes=("decoder.layers.{}.", "model.layers.{}."))
+_dense = partial(_layer, layers="dense")
+_sparse = partial(_layer, layers="sparse")
 _attention = partial(
     _row, prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.self_attn.")
 )
 _shared = partial(
-    _row, prefixes=("decoder.layers.{}.mlp.shared_experts.", "model.layers.{}.mlp.shared_expert")
+    _row,
+    prefixes=("decoder.layers.{}.mlp.shared_experts.", "model.layers.{}.mlp.shared_expert"),
+    layers="sparse",
 )
 
 _COMMON = (
@@ -93,32 +111,51 @@ _COMMON = (
     _attention("linear_proj.weight", "o_proj.weight", columns, "hidden q"),
 )  # fmt: skip
 _QKV_BIAS = (_attention("linear_qkv.bias", "q_proj.bias k_proj.bias v_proj.bias", qkv_rows, "qkv"),)
+_OUTPUT_BIAS = (_attention("linear_proj.bias", "o_proj.bias", replicated, "hidden"),)
 _QK_NORM = (
     _attention("q_layernorm.weight", "q_norm.weight", replicated, "head"),
     _attention("k_layernorm.weight", "k_norm.weight", replicated, "head"),
 )
-_DENSE_MLP = (
+_POST_NORMS = (
     _layer(
+        "post_self_attn_layernorm.weight",
+        "post_self_attn_layernorm.weight", replicated, "hidden",
+    ),
+    _layer("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", replicated, "hidden"),
+)  # fmt: skip
+_DENSE_NORM = (
+    _dense(
         "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
         "post_attention_layernorm.weight", replicated, "hidden",
     ),
-    _layer(
+)  # fmt: skip
+_GATE_AND_UP = (
+    _dense(
         "mlp.linear_fc1.weight",
         "mlp.gate_proj.weight mlp.up_proj.weight", gated_rows, "gate_and_up hidden",
     ),
-    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", columns, "hidden ffn"),
 )  # fmt: skip
+_GATE_UP = (
+    _dense(
+        "mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", gated_rows, "gate_and_up hidden"
+    ),
+)  # fmt: skip
+_DOWN = (_dense("mlp.linear_fc2.weight", "mlp.down_proj.weight", columns, "hidden ffn"),)
+_MLP_BIAS = (
+    _dense("mlp.linear_fc1.bias", "mlp.gate_proj.bias mlp.up_proj.bias", gated_rows, "gate_and_up"),
+    _dense("mlp.linear_fc2.bias", "mlp.down_proj.bias", replicated, "hidden"),
+)
 _MOE_MLP = (
-    _layer(
+    _sparse(
         "pre_mlp_layernorm.weight", "post_attention_layernorm.weight", replicated, "hidden"
     ),
-    _layer("mlp.router.weight", "mlp.gate.weight", replicated, "experts hidden"),
-    _layer(
+    _sparse("mlp.router.weight", "mlp.gate.weight", replicated, "experts hidden"),
+    _sparse(
         "mlp.experts.local_experts.{}.linear_fc1.weight mlp.experts.linear_fc1.weight{}",
         "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
         gated_rows, "expert_gate_and_up hidden",
     ),
-    _layer(
+    _sparse(
         "mlp.experts.local_experts.{}.linear_fc2.weight mlp.experts.linear_fc2.weight{}",
         "mlp.experts.{}.down_proj.weight", columns, "hidden expert_ffn",
     ),
@@ -140,12 +177,17 @@ _HEAD = (_once("output_layer.weight", "lm_head.weight", vocab_rows, "vocab hidde
 
 def rules_of(model: ModelShape) -> tuple[Rule, ...]:
     """The rows of the table that a model uses."""
+    dense = _DENSE_NORM + (_GATE_UP if model.fused_gate_up else _GATE_AND_UP) + _DOWN
     return (
         _COMMON
-        + (_MOE_MLP if model.moe else _DENSE_MLP)
+        + (dense if model.dense_layers else ())
+        + (_MOE_MLP if model.moe else ())
         + (_SHARED_EXPERT if model.moe and model.moe.shared_ffn_size else ())
         + (_QKV_BIAS if model.qkv_bias else ())
+        + (_OUTPUT_BIAS if model.output_bias else ())
+        + (_MLP_BIAS if model.mlp_bias else ())
         + (_QK_NORM if model.qk_norm else ())
+        + (_POST_NORMS if model.post_norms else ())
         + (_TIED_HEAD if model.tied else _HEAD)
     )
 
@@ -198,6 +240,11 @@ def pieces_of(name: str, shard: Shard, model: ModelShape) -> list[Piece]:
 
 def numberings(rule: Rule, model: ModelShape) -> Iterator[tuple[int, ...]]:
     """The layer and expert numbers under which a row of the table exists."""
-    layers = [range(model.num_layers)] if rule.per_layer else []
+    kinds = {
+        "all": range(model.num_layers),
+        "dense": model.dense_layers,
+        "sparse": [i for i in range(model.num_layers) if i not in model.dense_layers],
+    }
+    layers = [kinds[rule.layers]] if rule.per_layer else []
     experts = [range(model.num_experts)] if rule.per_expert else []
     return product(*layers, *experts)

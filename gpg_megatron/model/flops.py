@@ -24,6 +24,14 @@ class TokenCosts:
     """Of each token that reaches the vocabulary projection, in addition."""
     per_pair: float
     """Of each pair of a token and one that it attends to, itself included."""
+    window: int | None = None
+    """Tokens that a token attends to at most, itself included; None: all before it."""
+
+    def pairs(self, before: int, own: int) -> int:
+        """Of `own` tokens in a row and what they attend to, with so many tokens before them."""
+        last, window = before + own, self.window or before + own
+        beyond = _sum_to(max(0, last - window)) - _sum_to(max(0, before - window))
+        return _sum_to(last) - _sum_to(before) - beyond
 
     def total(self, *, n_tokens: int, n_loss_tokens: int, n_pairs: int) -> float:
         """Floating-point operations."""
@@ -34,19 +42,26 @@ class TokenCosts:
         )
 
 
+def _sum_to(n: int) -> int:
+    """1 + ... + n."""
+    return n * (n + 1) // 2
+
+
 def token_costs(shape: ModelShape) -> TokenCosts:
     """The costs of a model."""
     q_width = shape.num_heads * shape.head_dim
     kv_width = shape.num_kv_heads * shape.head_dim
     attention = 2 * shape.hidden_size * (q_width + kv_width)
-    if shape.moe is None:
-        mlp = 3 * shape.hidden_size * shape.ffn_size
-    else:
+    n_dense = len(shape.dense_layers)
+    mlps = n_dense * 3 * shape.hidden_size * shape.ffn_size
+    if shape.moe is not None:
         width = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
-        mlp = shape.hidden_size * (3 * width + shape.moe.num_experts)
+        experts = shape.hidden_size * (3 * width + shape.moe.num_experts)
+        mlps += (shape.num_layers - n_dense) * experts
     per_multiply_add = 2.0 * _FORWARD_AND_BACKWARD
     return TokenCosts(
-        per_token=per_multiply_add * shape.num_layers * (attention + mlp),
+        per_token=per_multiply_add * (shape.num_layers * attention + mlps),
         per_loss_token=per_multiply_add * shape.hidden_size * shape.vocab_size,
         per_pair=per_multiply_add * shape.num_layers * 2 * q_width,
+        window=shape.window,
     )

@@ -7,8 +7,8 @@ the model's code, there or in vLLM: EXTRA and the `extra` of a family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Final
 
@@ -100,7 +100,7 @@ COMMON: dict[str, Key] = {
     "eos_token_id": _free(int, list, NoneType),
 }
 WINDOWS = {
-    "use_sliding_window": NO_FLAG,
+    "use_sliding_window": FLAG,
     "sliding_window": _free(int, NoneType, default=4096),
 }
 LAYER_WINDOWS = WINDOWS | {
@@ -112,15 +112,15 @@ LAST_TOKENS = {
     "eos_token_id": _free(int, list, NoneType, default=2),
 }
 EXPERTS = {
-    "decoder_sparse_step": Key(types=INT, default=1, only=(1,)),
+    "decoder_sparse_step": Key(types=INT, default=1, most=MAX_COUNT),
     "moe_intermediate_size": SIZE,
     "num_experts_per_tok": COUNT,
     "num_experts": COUNT,
     "norm_topk_prob": FLAG,
     "output_router_logits": FLAG,
     "router_aux_loss_coef": _free(float, default=0.001),
-    "mlp_only_layers": Key(types=(list, NoneType), only=([], None)),
-    # No layer uses it, and a file need not have it.
+    "mlp_only_layers": _free(list, NoneType),
+    # Where no layer uses it, a file need not have it.
     "intermediate_size": Key(types=INT, most=MAX_SIZE),
 }
 
@@ -198,11 +198,27 @@ class Family:
     """By the family's configuration class in transformers."""
     extra: Mapping[str, Key]
     """What else may be in the file; what is in neither is unknown."""
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    has: frozenset[str] = frozenset()
+    """Flags of ModelShape that its code sets, whatever the file says."""
+    rotary_part: float | None = None
+    """Of a head's elements those that are rotated, where the file does not say; None: always
+    all."""
+    slides: Callable[[int, int], bool] | None = None
+    """(layer, max_window_layers) -> whether the layer has the window, where the file has no
+    layer_types; None: all have."""
+    biases: Mapping[str, str] = field(default_factory=dict)
+    """Field of ModelShape -> the key that says it, for biases that a model may have."""
     experts: bool = False
-    """In every layer."""
+    """In every layer, or in some: decoder_sparse_step, mlp_only_layers."""
     shared_expert: bool = False
+
+
+def _last_layers_slide(layer: int, max_window_layers: int) -> bool:
+    return layer >= max_window_layers
+
+
+def _every_second_slides(layer: int, max_window_layers: int) -> bool:
+    return layer % 2 == 0 and layer < max_window_layers
 
 
 # A further family also needs its rows in layout/families.py.
@@ -212,7 +228,8 @@ FAMILIES = {
         declared=COMMON | LAYER_WINDOWS,
         # The model's code has biases whatever the file says.
         extra=EXTRA | {"attention_bias": FREE, "qkv_bias": FREE},
-        qkv_bias=True,
+        slides=_last_layers_slide,
+        has=frozenset({"qkv_bias"}),
     ),
     "Qwen3ForCausalLM": Family(
         model_type="qwen3",
@@ -220,7 +237,8 @@ FAMILIES = {
         | LAYER_WINDOWS
         | {"attention_bias": NO_FLAG, "head_dim": Key(types=INT, default=128, most=MAX_SIZE)},
         extra=EXTRA | {"qkv_bias": FREE},
-        qk_norm=True,
+        slides=_last_layers_slide,
+        has=frozenset({"qk_norm"}),
     ),
     "LlamaForCausalLM": Family(
         model_type="llama",
@@ -229,12 +247,17 @@ FAMILIES = {
         | {
             "num_key_value_heads": _sizes_or_null(None),
             "head_dim": _sizes_or_null(None),
-            "attention_bias": NO_FLAG,
-            "mlp_bias": NO_FLAG,
+            "attention_bias": FLAG,
+            "mlp_bias": FLAG,
             "attention_dropout": _free(int, float, NoneType, default=0.0),
             "pretraining_tp": _free(int, NoneType, default=1),
         },
         extra=EXTRA | LLAMA_ENGINE,
+        biases={
+            "qkv_bias": "attention_bias",
+            "output_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+        },
     ),
     "MistralForCausalLM": Family(
         model_type="mistral",
@@ -243,9 +266,24 @@ FAMILIES = {
         | {
             "num_key_value_heads": Key(types=INT, default=8, most=MAX_SIZE),
             "head_dim": _sizes_or_null(None),
-            "sliding_window": Key(types=(int, NoneType), default=4096, only=(None,)),
+            "sliding_window": _free(int, NoneType, default=4096),
         },
         extra=EXTRA | LLAMA_ENGINE,
+    ),
+    "Glm4ForCausalLM": Family(
+        model_type="glm4",
+        declared=COMMON
+        | {
+            "num_key_value_heads": Key(types=INT, default=2, most=MAX_SIZE),
+            "head_dim": Key(types=INT, default=128, most=MAX_SIZE),
+            "attention_bias": Key(types=BOOL, default=True),
+            "pad_token_id": _free(int, NoneType, default=151329),
+        },
+        # The engine slides if the file says so, transformers does not.
+        extra=EXTRA | {"partial_rotary_factor": FREE, "qkv_bias": FREE, "sliding_window": NULL},
+        has=frozenset({"post_norms", "fused_gate_up", "rotary_neighbours"}),
+        rotary_part=0.5,
+        biases={"qkv_bias": "attention_bias"},
     ),
     "Qwen2MoeForCausalLM": Family(
         model_type="qwen2_moe",
@@ -259,7 +297,8 @@ FAMILIES = {
             "qkv_bias": Key(types=BOOL, default=True, only=(True,)),
         },
         extra=EXTRA | {"attention_bias": FREE},
-        qkv_bias=True,
+        slides=_every_second_slides,
+        has=frozenset({"qkv_bias"}),
         experts=True,
         shared_expert=True,
     ),
@@ -275,7 +314,7 @@ FAMILIES = {
         # The class's other name for num_experts, and the one that it writes.
         extra=EXTRA
         | {"num_local_experts": COUNT, "qkv_bias": FREE, "shared_expert_intermediate_size": FREE},
-        qk_norm=True,
+        has=frozenset({"qk_norm"}),
         experts=True,
     ),
 }

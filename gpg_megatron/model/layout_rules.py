@@ -82,12 +82,11 @@ def _tensor_parallel_problem(shape: ModelShape, size: int, *, engine: bool) -> s
 
 def _ffn_sizes(shape: ModelShape) -> dict[str, int]:
     """The sizes that tensor parallelism cuts, under their keys in config.json."""
-    if shape.moe is None:
-        return {"intermediate_size": shape.ffn_size}
-    return {
-        "moe_intermediate_size": shape.moe.ffn_size,
-        "shared_expert_intermediate_size": shape.moe.shared_ffn_size,
-    }
+    sizes = {"intermediate_size": shape.ffn_size} if shape.dense_layers else {}
+    if shape.moe is not None:
+        sizes["moe_intermediate_size"] = shape.moe.ffn_size
+        sizes["shared_expert_intermediate_size"] = shape.moe.shared_ffn_size
+    return sizes
 
 
 def _check_expert_parallel(policy: PolicyConfig, shape: ModelShape) -> None:

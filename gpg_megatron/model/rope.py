@@ -56,7 +56,8 @@ KINDS: dict[str, dict[str, _Number]] = {
 }
 """The kinds, and the numbers that each reads."""
 YARN_ATTENTION = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
-KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+PART = "partial_rotary_factor"
+KNOWN = {"rope_type", "type", "rope_theta", PART}
 
 
 def unread(raw: Mapping[str, Any]) -> list[str]:
@@ -77,9 +78,6 @@ def read_rope(
     """
     name, rope = _rope(raw)
     kind = _kind(rope)
-    part = rope.get("partial_rotary_factor", 1)
-    if not _is_number(part) or part != 1:
-        raise Refusal(f"{name}.partial_rotary_factor other than 1 is not supported")
     for key, value in rope.items():
         # Angles by position in an image, or by kind of layer.
         if key.endswith("_section") or isinstance(value, dict):
@@ -98,6 +96,31 @@ def read_rope(
     numbers = {key: _number(name, key, row, found) for key, row in KINDS[kind].items()}
     scaling = _scaling(name, kind, theta, numbers, rope, max_position_embeddings)
     return float(theta), scaling
+
+
+def read_rotary_dim(raw: Mapping[str, Any], usual: float | None, head_dim: int) -> int | None:
+    """How many elements of a head are rotated; None: all.
+
+    Args:
+        usual: the part where the file does not say it; None: the family rotates all.
+
+    Raises:
+        Refusal: a part that the family has not, or that is no even number of elements.
+    """
+    name, rope = _rope(raw)
+    part = rope.get(PART, 1 if usual is None else raw.get(PART, usual))
+    if usual is None:
+        # transformers' code of these families would fail.
+        if not _is_number(part) or part != 1:
+            raise Refusal(f"{name}.{PART} other than 1 is not supported")
+        return None
+    name = f"{name}.{PART}" if PART in rope else PART
+    if not _is_number(part) or not 0 < part <= 1 or int(head_dim * part) % 2:
+        raise Refusal(
+            f"{name} is {shown(part)}; expected a number above 0 and up to 1 that makes an even "
+            f"number of a head's {head_dim} elements"
+        )
+    return int(head_dim * part)
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

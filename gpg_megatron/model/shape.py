@@ -17,7 +17,8 @@ from typing import Any
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
 from gpg_megatron.model.json_file import Refusal, plain, read_object, shown
-from gpg_megatron.model.rope import read_rope, unread
+from gpg_megatron.model.rope import read_rope, read_rotary_dim, unread
+from gpg_megatron.model.windows import read_window
 from gpg_megatron.types import ModelShape, MoEShape
 
 _TYPE_WORDS: dict[type, str] = {
@@ -161,7 +162,7 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
     theta, scaling = read_rope(raw, values["max_position_embeddings"])
     return ModelShape(
         architecture=architecture,
-        num_layers=_layers(values),
+        num_layers=values["num_hidden_layers"],
         hidden_size=hidden,
         ffn_size=values["intermediate_size"] or (moe.ffn_size if moe else 0),
         num_heads=heads,
@@ -169,8 +170,10 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         head_dim=head_dim,
         vocab_size=values["vocab_size"],
         tied=values["tie_word_embeddings"],
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        rotary_dim=read_rotary_dim(raw, family.rotary_part, head_dim),
+        **dict.fromkeys(family.has, True),
+        **_biases(family, raw, values),
+        window=read_window(family, values),
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=eps,
@@ -179,18 +182,13 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
     )
 
 
-def _layers(values: Mapping[str, Any]) -> int:
-    """How many there are; each attends to all that went before. Raises Refusal."""
-    number: int = values["num_hidden_layers"]
-    types = values.get("layer_types")
-    if types is None:
-        return number
-    # The second is an older name of the first.
-    if any(x not in ("full_attention", "attention") for x in types):
-        raise Refusal("layer_types other than full_attention is not supported")
-    if len(types) != number:
-        raise Refusal(f"layer_types has {len(types)} entries; num_hidden_layers is {number}")
-    return number
+def _biases(family: Family, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, bool]:
+    """Fields of ModelShape. Raises Refusal."""
+    found = {name: values[key] for name, key in family.biases.items()}
+    if found.get("output_bias") and "qkv_bias" in raw:
+        # Of q, k and v the engine goes by the one, transformers by the other.
+        raise Refusal("qkv_bias beside attention_bias is not supported")
+    return found
 
 
 def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
@@ -204,6 +202,7 @@ def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
         ffn_size=values["moe_intermediate_size"],
         shared_ffn_size=values["shared_expert_intermediate_size"] if family.shared_expert else 0,
         renormalised=values["norm_topk_prob"],
+        dense_layers=_dense_layers(values),
     )
     if shape.experts_per_token > shape.num_experts:
         raise Refusal(
@@ -214,6 +213,21 @@ def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
         # The only expert would have the constant weight 1, and its router no gradient.
         raise Refusal("norm_topk_prob with one expert per token is not supported")
     return shape
+
+
+def _dense_layers(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers without experts, as transformers' and vLLM's code has it. Raises Refusal."""
+    number, dense = values["num_hidden_layers"], values["mlp_only_layers"] or []
+    for layer in dense:
+        if type(layer) is not int or not 0 <= layer < number:
+            raise Refusal(f"mlp_only_layers has {shown(layer)}; expected layers 0 to {number - 1}")
+    step = values["decoder_sparse_step"]
+    found = tuple(i for i in range(number) if i in dense or (i + 1) % step)
+    if len(found) == number:
+        raise Refusal("decoder_sparse_step and mlp_only_layers leave no layer with experts")
+    if found and values["intermediate_size"] is None:
+        raise Refusal("key 'intermediate_size' is missing")
+    return found
 
 
 def _is_number(value: object) -> bool:

@@ -155,7 +155,7 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
     """Of one token in one layer: what autograd keeps of the project's own layer.
 
                                      operation by operation      fused
-        two norms                    2 x (4 h + b h + 4)         2 x (2 b h + 4)
+        two norms (or four)          2 x (4 h + b h + 4)         2 x (2 b h + 4)
                                      (fp32 input, result         (input, result before the
                                      before the weight)          weight)
         inputs of fc1 and of q, k, v 2 x b h                     2 x b h
@@ -172,8 +172,9 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
 
     In the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), without dropout and
     without the score matrix. With experts f is what a token visits, and each visit keeps a
-    copy of the token. Transformer Engine's layer keeps less. The first two rows and the tables of
-    sines and cosines are divided by t under sequence parallelism.
+    copy of the token; where only some layers have experts, the layer that keeps more is meant.
+    Transformer Engine's layer keeps less. The first two rows and the tables of sines and cosines
+    are divided by t under sequence parallelism.
 
     Args:
         fused: norms and gated linear unit are one kernel each, attention one call, as on CUDA
@@ -181,7 +182,8 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
     """
     item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
     h, d, heads, kv_heads = shape.hidden_size, shape.head_dim, shape.num_heads, shape.num_kv_heads
-    norms = 2 * (2 * item * h + FP32) if fused else 2 * ((FP32 + item) * h + FP32)
+    norms = (2 * item * h + FP32) if fused else ((FP32 + item) * h + FP32)
+    norms *= 4 if shape.post_norms else 2
     whole = (norms + 2 * item * h + 4 * item * d) // sequence_shares(config)
     kept_heads = 4.0 * heads + 3 * kv_heads
     if fused and config.policy.share_prompts:
@@ -189,11 +191,12 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
     elif fused:
         kept_heads = 3 * (heads + kv_heads)
     attention = math.ceil(item * kept_heads * d) + FP32 * heads
-    ffn, copies = shape.ffn_size, 0
+    kept = 3 if fused else 5
+    mlp = kept * shape.ffn_size if shape.dense_layers else 0
     if shape.moe is not None:
         ffn = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
-        copies = shape.moe.experts_per_token * shape.hidden_size
-    return whole + (attention + item * ((3 if fused else 5) * ffn + copies)) // t
+        mlp = max(mlp, kept * ffn + shape.moe.experts_per_token * shape.hidden_size)
+    return whole + (attention + item * mlp) // t
 
 
 def _copies_of_keys(config: Config) -> float:

@@ -106,6 +106,7 @@ class PackedAttention(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
+        self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -124,20 +125,24 @@ class PackedAttention(torch.nn.Module):
         if (share := params.share) is not None:
             key, value = (share.gather(x, grads_differ=True) for x in (key, value))
         if params.varlen is not None:
-            out = attend_at_once(query, key, value, params.varlen)
+            out = attend_at_once(query, key, value, params.varlen, self.window)
         else:
-            out = attend_by_span(query, key, value, params.spans)
+            out = attend_by_span(query, key, value, params.spans, self.window)
         return out.flatten(1).unsqueeze(1)
 
 
 # ---- one call ------------------------------------------------------------------------------
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Varlen], torch.Tensor]
-"""query [Tq, heads, d], key and value [M, kv heads, d] -> [Tq, heads, d]."""
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Varlen, int | None], torch.Tensor]
+"""query [Tq, heads, d], key and value [M, kv heads, d], window -> [Tq, heads, d]."""
 
 
 def flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varlen: Varlen
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    varlen: Varlen,
+    window: int | None,
 ) -> torch.Tensor:
     """torch's FlashAttention-2, with fewer key-value heads and with a gradient.
 
@@ -147,6 +152,8 @@ def flash(
     outputs = torch.ops.aten._flash_attention_forward(
         query, key, value, varlen.cu_q_B1, varlen.cu_k_B1, varlen.max_q, varlen.max_k,
         0.0, True, False,  # no dropout, causal, no mask of the dropout
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
     )  # fmt: skip
     out: torch.Tensor = outputs[0]
     return out
@@ -157,13 +164,19 @@ def attend_at_once(
     key: torch.Tensor,
     value: torch.Tensor,
     varlen: Varlen,
+    window: int | None,
     kernel: Kernel = flash,
 ) -> torch.Tensor:
-    """The outputs [Tq, heads, d], from the rank's queries and the row's keys [T, kv heads, d]."""
+    """The outputs [Tq, heads, d], from the rank's queries and the row's keys [T, kv heads, d].
+
+    Args:
+        window: tokens of its sequence that a token attends to, itself included; None: all before
+            it.
+    """
     if varlen.keys_M is not None:
         gather: Any = _Gather.apply  # torch has no types for it
         key, value = gather(key, varlen), gather(value, varlen)
-    return kernel(query, key, value, varlen)
+    return kernel(query, key, value, varlen, window)
 
 
 class _Gather(torch.autograd.Function):
@@ -197,14 +210,22 @@ class _Gather(torch.autograd.Function):
 
 
 def attend_by_span(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    window: int | None,
 ) -> torch.Tensor:
-    """The outputs [Tq, heads, d], from the rank's queries and the row's keys [T, kv heads, d]."""
-    return torch.cat([_attend(span, query, key, value) for span in spans])
+    """The same, a span after the other."""
+    return torch.cat([_attend(span, query, key, value, window) for span in spans])
 
 
 def _attend(
-    span: Span, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    span: Span,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
 ) -> torch.Tensor:
     """The outputs [n * length, heads, d] of a span, from the rank's queries and the row's keys."""
     q = _segments(query, span.start, span.n, span.length)
@@ -212,9 +233,13 @@ def _attend(
     if span.prompt is not None:
         k, v = _after_prompt(span, key, k), _after_prompt(span, value, v)
     mask = None
-    if k.shape[2] != q.shape[2]:
+    n_before = k.shape[2] - q.shape[2]
+    is_cut = window is not None and window < k.shape[2]
+    if n_before or is_cut:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        mask = mask.tril_(k.shape[2] - q.shape[2])
+        mask = mask.tril_(n_before)
+        if window is not None:
+            mask = mask.triu_(n_before - window + 1)
         if q.device.type != "cpu":
             # With a mask and fewer key-value heads CUDA has only the kernel that keeps all scores.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

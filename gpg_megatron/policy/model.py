@@ -124,7 +124,7 @@ def build_model(
         _scale_cosine_and_sine(megatron_config, shape.rope_scaling.attention_factor)
     model = PolicyModel(
         config=megatron_config,
-        transformer_layer_spec=layer_spec(megatron_config, qk_norm=shape.qk_norm),
+        transformer_layer_spec=layer_spec(megatron_config, shape),
         vocab_size=padded_vocab_size(shape, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -136,7 +136,7 @@ def build_model(
     # It would choose this rank's positions; _preprocess takes each token's own.
     model.rotary_pos_emb.cp_group = None
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
-        shape.rope_theta, shape.head_dim, shape.rope_scaling
+        shape.rope_theta, shape.rotary_dim or shape.head_dim, shape.rope_scaling
     ).to(device)
     model.real_vocab_size = shape.vocab_size
     model.temperature = temperature
@@ -198,12 +198,16 @@ def _transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         qk_layernorm=shape.qk_norm,
+        rotary_interleaved=shape.rotary_neighbours,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        # What attention has is its own: modules.Attention.
+        add_bias_linear=shape.mlp_bias,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # Those before and after a token.
+        window_size=None if shape.window is None else (shape.window - 1, 0),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
@@ -254,6 +258,12 @@ def _expert_options(shape: ModelShape, config: PolicyConfig) -> dict[str, Any]:
         # The only loss is GPG's.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
+        # A list makes Megatron store each layer under keys of its own.
+        "moe_layer_freq": (
+            [int(i not in shape.dense_layers) for i in range(shape.num_layers)]
+            if shape.dense_layers
+            else 1
+        ),
         "moe_grouped_gemm": has_transformer_engine(),
         "expert_model_parallel_size": config.expert_model_parallel_size,
     }

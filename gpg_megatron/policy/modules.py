@@ -7,7 +7,9 @@ Engine, where present, brings its own norms and matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
@@ -31,10 +34,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 
 from gpg_megatron.policy.attention import PackedAttention
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
+from gpg_megatron.types import ModelShape
 
 
 class RMSNorm(torch.nn.Module):
@@ -56,26 +61,73 @@ class RMSNorm(torch.nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-def layer_spec(
-    config: TransformerConfig, *, qk_norm: bool
-) -> ModuleSpec | TransformerBlockSubmodules:
+class Attention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
+    """Whose output projection has a bias or not, whatever the MLP has: Megatron has one switch for
+    both."""
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any
+    ) -> None:
+        own = copy.copy(config)
+        own.add_bias_linear = output_bias
+        super().__init__(own, *args, **kwargs)
+
+
+class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # Megatron has no types
+    """With norms of what attention and MLP give, before it is added."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = (
+            RMSNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
+        )
+        self.self_attn_bda = partial(_add_normed, self.post_self_attn_layernorm)
+        self.mlp_bda = partial(_add_normed, self.post_mlp_layernorm)
+
+
+def _add_normed(norm: RMSNorm, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+    """get_bias_dropout_add, of the norm."""
+    add = get_bias_dropout_add(training, fused)
+
+    def add_normed(
+        output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        x, bias = output
+        out: torch.Tensor = add((norm(x if bias is None else x + bias), None), residual, dropout)
+        return out
+
+    return add_normed
+
+
+def layer_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlockSubmodules:
     """This stage's layers: Transformer Engine's norms and products where it is present, else
     ours. Attention is always the project's: Transformer Engine's knows no shared prompts."""
-    if has_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=qk_norm,
-        )
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
-        return layer
-    layer = _own_layer(
-        head_norm=RMSNorm if qk_norm else IdentityOp,
-        mlp=_EXPERTS if config.num_moe_experts else _MLP,
-        stored_names=_STORED_NORMS[: 1 if config.num_moe_experts else 2],
+    has_te, first = has_transformer_engine(), get_transformer_layer_offset(config)
+    layer = _te_layer if has_te else _own_layer
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            layer(shape, experts=i not in shape.dense_layers)
+            for i in range(first, first + get_num_layers_to_build(config))
+        ],
+        layer_norm=LayerNormImpl if has_te else RMSNorm,
     )
-    count = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _te_layer(shape: ModelShape, *, experts: bool) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=shape.num_experts if experts else None,
+        moe_grouped_gemm=experts,
+        qk_layernorm=shape.qk_norm,
+    )
+    attention = layer.submodules.self_attention
+    attention.module, attention.submodules.core_attention = Attention, PackedAttention
+    attention.params |= {"output_bias": shape.output_bias}
+    layer.module = _layer_class(shape)
+    return layer
+
+
+def _layer_class(shape: ModelShape) -> type[TransformerLayer]:
+    return PostNormLayer if shape.post_norms else TransformerLayer
 
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -98,19 +150,18 @@ _STORED_NORMS = (
 )
 
 
-def _own_layer(
-    *,
-    head_norm: type[torch.nn.Module],
-    mlp: ModuleSpec,
-    stored_names: Sequence[tuple[str, str]],
-) -> ModuleSpec:
+def _own_layer(shape: ModelShape, *, experts: bool) -> ModuleSpec:
+    head_norm = RMSNorm if shape.qk_norm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=_layer_class(shape),
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                module=Attention,
+                params={
+                    "attn_mask_type": AttnMaskType.causal,
+                    "output_bias": shape.output_bias,
+                },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=PackedAttention,
@@ -121,8 +172,8 @@ def _own_layer(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
+            mlp=_EXPERTS if experts else _MLP,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(stored_names),
+            sharded_state_dict_keys_map=dict(_STORED_NORMS[: 1 if experts else 2]),
         ),
     )

@@ -17,6 +17,7 @@ def inverse_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None
 
     Args:
         theta: base of the angles.
+        head_dim: elements of a head that are rotated.
         scaling: None: theta ** (-2 i / head_dim).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim

@@ -92,7 +92,8 @@ def spans_of(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Varlen:
     """All spans as one call over sequences of any length. In a sequence with q queries and k keys
-    query i sees the keys up to k - q + i: the mask is causal at the lower right corner."""
+    query i sees the keys up to k - q + i: the mask is causal at the lower right corner. A sliding
+    window counts back from there, since the keys are consecutive positions of one sequence."""
 
     cu_q_B1: torch.Tensor
     """int32 [B+1], borders of the sequences among the queries that this rank holds."""

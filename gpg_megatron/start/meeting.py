@@ -1,249 +1,156 @@
-"""Where the launchers of a run's hosts meet: they start together, and one's end is all their end.
+"""Where the launchers of a run's hosts meet: all hear what one says, and its end is that of all.
 
-host 0: opens the store ---.
-host k: joins it ----------+--> wait_for_all --> watch ... --> leave
-                                each beats once a second, and reads what the others say
+host 0 opens torch's store --.
+host k connects to it -------+--> each, twice a second: all that I have said, and a number that
+                                  counts; what have the others said, and do their numbers count?
+one has failed, or its number stands still --> SIGHUP to every other launcher
+
+A call of the store blocks for ever when the network to host 0 is gone: one thread makes them all,
+and another one looks at what was heard.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
+from typing import Any, Self
 
-from gpg_megatron.errors import EXIT_STOPPED, UserError
+from gpg_megatron.errors import UserError
+from gpg_megatron.start.world import Failure, cause_of
 
 JOIN_TIMEOUT_S = 900.0
-STORE_TIMEOUT_S = 60.0
-SILENT_AFTER_S = 30.0
+SILENT_AFTER_S = 20.0
 LEAVE_TIMEOUT_S = 20.0
-COMPARE_S = 5.0
-"""How long a host that failed waits for others, one of which may know the cause."""
-BEAT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hosts:
-    """The hosts of a run and this one's place among them."""
-
-    count: int = 1
-    rank: int = 0
-    """Of this host; policy rank 0 is on host 0."""
-    ranks_here: int | None = None
-    """Policy ranks of this host, 0 for engines only; None: as placement/hosts.py shares them."""
-    address: str = "localhost"
-    """Of host 0."""
-    port: int = 29500
-    """On host 0; for the launchers and the policy ranks."""
-    ray_port: int = 6379
-    """On host 0."""
-
-    def ranks_of_a_host(self, world_size: int) -> int:
-        """Policy ranks of this host, before the hosts have shared them: as many as it is told, or
-        an equal part."""
-        even = -(-world_size // self.count)
-        return even if self.ranks_here is None else self.ranks_here
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """Why a host's part of a run ended early."""
-
-    text: str
-    """One line, without "error:"."""
-    exit_code: int
-    is_cause: bool
-    """Whether it began there, as far as can be told: a process was killed, an input was bad."""
-    is_said: bool = False
-    """Whether that host has printed it already."""
-    is_host: bool = False
-    """Whether the launcher of a host is gone."""
-    host: int = 0
-
-    def line(self, here: int) -> str:
-        """What host `here` prints of it; empty: nothing."""
-        if self.is_said and (self.host == here or self.exit_code == EXIT_STOPPED):
-            return ""
-        if self.host != here:
-            return f"error: host {self.host}: {self.text}"
-        return self.text if self.exit_code > 128 else f"error: {self.text}"
-
-
-def cause_of(failures: Iterable[Failure], here: int) -> Failure | None:
-    """What host `here` gives as the reason for the end of the run: a cause rather than what
-    followed from it, its own rather than another's."""
-    return min(failures, key=lambda f: (not f.is_cause, f.host != here, f.host), default=None)
+BEAT_S = 0.5
 
 
 class Meeting:
-    """This host's end of the meeting. Its methods are called by the main thread alone."""
+    """This host's end of it, over all restarts of a run; for the main thread."""
 
     def __init__(
-        self, hosts: Hosts, join_timeout_s: float = JOIN_TIMEOUT_S, *, attempt: int = 0
+        self, count: int, here: int, where: tuple[str, int], limit_s: float = JOIN_TIMEOUT_S
     ) -> None:
-        """Join; host 0 opens the store that all of it goes through.
-
+        """
         Args:
-            attempt: restarts so far, the same on all hosts.
-
-        Raises:
-            UserError: the port cannot be opened, or host 0 does not answer.
+            count: of hosts.
+            here: this one's number; host 0 opens the store.
+            where: its name and port.
+            limit_s: how long this host waits for what others are to say.
         """
-        from torch.distributed import DistError, PrefixStore, TCPStore
+        self._here, self._where, self._limit_s = here, where, limit_s
+        self._attempt = 0
+        self._listens = False
+        self._said: list[dict[str, Any]] = [{} for _ in range(count)]
+        """[host]; this one's own is set by the main thread, the others' by the keeper."""
+        self._heard = [math.inf] * count
+        """When a host's number changed last; infinite: it has not come."""
+        self._lost: Failure | None = None
+        self._closed = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="hosts", daemon=True)
+        self._keeper.start()
+        threading.Thread(target=self._watch, name="hosts-watch", daemon=True).start()
 
-        self._hosts = hosts
-        self._limit_s = join_timeout_s
-        self._others = [k for k in range(hosts.count) if k != hosts.rank]
-        self._stop = threading.Event()
-        self._watcher: threading.Thread | None = None
-        self._reason: Failure | None = None
-        if hosts.rank:
-            self._wait_for_port()
-        try:
-            store = TCPStore(
-                hosts.address,
-                hosts.port,
-                is_master=hosts.rank == 0,
-                timeout=timedelta(seconds=STORE_TIMEOUT_S),
-                wait_for_workers=False,
-                # The policy ranks' rendezvous opens the same port in this process.
-                multi_tenant=True,
-            )
-        except DistError as error:
-            where = f"{hosts.address}:{hosts.port}"
-            raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from None
-        self._store = PrefixStore(f"hosts/{attempt}", store)
+    def __enter__(self) -> Self:
+        return self
 
-    def _wait_for_port(self) -> None:
-        """torch would wait too, and answer no signal meanwhile."""
-        where = (self._hosts.address, self._hosts.port)
-        deadline = time.monotonic() + self._limit_s
-        while True:
-            try:
-                socket.create_connection(where, timeout=BEAT_S).close()
-                return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"waited {self._limit_s:g} s for host 0 at {where[0]}:{where[1]}: {error}"
-                    ) from None
-            time.sleep(BEAT_S / 2)
+    def __exit__(self, *_: object) -> None:
+        """The store ends with host 0, which leaves last."""
+        self._say("left")
+        limit_s = LEAVE_TIMEOUT_S if self._lost is None else 4 * BEAT_S
+        if self._here == 0:
+            _until(lambda: not self._missing("left"), limit_s)
+        self._closed.set()
+        self._keeper.join(limit_s)
 
-    def wait_for_all(self, what: str) -> None:
-        """Return when every host has called it with the same text.
+    def begin(self, attempt: int) -> None:
+        """After so many restarts, the same on all hosts. From now on SIGHUP comes to this process
+        when another host fails or is lost: it ends the ranks at once, where other signals ask them
+        to leave in order."""
+        self._attempt, self._listens = attempt, True
 
-        Raises:
-            UserError: a host did not come; it is named.
-        """
-        self._store.set(f"{what}/{self._hosts.rank}", "1")
-
-        def missing() -> list[int]:
-            return [k for k in self._others if not self._store.check([f"{what}/{k}"])]
-
-        if not _until(lambda: not missing(), self._limit_s):
-            raise UserError(f"waited {self._limit_s:g} s for hosts {missing()}: {what}")
-
-    def tell(self, what: str, value: str) -> None:
-        """One host says something to all."""
-        self._store.set(what, value)
-
-    def hear(self, what: str) -> str:
-        """What a host told. Raises UserError when none does."""
-        if not _until(lambda: self._store.check([what]), self._limit_s):
-            raise UserError(f"waited {self._limit_s:g} s to hear {what}")
-        return str(self._store.get(what).decode())
+    def all_say(self, what: str, value: Any = None) -> list[Any]:
+        """[host] what each has said, JSON, once all have. Raises UserError: some do not."""
+        self._say(what, value)
+        if not _until(lambda: not self._missing(what), self._limit_s):
+            where, late = "{}:{}".format(*self._where), self._missing(what)
+            raise UserError(f"waited {self._limit_s:g} s at {where} for hosts {late}: {what}")
+        return [said[self._key(what)] for said in self._said]
 
     def wait_for_the_end(self) -> None:
-        """Return when host 0 has left: what a host without ranks does meanwhile is Ray's."""
-        while not self._store.check(["left/0"]):
-            time.sleep(BEAT_S / 2)
-
-    def watch(self) -> None:
-        """From now on SIGHUP comes to this process when another host fails or is silent: it ends
-        the ranks at once, where other signals ask them to leave in order."""
-        self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
-        self._watcher.start()
+        """Of host 0: what a host without ranks does meanwhile is Ray's."""
+        _until(lambda: 0 not in self._missing("end"), math.inf)
 
     def end(self, failure: Failure | None) -> Failure | None:
-        """Leave, with what ended this host's part; returns what ended the run."""
-        self._stop.set()
-        if self._watcher is not None:
-            self._watcher.join()
-        known = [] if self._reason is None else [self._reason]
-        # The watcher's own signal is no news.
-        if failure is not None and not (known and failure.exit_code == 128 + signal.SIGHUP):
-            known.append(failure)
-        try:
-            known += self._leave(known)
-        except RuntimeError:  # torch's, when the store is gone
-            known.append(_lost(0, "is gone"))
-        return cause_of(known, self._hosts.rank)
+        """An attempt is over, with what ended this host's part; returns what ended the run. While
+        it knows of no cause, it waits for the others, one of which may."""
+        self._listens = False
+        if failure and failure.exit_code == 128 + signal.SIGHUP and self._failures():
+            failure = cause_of(self._failures(), self._here)  # the watcher's signal is no news
+        self._say("end", failure and asdict(failure))
 
-    def _leave(self, known: list[Failure]) -> list[Failure]:
-        """What the other hosts say; those that failed know the cause within moments."""
-        rank = self._hosts.rank
-        for failure in known:
-            if failure.host == rank:
-                self._store.set(f"failed/{rank}", json.dumps(asdict(failure)))
-        found: list[Failure] = []
-        if known and not any(failure.is_cause for failure in known):
-            beats = self._beats()
-            _until(lambda: any(f.is_cause for f in self._failures()), COMPARE_S)
-            still = [k for k, beat in self._beats().items() if beat == beats.get(k)]
-            found += [_lost(k, "does not answer any more") for k in still]
-        lost = {f.host for f in (*known, *found)} - {rank}
-        found += (told := self._failures())
-        lost -= {f.host for f in told}
-        self._store.set(f"left/{rank}", "1")
-        if rank == 0:  # the store ends with this launcher
-            keys = [f"left/{k}" for k in self._others if k not in lost]
-            _until(lambda: self._store.check(keys), LEAVE_TIMEOUT_S)
-        return found
+        def is_known() -> bool:
+            return any(f.is_cause for f in self._failures()) or not self._missing("end")
 
-    def _watch(self) -> None:
-        """Beat, and see whether the others do; the time is this host's own."""
-        seen: dict[int, tuple[str, float]] = {}
-        number = 0
-        while not self._stop.wait(BEAT_S):
-            number += 1
-            try:
-                self._store.set(f"beat/{self._hosts.rank}", str(number))
-                self._reason = cause_of(self._failures(), self._hosts.rank) or self._silent(seen)
-            except RuntimeError:  # torch's, when the store is gone
-                self._reason = _lost(0, "is gone")
-            if self._reason is not None:
-                os.kill(os.getpid(), signal.SIGHUP)
-                return
+        _until(is_known, SILENT_AFTER_S + 4 * BEAT_S)
+        return cause_of(self._failures(), self._here)
 
-    def _silent(self, seen: dict[int, tuple[str, float]]) -> Failure | None:
-        now = time.monotonic()
-        for k, beat in self._beats().items():
-            if k not in seen or seen[k][0] != beat:
-                seen[k] = (beat, now)
-            elif now - seen[k][1] > SILENT_AFTER_S:
-                return _lost(k, f"has been silent for {SILENT_AFTER_S:g} s")
-        return None
+    def _key(self, what: str) -> str:
+        return f"{self._attempt}/{what}"
 
-    def _beats(self) -> dict[int, str]:
-        """The last beat of each other host that has neither left nor failed."""
-        found = {}
-        for k in self._others:
-            if not any(self._store.check([f"{what}/{k}"]) for what in ("left", "failed")):
-                beat = f"beat/{k}"
-                found[k] = self._store.get(beat).decode() if self._store.check([beat]) else ""
-        return found
+    def _say(self, what: str, value: Any = None) -> None:
+        self._said[self._here] = self._said[self._here] | {self._key(what): value}
+
+    def _missing(self, what: str) -> list[int]:
+        """The hosts that have not said it."""
+        return [k for k, said in enumerate(self._said) if self._key(what) not in said]
 
     def _failures(self) -> list[Failure]:
-        """Of the other hosts."""
-        keys = [f"failed/{k}" for k in self._others]
-        said = (json.loads(self._store.get(key)) for key in keys if self._store.check([key]))
-        return [Failure(**failure) for failure in said]
+        """That are known, of this attempt."""
+        ends = [said.get(self._key("end")) for said in self._said]
+        return [Failure(**end) for end in ends if end] + ([self._lost] if self._lost else [])
+
+    def _watch(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            late = time.monotonic() - SILENT_AFTER_S
+            silent = [k for k in self._missing("end") if self._heard[k] < late]
+            if silent and self._lost is None:
+                self._lost = _lost(silent[0], f"has been silent for {SILENT_AFTER_S:g} s")
+            if self._listens and self._failures():
+                self._listens = False
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    def _keep(self) -> None:
+        """Say and hear, until this host has left or the store is gone."""
+        from torch.distributed import TCPStore
+
+        store, here, wait = None, self._here, timedelta(seconds=2 * self._limit_s)
+        others = [k for k in range(len(self._said)) if k != here]
+        told: dict[int, bytes] = {}
+        try:
+            store = TCPStore(*self._where, is_master=not here, timeout=wait, wait_for_workers=False)
+            for count in itertools.count():
+                last = self._closed.wait(BEAT_S)
+                store.set(f"host/{here}", json.dumps(self._said[here] | {"count": count}))
+                came = [k for k in others if k in told or store.check([f"host/{k}"])]
+                news = store.multi_get([f"host/{k}" for k in came]) if came else []
+                for k, new in zip(came, news, strict=True):
+                    if new != told.get(k):
+                        told[k], self._said[k] = new, json.loads(new)
+                        self._heard[k] = time.monotonic()
+                if last:
+                    return
+        except RuntimeError as error:  # torch's
+            text = "cannot use {}:{}: {}".format(*self._where, str(error).splitlines()[0])
+            unusable = Failure(text=text, exit_code=2, is_cause=True, host=here)
+            self._lost = self._lost or (_lost(0, "is gone") if store else unusable)
 
 
 def _until(condition: Callable[[], bool], limit_s: float) -> bool:

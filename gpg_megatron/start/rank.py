@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
     from gpg_megatron.types import ModelShape
 
 RANK0_GRACE_S = 30.0
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """From now on this process is killed when the agent that started it, the launcher's or another
+    torchrun, is gone, however that ended. Linux only."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone by then
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_rank(config: Config) -> int:
@@ -32,6 +44,7 @@ def run_rank(config: Config) -> int:
     )
     from gpg_megatron.policy.on_cpu import hide_gpu_libraries, quiet_megatron
 
+    die_with_parent()
     device = resolve_device(config.trainer.device)
     quiet_megatron()
     if device == "cpu":

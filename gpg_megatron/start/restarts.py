@@ -14,7 +14,7 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.host.leaving import LeaveRequest
 from gpg_megatron.loop.suspect import suspect_file
 from gpg_megatron.observe.rundir import read_metrics
-from gpg_megatron.start.meeting import Failure
+from gpg_megatron.start.world import Failure
 
 _HOUR_S = 3600.0
 

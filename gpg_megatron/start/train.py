@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here, because they take seconds, and Ctrl-C is one line then, too.
     from gpg_megatron.config.loading import load_config
     from gpg_megatron.model.hub import fetched, shape_directory
-    from gpg_megatron.start.launcher import hosts_of, launch
+    from gpg_megatron.start.hosts import hosts_of
+    from gpg_megatron.start.launcher import launch
 
     arguments = _parser().parse_intermixed_args(argv)
     config, hosts = load_config(arguments.config, arguments.overrides), hosts_of(arguments)
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     import argparse
 
     from gpg_megatron import __version__
-    from gpg_megatron.start.launcher import add_host_options
+    from gpg_megatron.start.hosts import add_host_options
 
     parser = argparse.ArgumentParser(prog="gpg-train", description="Train a model with GPG.")
     parser.add_argument("--version", action="version", version=__version__)

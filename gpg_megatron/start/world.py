@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from gpg_megatron.errors import EXIT_STOPPED
 from gpg_megatron.host.cores import can_bind
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
 from gpg_megatron.start.leaving import AT_ONCE, leaving_in_order
-from gpg_megatron.start.meeting import Failure
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -31,6 +31,36 @@ WORDS_FILE = "TORCHELASTIC_ERROR_FILE"
 _NO_FILE = "<N/A>"
 _FOLLOWS = (signal.SIGTERM, signal.SIGABRT)
 """By which ranks end when others have: the agent sends one, NCCL's watchdog the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a host's part of a run ended early."""
+
+    text: str
+    """One line, without "error:"."""
+    exit_code: int
+    is_cause: bool
+    """Whether it began there, as far as can be told: a process was killed, an input was bad."""
+    is_said: bool = False
+    """Whether that host has printed it already."""
+    is_host: bool = False
+    """Whether the launcher of a host is gone."""
+    host: int = 0
+
+    def line(self, here: int) -> str:
+        """What host `here` prints of it; empty: nothing."""
+        if self.is_said and (self.host == here or self.exit_code == EXIT_STOPPED):
+            return ""
+        if self.host != here:
+            return f"error: host {self.host}: {self.text}"
+        return self.text if self.exit_code > 128 else f"error: {self.text}"
+
+
+def cause_of(failures: Iterable[Failure], here: int) -> Failure | None:
+    """What host `here` gives as the reason for the end of the run: a cause rather than what
+    followed from it, its own rather than another's."""
+    return min(failures, key=lambda f: (not f.is_cause, f.host != here, f.host), default=None)
 
 
 @contextmanager

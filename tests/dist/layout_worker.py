@@ -3,8 +3,8 @@
     torchrun ... -m tests.dist.layout_worker FOLDER cpu|cuda [LAYOUT]
 
 FOLDER/<problem>/ holds the model and reference.pt; the rank's verdicts go to
-FOLDER/<layout>/<problem>/rank<r>.json. LAYOUT: this one only, and of its problems those of which
-there is a model.
+FOLDER/<layout>/<problem>/rank<r>.json. LAYOUT: this one only, with the problems of which there is a
+model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gpg_megatron.batching.updates import make_batches, pack
+from gpg_megatron.checkpoint.stored_layout import stored_parameters
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device, init_process_group
 from gpg_megatron.layout.boxes import Shard
@@ -31,9 +32,11 @@ from gpg_megatron.layout.topology import check_shards, policy_grid
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
+from gpg_megatron.policy.shards import parameter_regions
 from gpg_megatron.types import ModelShape, StepResult, TrainBatch, TrainSample
 from tests.dist.problem import (
     LAYOUTS,
+    PROBLEMS,
     Layout,
     Problem,
     config_of,
@@ -55,6 +58,8 @@ class Verdict:
 
     layers: int
     """Layers that this rank holds."""
+    stored_otherwise: list[str]
+    """Shards whose key or extent in a checkpoint is not what conversion writes."""
     errors: dict[str, float]
     """Largest relative error of each quantity, against the reference."""
     versions: list[int] = field(default_factory=list)
@@ -82,7 +87,8 @@ def main() -> None:
     for layout in (x for x in LAYOUTS if x.world_size == dist.get_world_size()):
         problems = problems_of(layout)
         if only := sys.argv[3:]:
-            problems = [p for p in problems if layout.name in only and (folder / p.name).exists()]
+            models = [p for p in PROBLEMS if (folder / p.name / reference_name(p, layout)).exists()]
+            problems = models if layout.name in only else []
         for problem in problems:
             verdict = solve(layout, problem, folder / problem.name, device)
             parallel_state.destroy_model_parallel()
@@ -115,6 +121,7 @@ def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> 
     samples = make_samples(problem)
     logprobs = _logprobs(policy, samples, problem.share_prompts)
     verdict = Verdict(
+        stored_otherwise=_stored_otherwise(policy, shape),
         layers=sum(name.endswith("linear_qkv.weight") for name in policy.named_shards()),
         errors={"logprobs": _relative_error(logprobs, reference.logprobs)},
     )
@@ -138,6 +145,13 @@ def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> 
     verdict.padding = compare.padding
     verdict.uncovered = compare.uncovered()
     return verdict
+
+
+def _stored_otherwise(policy: Policy, shape: ModelShape) -> list[str]:
+    stored = {p.key: p.shape for p in stored_parameters(shape, policy.position.tp_size)}
+    regions = parameter_regions(policy._ddp.module).values()
+    shards = [shard for of_parameter in regions for shard in of_parameter]
+    return [x.key for x in shards if stored.get(x.key) != tuple(x.global_shape)]
 
 
 def _batches(

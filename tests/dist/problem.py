@@ -126,6 +126,8 @@ class Problem:
     """In every layer, two for each token; Qwen2Moe also has a shared one."""
     rope: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says of the rotary angles, beside their base."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of config.json."""
     seed: int = 14
     """Of the weights. With experts one where every expert is chosen, and never by a hair."""
 
@@ -193,7 +195,8 @@ PROBLEMS = (
         family="Llama",
         tied=False,
         vocab_size=301,
-        head_dim=8,
+        head_dim=16,
+        options={"attention_bias": True, "mlp_bias": True},
         algorithm=from_preset(
             "dr-grpo", old_logprobs="policy", correction="truncate-token", kl_coef=0.2
         ),
@@ -215,10 +218,22 @@ PROBLEMS = (
         tied=True,
         vocab_size=131,
         head_dim=8,
+        options={"sliding_window": 5},
         algorithm=from_preset("dapo", old_logprobs="rollout"),
         temperature=1.0,
         clip_grad=1000.0,
         rope={"rope_type": "linear", "factor": 2.0},
+    ),
+    Problem(
+        name="glm4-untied",
+        family="Glm4",
+        tied=False,
+        vocab_size=131,
+        head_dim=8,
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        sequence_parallel=True,
     ),
     Problem(
         name="qwen3moe-tied",
@@ -239,13 +254,14 @@ PROBLEMS = (
         tied=False,
         vocab_size=131,
         head_dim=8,
+        options={"mlp_only_layers": [1]},
         algorithm=from_preset("amap", correction="truncate-sequence", correction_max=4.0),
         temperature=1.0,
         clip_grad=0.5,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
         experts=True,
-        seed=35,
+        seed=55,
     ),
 )
 _LAYOUTS_WITH_EXPERTS = {
@@ -266,7 +282,9 @@ def problems_of(layout: Layout) -> list[Problem]:
 
 def _is_solved(problem: Problem, layout: Layout) -> bool:
     if problem.family == "Mistral":
-        return layout == Layout()  # it has Llama's parts
+        return layout in (Layout(), Layout(cp=2))  # beside the window it has Llama's parts
+    if problem.family == "Glm4":
+        return layout in (Layout(), Layout(tp=2))
     if problem.experts:
         every = layout.world_size < 4 or (layout.tp > 1 and layout.ep > 1)
         return layout in _LAYOUTS_WITH_EXPERTS and (every or problem.tied)
@@ -398,9 +416,9 @@ def make_model(problem: Problem, directory: Path) -> None:
         head_dim=problem.head_dim,
         max_position_embeddings=64,
         tie_word_embeddings=problem.tied,
-        sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **problem.rope},
-        **(experts if problem.experts else {}),
+        pad_token_id=None,
+        **{"sliding_window": None, **(experts if problem.experts else {}), **problem.options},
     )
     torch.manual_seed(problem.seed)
     model = getattr(transformers, f"{problem.family}ForCausalLM")(config).float()

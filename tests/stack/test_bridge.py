@@ -65,18 +65,23 @@ class Case:
 
 
 CASES = (
-    Case("qwen2", True, 1),
-    Case("qwen2", True, 2),
-    Case("qwen3_moe", False, 2),
+    Case("llama", True, 1),
+    Case("mistral", True, 2),
+    Case("qwen2_moe", False, 2),
 )
 SLOW_CASES = (
+    Case("qwen2", True, 1),
+    Case("qwen2", True, 2),
     Case("qwen2", False, 1),
     Case("qwen2", False, 2),
     Case("qwen3", True, 1),
     Case("qwen3", True, 2),
     Case("llama", False, 1),
     Case("llama", False, 2),
+    Case("glm4", False, 1),
+    Case("glm4", False, 2),
     Case("qwen3_moe", False, 1),
+    Case("qwen3_moe", False, 2),
     Case("qwen2_moe", False, 1),
     Case("mistral", False, 1, num_engines=2),
     Case("qwen2", True, 1, num_engines=2, transport="gloo"),

@@ -1,9 +1,11 @@
 """A run on two hosts: the flagship's script twice on this machine, each with its own launcher,
-Ray node, ranks, reaper and scratch folder. They find each other through localhost's ports."""
+Ray node, ranks, reaper and scratch folder, and a name and a network of its own where this user may
+make them."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -15,11 +17,12 @@ import pytest
 
 from tests.stack import flagship
 from tests.stack.jobs import START_LIMIT_S, Job, running_job
+from tests.stack.two_hosts import TwoHosts, two_hosts_here
 from tests.tiny import make_answering_model
 
 SCRIPT = flagship.ROOT / "launch" / "run_qwen2-7b_math_megatron.sh"
 FAULT_LIMIT_S = 120.0
-"""A launcher that says nothing is given up after 30 s; the rest is for a busy machine."""
+"""A launcher that says nothing is given up after 20 s; the rest is for a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +41,15 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+@pytest.fixture(scope="module")
+def network() -> Iterator[TwoHosts]:
+    with two_hosts_here() as hosts:
+        yield hosts
+
+
 @contextmanager
 def two_hosts(
-    place: Path, name: str, *overrides: str, ranks: Sequence[int] = (2, 2)
+    network: TwoHosts, place: Path, name: str, *overrides: str, ranks: Sequence[int] = (2, 2)
 ) -> Iterator[tuple[Job, Job]]:
     """The script on both; one of the two engines on each, and so many of the four ranks."""
     port, ray_port = _free_ports(2)
@@ -51,9 +60,11 @@ def two_hosts(
             environment = flagship.environment(
                 place / "model", place / "raw", place, output,
                 NNODES="2", NODE_RANK=str(rank), NPROC_PER_NODE=str(n_ranks),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RAY_PORT=str(ray_port),
+                MASTER_ADDR=network.address, MASTER_PORT=str(port), RAY_PORT=str(ray_port),
+                TORCH_CPP_LOG_LEVEL="ERROR",  # no name server is there, and it would say so
             )  # fmt: skip
             command: list[str | Path] = [
+                *network.enter(rank),
                 SCRIPT,
                 *flagship.OVERRIDES,
                 "rollout.num_engines=2",
@@ -77,8 +88,8 @@ def _both_end(jobs: tuple[Job, Job], code: int, limit_s: float) -> list[str]:
     return [job.ends(code) for job in jobs]
 
 
-def test_two_hosts_train(place: Path) -> None:
-    with two_hosts(place, "whole") as jobs:
+def test_two_hosts_train(network: TwoHosts, place: Path) -> None:
+    with two_hosts(network, place, "whole") as jobs:
         printed = _both_end(jobs, 0, START_LIMIT_S)
     for text in printed:
         print(text)
@@ -88,9 +99,9 @@ def test_two_hosts_train(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_host_with_engines_only(place: Path) -> None:
+def test_a_host_with_engines_only(network: TwoHosts, place: Path) -> None:
     """It joins by the same command, has an engine and no rank, and ends with the others."""
-    with two_hosts(place, "engines_only", ranks=(4, 0)) as jobs:
+    with two_hosts(network, place, "engines_only", ranks=(4, 0)) as jobs:
         jobs[0].wait_for_step(1)
         assert jobs[0].is_running() and jobs[1].is_running()
         assert jobs[0].ranks().keys() == {0, 1, 2, 3} and not jobs[1].ranks()
@@ -102,10 +113,12 @@ def test_a_host_with_engines_only(place: Path) -> None:
 
 
 @pytest.fixture
-def running(place: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Job, Job]]:
+def running(
+    network: TwoHosts, place: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Job, Job]]:
     """Two hosts that have done a step and would go on for hours."""
     endless = ("trainer.total_training_steps=100000", "checkpoint.save_freq=0")
-    with two_hosts(place, request.node.name, *endless) as jobs:
+    with two_hosts(network, place, request.node.name, *endless) as jobs:
         jobs[0].wait_for_step(1)
         assert all([job.is_running() for job in jobs])
         yield jobs
@@ -135,3 +148,41 @@ def test_a_killed_launcher_ends_both_hosts(running: tuple[Job, Job]) -> None:
         time.sleep(0.1)
     assert "error: host 1: its launcher " in running[0].ends(1)
     running[1].ends(-signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_hosts_go_on_after_a_killed_rank_and_name_a_lost_host(place: Path) -> None:
+    """Both start again by themselves, from the newest checkpoint; a host that is lost ends the run
+    within 30 s and the time that the ranks need to end."""
+    overrides = (
+        "trainer.total_training_steps=100000",
+        "trainer.max_restarts=9",
+        "checkpoint.save_freq=1",
+        "validation.before_train=false",
+        "rollout.num_engines=1",
+        "policy.pipeline_model_parallel_size=1",
+    )
+    with (
+        two_hosts_here(apart=True) as network,
+        two_hosts(network, place, "again", *overrides, ranks=(1, 1)) as jobs,
+    ):
+        jobs[0].wait_for_step(2)
+        assert jobs[1].is_running()
+        jobs[1].ranks()[1].kill()
+        again = "from step (\\d+): policy rank 1 ended: killed by SIGKILL"
+        while not (said := re.search(f"restart 1 of 9, {again}", jobs[0].log.read_text())):
+            assert all([job.is_running() for job in jobs])
+            time.sleep(0.5)
+        assert int(said[1]) >= 1
+        jobs[0].wait_for_step(jobs[0].metrics()[-1]["step"] + 1)
+        assert jobs[1].is_running() and jobs[1].ranks().keys() == {1}
+        began = time.monotonic()
+        network.cut()
+        first, second = _both_end(jobs, 1, FAULT_LIMIT_S)
+        seconds = time.monotonic() - began
+    assert f"resumed from {jobs[0].output}/checkpoints/step_{said[1]}" in first
+    assert "error: host 1: its launcher has been silent for 20 s" in first
+    assert "error: host 0: its launcher has been silent for 20 s" in second
+    assert seconds < 45, "20 s, and what ends ranks, engines and Ray"
+    assert "Traceback" not in first + second

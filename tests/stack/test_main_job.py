@@ -284,7 +284,8 @@ AHEAD = (
 
 @pytest.mark.slow
 def test_a_killed_run_that_draws_ahead_goes_on_as_if_nothing_had_happened(job: Path) -> None:
-    """What was drawn and not trained on, and what was carried over, is in the checkpoint."""
+    """It starts again by itself. What was drawn and not trained on, and what was carried over, is
+    in the checkpoint."""
     with started(job, "whole_ahead", *AHEAD) as whole:
         printed = whole.ends(0, limit_s=START_LIMIT_S)
     assert "warning" not in printed, "the correction answers it"
@@ -294,16 +295,16 @@ def test_a_killed_run_that_draws_ahead_goes_on_as_if_nothing_had_happened(job: P
     assert all(row["timing/wait_s"] >= 0 for row in steps)
     assert sum(row["group/carried_in"] for row in steps) > 0
 
-    with started(job, "cut_ahead", *AHEAD) as cut:
+    with started(job, "cut_ahead", *AHEAD, "trainer.max_restarts=1") as cut:
         marker = cut.output / "checkpoints" / "step_2" / "complete.json"
         deadline = time.monotonic() + START_LIMIT_S
         while not marker.exists():
             assert cut.is_running() and time.monotonic() < deadline, cut.log.read_text()
             time.sleep(0.01)
-        cut.process.kill()
-        cut.ends(-signal.SIGKILL)
-    with started(job, "cut_ahead", *AHEAD) as cut:
-        assert "resumed from" in cut.ends(0, limit_s=START_LIMIT_S)
+        cut.ranks()[1].kill()
+        printed = cut.ends(0, limit_s=START_LIMIT_S)
+    assert "restart 1 of 1, from step 2: policy rank 1 ended: killed by SIGKILL" in printed
+    assert "resumed from" in printed
     last = {row["step"]: row for row in cut.metrics()}
     for row in steps:
         assert _timeless(last[row["step"]]) == _timeless(row)
@@ -313,3 +314,17 @@ def test_a_killed_run_that_draws_ahead_goes_on_as_if_nothing_had_happened(job: P
     ends = [run.output / "checkpoints" / "step_5" for run in (whole, cut)]
     for path in ends[0].glob("*.distcp"):
         assert path.read_bytes() == (ends[1] / path.name).read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_under_a_torchrun_of_the_users(job: Path) -> None:
+    """Rank 0 has a Ray of its own, and nothing is left when torchrun is killed."""
+    output = job / "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "gpg_megatron.start.train", "--config", str(job / "config.yaml")]
+    command += [f"trainer.output_dir={output}"]
+    with running_job(command, output=output, log=job / "torchrun.log") as run:
+        run.wait_for_step(1)
+        assert run.is_running() and run.ranks().keys() == {0, 1}
+        run.process.kill()
+        run.ends(-signal.SIGKILL)

@@ -30,14 +30,17 @@ def weights(engine: Engine, hf: Mapping[str, np.ndarray], worker: int) -> dict[s
             result[name.replace(".q_", ".qkv_")] = np.concatenate([q, k, v])
         elif EXPERT.fullmatch(name):
             continue
+        elif ".gate_up_proj." in name:
+            gate, up = np.split(tensor, 2)
+            result[name] = _gated(gate, up, engine.tp_size, worker)
         elif ".gate_proj." in name:
             up = hf[name.replace(".gate_", ".up_")]
             result[name.replace(".gate_", ".gate_up_")] = _gated(tensor, up, engine.tp_size, worker)
-        elif re.search(r"\.(o|down)_proj\.", name):
+        elif re.search(r"\.(o|down)_proj\.weight", name):
             result[name] = np.split(tensor, engine.tp_size, axis=1)[worker]
         elif not re.search(r"\.(k|v|up)_proj\.", name):
             result[name] = tensor
-    for layer in range(engine.model.num_layers if engine.model.moe else 0):
+    for layer in set(range(engine.model.num_layers)) - set(engine.model.dense_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
         w13, w2 = _experts(engine, hf, prefix, worker)
         result[f"{prefix}.routed_experts.w13_weight"] = w13

@@ -59,10 +59,13 @@ def _shard(
         fused = [part for group in zip(*groups, strict=True) for part in group]
         return np.split(np.concatenate(fused), tp_size)[tp]
     if "linear_fc1" in name:
-        parts = [np.split(hf[hf_name.format(kind)], tp_size)[tp] for kind in ("gate", "up")]
-        return np.concatenate(parts)
+        both = hf.get(hf_name.format("gate_up"))
+        halves = (
+            [hf[hf_name.format(x)] for x in ("gate", "up")] if both is None else np.split(both, 2)
+        )
+        return np.concatenate([np.split(half, tp_size)[tp] for half in halves])
     tensor = hf[hf_name]
-    if "linear_fc2" in name or "linear_proj" in name:
+    if ("linear_fc2" in name or "linear_proj" in name) and not name.endswith("bias"):
         return np.split(tensor, tp_size, axis=1)[tp]
     if name.startswith(("embedding.", "output_layer.")):
         n_padding = -len(tensor) % (128 * tp_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -17,10 +18,10 @@ from gpg_megatron.types import ModelShape
 
 # All different, so that no dimension can be taken for another.
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, PADDED_VOCAB = 2, 24, 40, 4, 2, 8, 50, 128
-FLAGS = {
+FLAGS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
-    "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "LlamaForCausalLM": {"qkv_bias": True, "qk_norm": False, "output_bias": True, "mlp_bias": True},
 }
 CASES = [(architecture, tied) for architecture in FLAGS for tied in (True, False)]
 
@@ -37,9 +38,12 @@ MEGATRON_LAYER_SHAPES = {
     "self_attention.q_layernorm.weight": (HEAD_DIM,),
     "self_attention.k_layernorm.weight": (HEAD_DIM,),
     "self_attention.linear_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+    "self_attention.linear_proj.bias": (HIDDEN,),
     "pre_mlp_layernorm.weight": (HIDDEN,),
     "mlp.linear_fc1.weight": (2 * FFN, HIDDEN),
     "mlp.linear_fc2.weight": (HIDDEN, FFN),
+    "mlp.linear_fc1.bias": (2 * FFN,),
+    "mlp.linear_fc2.bias": (HIDDEN,),
 }
 
 
@@ -57,8 +61,7 @@ def model_shape(architecture: str, *, tied: bool = False) -> ModelShape:
         rope_theta=1e4,
         rms_norm_eps=1e-6,
         max_position_embeddings=64,
-        qkv_bias=FLAGS[architecture]["qkv_bias"],
-        qk_norm=FLAGS[architecture]["qk_norm"],
+        **FLAGS[architecture],
     )
 
 
@@ -66,6 +69,9 @@ def megatron_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every parameter of the local layer spec on a single rank."""
     absent = {
         "self_attention.linear_qkv.bias": not model.qkv_bias,
+        "self_attention.linear_proj.bias": not model.output_bias,
+        "mlp.linear_fc1.bias": not model.mlp_bias,
+        "mlp.linear_fc2.bias": not model.mlp_bias,
         "self_attention.q_layernorm.weight": not model.qk_norm,
         "self_attention.k_layernorm.weight": not model.qk_norm,
     }
@@ -94,6 +100,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, bool
             num_key_value_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             tie_word_embeddings=tied,
+            **({"attention_bias": True, "mlp_bias": True} if family == "Llama" else {}),
         )
         directory = tmp_path_factory.mktemp("model")
         getattr(transformers, architecture)(config).save_pretrained(directory)
@@ -185,6 +192,21 @@ Q_THEN_K_THEN_V = ("q", "k", "v", "q", "k", "v")
             "decoder.layers.0.mlp.linear_fc2.weight",
             ["model.layers.0.mlp.down_proj.weight"],
         ),
+        (
+            "Llama",
+            "decoder.layers.0.self_attention.linear_proj.bias",
+            ["model.layers.0.self_attn.o_proj.bias"],
+        ),
+        (
+            "Llama",
+            "decoder.layers.1.mlp.linear_fc1.bias",
+            ["model.layers.1.mlp.gate_proj.bias", "model.layers.1.mlp.up_proj.bias"],
+        ),
+        (
+            "Llama",
+            "decoder.layers.1.mlp.linear_fc2.bias",
+            ["model.layers.1.mlp.down_proj.bias"],
+        ),
     ],
 )
 def test_names_by_hand(architecture: str, name: str, expected: list[str]) -> None:
@@ -229,7 +251,6 @@ def test_both_layer_specs_mean_the_same_tensor(local_spec: str, transformer_engi
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
-        ("LlamaForCausalLM", "decoder.layers.0.self_attention.linear_qkv.bias"),
         ("Qwen3ForCausalLM", "decoder.layers.0.self_attention.linear_qkv.bias"),
         ("Qwen2ForCausalLM", "decoder.layers.0.self_attention.q_layernorm.weight"),
         ("Qwen2ForCausalLM", "decoder.layers.3.mlp.router.weight"),

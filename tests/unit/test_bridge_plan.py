@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +93,9 @@ class Case:
         }
 
 
+FLAGS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm", "post_norms", "fused_gate_up")
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Everything that both sides accept, also tensor parallelism above the KV heads."""
@@ -101,18 +105,23 @@ def cases(draw: st.DrawFn) -> Case:
     heads = math.lcm(kv_heads, tp, engine_tp) * draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([d for d in (2, 4, 6) if 2 * kv_heads * d % tp == 0]))
     ep = draw(st.sampled_from([1, 2, 4]))
+    stages = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
+    layers = range(sum(stages))
     experts = MoEShape(
         num_experts=ep * draw(st.integers(1, 3)),
         experts_per_token=1,
         ffn_size=12,
         shared_ffn_size=draw(st.sampled_from([0, 24])),
         renormalised=True,
+        dense_layers=tuple(
+            sorted(draw(st.sets(st.sampled_from(layers))) - {draw(st.sampled_from(layers))})
+        ),
     )
     moe = draw(st.sampled_from([None, experts]))
-    stages = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
+    flags: dict[str, Any] = {flag: draw(st.booleans()) for flag in FLAGS}
     model = ModelShape(
         architecture="Any",
-        num_layers=sum(stages),
+        num_layers=len(layers),
         hidden_size=draw(st.integers(1, 4)),
         ffn_size=draw(st.sampled_from([12, 24])),
         num_heads=heads,
@@ -121,8 +130,7 @@ def cases(draw: st.DrawFn) -> Case:
         # vLLM's 64 * n rows must be divisible.
         vocab_size=draw(st.integers(129, 192) if engine_tp == 3 else st.integers(1, 200)),
         tied=draw(st.booleans()),
-        qkv_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        **flags,
         rope_theta=1e4,
         rms_norm_eps=1e-6,
         max_position_embeddings=16,

@@ -31,6 +31,7 @@ FAMILIES: list[tuple[Family, bool]] = [
     ("qwen3", True),
     ("llama", False),
     ("mistral", True),
+    ("glm4", False),
     ("qwen3_moe", False),
     ("qwen2_moe", True),
 ]

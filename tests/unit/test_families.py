@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.hf_io import check_checkpoint
 from gpg_megatron.model.hf_keys import FAMILIES
 from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.start.dry_run import plan_run
 from tests.tiny import Family, make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ("data.max_prompt_length=512", "rollout.max_response_length=512")
 
 
 def test_each_family_has_a_tiny_model(tmp_path: Path) -> None:
@@ -28,6 +33,32 @@ def test_the_checkpoint_of_a_family(tmp_path: Path, family: Family, tied: bool) 
     shape = load_model_shape(directory)
     assert (shape.head_dim, shape.tied) == (32, tied)
     check_checkpoint(directory, shape)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {}),  # with a window
+        ("glm4", {}),
+        ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1, 2]}),
+    ],
+)
+def test_the_dry_run_of_a_model_of_the_size_that_transformers_proposes(
+    tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[family](**options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path)
+    layout = ROOT / "configs" / "qwen3-8b_math_megatron.yaml"
+    plan = plan_run(load_config(layout, [f"model.path={tmp_path}", *SHORT]), device="cuda")
+    assert plan.n_parameters == sum(p.numel() for p in model.parameters()) > 5e9
+    assert plan.publish.sent == plan.publish.bound
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpg_megatron.host.peak import bf16_peak, peak_flops_per_s
 from gpg_megatron.model.flops import TokenCosts, token_costs
@@ -46,6 +50,15 @@ def test_a_token_pays_for_the_experts_that_it_visits() -> None:
     )
     per_layer = (token_costs(shape(moe)).per_token - token_costs(shape()).per_token) / (6 * 30)
     assert per_layer == 576 * (3 * 600 + 60) - 576 * 3 * 1536
+    some = token_costs(shape(replace(moe, dense_layers=(0, 7, 8)))).per_token
+    assert token_costs(shape(moe)).per_token - some == 6 * 3 * per_layer
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.none() | st.integers(1, 12))
+def test_pairs_one_by_one(before: int, own: int, window: int | None) -> None:
+    costs = TokenCosts(per_token=0.0, per_loss_token=0.0, per_pair=1.0, window=window)
+    seen = [min(position + 1, window or 99) for position in range(before, before + own)]
+    assert costs.pairs(before, own) == sum(seen)
 
 
 def test_total() -> None:

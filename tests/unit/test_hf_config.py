@@ -59,6 +59,14 @@ FLAGS: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
     "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
     "MistralForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "Glm4ForCausalLM": {
+        "qkv_bias": True,
+        "qk_norm": False,
+        "post_norms": True,
+        "fused_gate_up": True,
+        "rotary_dim": 8,
+        "rotary_neighbours": True,
+    },
     "Qwen2MoeForCausalLM": {
         "qkv_bias": True,
         "qk_norm": False,
@@ -82,6 +90,11 @@ def of_family(architecture: str, **changes: Any) -> dict[str, Any]:
 
 LLAMA, MISTRAL = of_family("LlamaForCausalLM"), of_family("MistralForCausalLM")
 QWEN2 = of_family("Qwen2ForCausalLM")
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+SLIDING = ["sliding_attention"] * 3
+SOME_LAYERS = (
+    "a sliding window in some layers only (use_sliding_window, max_window_layers, layer_types)"
+)
 QWEN2_MOE, QWEN3_MOE = of_family("Qwen2MoeForCausalLM"), of_family("Qwen3MoeForCausalLM")
 
 
@@ -180,6 +193,9 @@ def test_defaults_of_absent_keys(
         ({"num_experts_per_tok": 4}, "experts_per_token", 4),
         ({"norm_topk_prob": False}, "renormalised", False),
         ({"decoder_sparse_step": 1, "mlp_only_layers": []}, "num_experts", 12),
+        ({"decoder_sparse_step": 2}, "dense_layers", (0, 2)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [2, 0]}, "dense_layers", (0, 2)),
+        ({"mlp_only_layers": [2]}, "dense_layers", (2,)),
         ({"shared_expert_intermediate_size": 40}, "shared_ffn_size", 0),
         ({"qkv_bias": True, "router_aux_loss_coef": 0.1}, "num_experts", 12),
     ],
@@ -238,7 +254,6 @@ def test_a_missing_key_is_named(tmp_path: Path, key: Any) -> None:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope type longrope"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act other than silu"),
     ],
 )
@@ -250,18 +265,22 @@ def test_an_unsupported_option_is_named(tmp_path: Path, change: Any, words: Any)
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096 (other than null)"),
         (MISTRAL | {"attention_bias": True}, "attention_bias"),
-        (LLAMA | {"attention_bias": True}, "attention_bias"),
+        (LLAMA | {"attention_bias": True, "qkv_bias": False}, "qkv_bias beside attention_bias"),
         (LLAMA | {"qkv_bias": True}, "qkv_bias"),
         (LLAMA | {"sliding_window": 32}, "sliding_window 32 (other than null)"),
-        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step other than 1"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
         (QWEN3_MOE | {"attention_bias": True}, "attention_bias"),
         (QWEN3_MOE | {"num_experts_per_tok": 1}, "norm_topk_prob with one expert per token"),
-        (QWEN2_MOE | {"mlp_only_layers": [1, 2]}, "mlp_only_layers"),
         (QWEN2_MOE | {"qkv_bias": False}, "qkv_bias other than true"),
-        (QWEN2_MOE | {"use_sliding_window": True}, "use_sliding_window"),
+        (
+            QWEN2_MOE | {"use_sliding_window": True},
+            SOME_LAYERS,
+        ),
+        (QWEN3_MOE | WINDOW | {"layer_types": ["full_attention"] * 3}, SOME_LAYERS),
+        (QWEN2 | WINDOW | {"max_window_layers": 1}, SOME_LAYERS),
+        (QWEN3 | WINDOW | {"layer_types": [*SLIDING[:2], "full_attention"]}, SOME_LAYERS),
+        (QWEN3 | {"layer_types": SLIDING}, "layer_types other than full_attention"),
+        (LLAMA | {"layer_types": SLIDING}, "layer_types other than full_attention"),
     ],
 )
 def test_an_unsupported_option_of_a_family(tmp_path: Path, raw: Any, words: Any) -> None:
@@ -269,10 +288,30 @@ def test_an_unsupported_option_of_a_family(tmp_path: Path, raw: Any, words: Any)
     assert message == f"{tmp_path / 'config.json'}: {words} is not supported"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mlp_only_layers": [3]}, "mlp_only_layers has 3; expected layers 0 to 2"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers has true; expected layers 0 to 2"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected 1 to 10000"),
+        (
+            {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+            "decoder_sparse_step and mlp_only_layers leave no layer with experts",
+        ),
+        ({"mlp_only_layers": [1], "intermediate_size": ...}, "key 'intermediate_size' is missing"),
+    ],
+)
+def test_layers_without_experts_that_cannot_be(tmp_path: Path, change: Any, words: Any) -> None:
+    raw = {key: value for key, value in (QWEN3_MOE | change).items() if value is not ...}
+    assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: {words}"
+
+
 def test_mistral_slides_unless_told_not_to(tmp_path: Path) -> None:
     """Without the key transformers' own default is a window of 4096."""
     raw = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
-    assert "sliding_window 4096" in refusal(write(tmp_path, raw))
+    assert load_model_shape(write(tmp_path, raw)).window == 4096
+    message = refusal(write(tmp_path, MISTRAL | {"sliding_window": 0}))
+    assert message.endswith(": sliding_window is 0; expected 1 or more")
 
 
 def test_one_expert_per_token_without_scaling(tmp_path: Path) -> None:

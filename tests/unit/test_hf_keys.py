@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.hf_keys import FAMILIES, Key, Missing
+from gpg_megatron.model.hf_keys import FAMILIES, Family, Key, Missing
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
 from gpg_megatron.types import (
     LinearScaling,
@@ -87,8 +87,16 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
             ffn_size=config.moe_intermediate_size,
             shared_ffn_size=config.shared_expert_intermediate_size if family.shared_expert else 0,
             renormalised=config.norm_topk_prob,
+            dense_layers=tuple(
+                i
+                for i in range(config.num_hidden_layers)
+                if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step
+            ),
         )
+    llama, glm = family.model_type == "llama", family.model_type == "glm4"
+    qkv_bias = config.attention_bias if llama or glm else family.model_type.startswith("qwen2")
     quotient = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or quotient
     return ModelShape(
         architecture=config.architectures[0],
         num_layers=config.num_hidden_layers,
@@ -96,17 +104,31 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         ffn_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or quotient,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         tied=config.tie_word_embeddings,
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        qkv_bias=qkv_bias,
+        output_bias=llama and config.attention_bias,
+        mlp_bias=llama and config.mlp_bias,
+        qk_norm=family.model_type.startswith("qwen3"),
+        post_norms=glm,
+        fused_gate_up=glm,
+        rotary_neighbours=glm,
+        rotary_dim=int(head_dim * config.rope_parameters["partial_rotary_factor"]) if glm else None,
+        window=as_window(config, family),
         rope_theta=config.rope_parameters["rope_theta"],
         rope_scaling=as_scaling(config.rope_parameters),
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,
         moe=moe,
     )
+
+
+def as_window(config: Any, family: Family) -> int | None:
+    if "layer_types" in family.declared and "sliding_attention" not in config.layer_types:
+        return None
+    window: int | None = config.sliding_window if "sliding_window" in family.declared else None
+    return window
 
 
 def as_scaling(rope: Any) -> RopeScaling | None:
@@ -182,7 +204,6 @@ GOOD: dict[str, list[Any]] = {
         None, {}, {"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 300},
         {"rope_type": "default", "type": "yarn", "partial_rotary_factor": 1.0},
     ],
-    "partial_rotary_factor": [1.0, 1, None],
     "hidden_act": ["silu"],
     "rms_norm_eps": [1e-5, 1e-6],
     "max_position_embeddings": [2048, 131072],
@@ -204,20 +225,25 @@ GOOD: dict[str, list[Any]] = {
 }  # fmt: skip
 GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
     "num_key_value_heads": {"qwen2 qwen3 llama": [1, 2, 4, None], "": [1, 2, 4]},
-    "head_dim": {"qwen3": [16, 32], "": [16, 32, None]},
-    "attention_bias": {"qwen2 qwen2_moe": [True, False, None], "": [False]},
-    "mlp_bias": {"": [False]},
+    "head_dim": {"qwen3 glm4": [16, 32], "": [16, 32, None]},
+    "partial_rotary_factor": {"glm4": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
+    "attention_bias": {
+        "qwen2 qwen2_moe": [True, False, None],
+        "llama glm4": [True, False],
+        "": [False],
+    },
+    "mlp_bias": {"llama": [True, False], "": [False]},
     "qkv_bias": {"qwen2_moe": [True], "llama mistral": [False], "": [True, False]},
     "use_sliding_window": {"": [False]},
-    "sliding_window": {"llama mistral": [None], "": [None, 64, 0]},
+    "sliding_window": {"llama mistral glm4": [None], "": [None, 64, 0]},
     "max_window_layers": {"": [0, 2, 28]},
 }
 GOOD_OF_EXPERTS: dict[str, list[Any]] = {
     "norm_topk_prob": [True, False],
     "num_experts_per_tok": [2, 4],
     "num_local_experts": [6, 12],
-    "decoder_sparse_step": [1],
-    "mlp_only_layers": [None, []],
+    "decoder_sparse_step": [1, 2, 3],
+    "mlp_only_layers": [None, [], [0]],
     "output_router_logits": [True, False],
     "router_aux_loss_coef": [0.0, 0.01],
 }
@@ -240,6 +266,8 @@ def varied(draw: random.Random, architecture: str) -> dict[str, Any]:
             raw[name] = copy.deepcopy(draw.choice(values))
     if FAMILIES[architecture].model_type == "qwen3_moe" and "num_local_experts" in raw:
         del raw["num_experts"]
+    if FAMILIES[architecture].model_type == "llama" and raw.get("attention_bias"):
+        raw.pop("qkv_bias", None)
     names = list(raw)
     draw.shuffle(names)
     return {name: raw[name] for name in names}
@@ -265,6 +293,38 @@ def test_a_good_file_has_the_shape_of_transformers(tmp_path: Path, architecture:
             if names
         ]
     assert len(thetas) > 4
+
+
+USED = {"use_sliding_window": True, "sliding_window": 64}
+SLIDING = {"layer_types": ["sliding_attention"] * 3}
+FULL = {"layer_types": ["full_attention"] * 3}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "window"),
+    [
+        ("Mistral", {"sliding_window": 64}, 64),
+        ("Mistral", {"sliding_window": 64} | SLIDING, 64),
+        ("Qwen2", USED, None),  # max_window_layers is 28
+        ("Qwen2", USED | {"max_window_layers": 0}, 64),
+        ("Qwen2", USED | SLIDING, 64),
+        ("Qwen3", USED | {"max_window_layers": 3}, None),
+        ("Qwen3", USED | SLIDING, 64),
+        ("Qwen3", USED | FULL, None),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": None}, None),
+        ("Qwen2Moe", USED | {"max_window_layers": 0}, None),
+        ("Qwen2Moe", USED | SLIDING, 64),
+        ("Qwen3Moe", USED, 64),
+        ("Qwen3Moe", {"use_sliding_window": False, "sliding_window": 64}, None),
+    ],
+)
+def test_a_window_is_that_of_transformers(
+    tmp_path: Path, family: str, keys: dict[str, Any], window: int | None
+) -> None:
+    architecture = f"{family}ForCausalLM"
+    shape = shape_of(write(tmp_path, base(architecture) | keys))
+    assert isinstance(shape, ModelShape), shape
+    assert shape == as_shape(theirs(tmp_path), architecture) and shape.window == window
 
 
 JUNK: list[Any] = [

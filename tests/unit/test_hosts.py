@@ -145,7 +145,7 @@ def test_ray_is_told_of_the_engines_gpus_alone(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     for devices, places in ((("4", "5", "6", "7"), 2), ((), 0)):
         start_ray_host(
-            cluster="h:1", is_head=False, own_address="h", scratch_dir=tmp_path,
+            cluster="h:1", is_head=False, own_address="h", client_port=1, scratch_dir=tmp_path,
             engine_places=places, devices=devices,
         )  # fmt: skip
         command, environment = started[-1]

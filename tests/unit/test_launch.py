@@ -14,8 +14,8 @@ import pytest
 
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.start.launcher import add_host_options, hosts_of, launch
-from gpg_megatron.start.meeting import Hosts
+from gpg_megatron.start.hosts import Hosts, add_host_options, hosts_of
+from gpg_megatron.start.launcher import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = (

@@ -154,6 +154,12 @@ def test_the_dense_size_of_a_model_with_experts_is_not_used(section: Any) -> Non
     assert problem(tp_config(section, 4), shape) is None
 
 
+def test_layers_without_experts_are_cut_too() -> None:
+    moe = dataclasses.replace(EXPERTS, dense_layers=(1,))
+    message = problem(tp_config("policy", 4), model(num_kv_heads=4, ffn_size=6, moe=moe))
+    assert message is not None and "does not divide the model's intermediate_size 6;" in message
+
+
 def test_an_engine_with_more_ranks_than_experts() -> None:
     """vLLM refuses; Megatron cuts each expert."""
     shape = model(num_kv_heads=4, moe=dataclasses.replace(EXPERTS, num_experts=2))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,9 +25,8 @@ from gpg_megatron.host.leaving import (
 )
 from gpg_megatron.host.lock import locked
 from gpg_megatron.start.leaving import leaving_in_order
-from gpg_megatron.start.meeting import Failure
 from gpg_megatron.start.preflight import may_start
-from gpg_megatron.start.world import WORDS_FILE, leave_words, what_ended
+from gpg_megatron.start.world import WORDS_FILE, Failure, leave_words, what_ended
 
 
 def config(folder: Path, *, save_freq: int = 1, grace_s: int = 60) -> Config:
@@ -33,6 +34,50 @@ def config(folder: Path, *, save_freq: int = 1, grace_s: int = 60) -> Config:
         trainer=TrainerConfig(output_dir=str(folder / "run"), grace_s=grace_s),
         checkpoint=CheckpointConfig(save_freq=save_freq),
     )
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from gpg_megatron.errors import exit_codes
+
+@exit_codes
+def main(argv=None):
+    exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(5)")
+
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_in_the_making_of_a_dataclass_is_an_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(INTERRUPTED)
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "command"],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
+
+
+RANK = """
+import time
+from gpg_megatron.start.rank import die_with_parent
+die_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+"""
+AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+def test_a_rank_dies_with_the_agent_that_started_it() -> None:
+    command = [sys.executable, "-c", AGENT, RANK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None and agent.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        agent.kill()
+        assert agent.stdout.read() == "", "nobody holds it open any more"
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

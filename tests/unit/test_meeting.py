@@ -2,79 +2,107 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.start.meeting import COMPARE_S, Failure, Hosts, Meeting, cause_of
+from gpg_megatron.start import meeting
+from gpg_megatron.start.meeting import Meeting
+from gpg_megatron.start.world import Failure, cause_of
 
 KILLED = Failure(text="policy rank 3 ended: killed by SIGKILL", exit_code=1, is_cause=True, host=1)
 FOLLOWED = Failure(text="policy rank 0 ended: exit code 1", exit_code=1, is_cause=False, host=0)
 STOPPED = Failure(text="stopped by SIGHUP", exit_code=129, is_cause=True, host=0)
 
+Where = tuple[str, int]
+
 
 @pytest.fixture
-def hosts() -> Hosts:
+def where() -> Where:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return Hosts(count=2, address="127.0.0.1", port=probe.getsockname()[1])
+        return "127.0.0.1", probe.getsockname()[1]
 
 
-def both(hosts: Hosts) -> tuple[Meeting, Meeting]:
-    return Meeting(hosts, 20.0), Meeting(replace(hosts, rank=1), 20.0)
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """In place of the signal to this process; and what is silent is found early."""
+    event = threading.Event()
+    monkeypatch.setattr("gpg_megatron.start.meeting.os.kill", lambda pid, number: event.set())
+    for name, seconds in (("SILENT_AFTER_S", 1.5), ("LEAVE_TIMEOUT_S", 2.0), ("BEAT_S", 0.1)):
+        monkeypatch.setattr(meeting, name, seconds)
+    return event
+
+
+@pytest.fixture
+def both(where: Where, signalled: threading.Event) -> Iterator[tuple[Meeting, Meeting]]:
+    first, second = Meeting(2, 0, where, 20.0), Meeting(2, 1, where, 20.0)
+    for one in (first, second):
+        one.begin(0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(first.all_say, "to start")
+        second.all_say("to start")
+    yield first, second
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Meeting.__exit__, (first, second)))
+
+
+def die(one: Meeting) -> None:
+    """As a launcher that is killed: host 0 takes the store with it."""
+    one._closed.set()
+    one._keeper.join()
 
 
 def end_both(
     meetings: tuple[Meeting, Meeting], failures: tuple[Failure | None, Failure | None]
 ) -> list[Failure | None]:
-    """At the same time, as host 0 waits for the other."""
+    """At the same time, as each waits for the other."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(Meeting.end, meetings, failures))
 
 
-def test_hosts_wait_for_each_other_and_hear_what_is_told(hosts: Hosts) -> None:
-    first, second = both(hosts)
+def test_hosts_wait_for_each_other_and_hear_what_is_said(both: tuple[Meeting, Meeting]) -> None:
+    first, second = both
     with ThreadPoolExecutor(1) as pool:
-        waiting: Future[None] = pool.submit(first.wait_for_all, "to start")
+        waiting: Future[list[object]] = pool.submit(first.all_say, "the address", None)
         time.sleep(0.3)
         assert not waiting.done()
-        second.wait_for_all("to start")
-        waiting.result(timeout=10)
-    second.tell("the address", "192.0.2.1")
-    assert first.hear("the address") == second.hear("the address") == "192.0.2.1"
-    assert end_both((first, second), (None, None)) == [None, None]
+        assert second.all_say("the address", "192.0.2.1") == [None, "192.0.2.1"]
+        assert waiting.result(timeout=10) == [None, "192.0.2.1"]
+    assert end_both(both, (None, None)) == [None, None]
 
 
-def test_a_host_that_does_not_come_is_named(hosts: Hosts) -> None:
-    first = Meeting(hosts, 0.5)
-    with pytest.raises(UserError, match=r"waited 0.5 s for hosts \[1\]: to start"):
-        first.wait_for_all("to start")
-    with pytest.raises(UserError, match="waited 0.5 s to hear the address"):
-        first.hear("the address")
+def test_a_host_that_does_not_come_is_named(where: Where, signalled: threading.Event) -> None:
+    at = f"waited 0.5 s at {where[0]}:{where[1]}"
+    with Meeting(2, 1, where, 0.5) as second:
+        with pytest.raises(UserError, match=rf"{at} for hosts \[0\]: to start"):
+            second.all_say("to start")
+        with Meeting(3, 0, where, 0.5) as first, pytest.raises(UserError, match=r"hosts \[2\]: to"):
+            first.all_say("to start")
 
 
-def test_a_host_0_that_does_not_come_is_named(hosts: Hosts) -> None:
-    with pytest.raises(UserError, match=f"waited 0.5 s for host 0 at 127.0.0.1:{hosts.port}"):
-        Meeting(replace(hosts, rank=1), 0.5)
-
-
-def test_a_port_that_is_taken(hosts: Hosts) -> None:
+def test_a_port_that_is_taken(where: Where, signalled: threading.Event) -> None:
     with socket.socket() as taken:
-        taken.bind(("", hosts.port))
+        taken.bind(("", where[1]))
         taken.listen()
-        with pytest.raises(UserError, match=f"cannot use 127.0.0.1:{hosts.port}"):
-            Meeting(hosts, 2.0)
+        with Meeting(2, 0, where, 2.0) as first:
+            first.begin(0)
+            assert signalled.wait(timeout=10)
+            reason = first.end(STOPPED)
+    assert reason is not None and reason.exit_code == 2
+    assert reason.line(0).startswith(f"error: cannot use 127.0.0.1:{where[1]}: ")
 
 
-def test_both_hosts_give_the_cause_and_not_what_followed_from_it(hosts: Hosts) -> None:
-    meetings = both(hosts)
-    ended = end_both(meetings, (FOLLOWED, KILLED))
+def test_both_hosts_give_the_cause_and_not_what_followed_from_it(
+    both: tuple[Meeting, Meeting],
+) -> None:
+    ended = end_both(both, (FOLLOWED, KILLED))
     assert ended == [KILLED, KILLED]
     said = [failure.line(here) for here, failure in enumerate(ended) if failure]
     assert said == [
@@ -83,60 +111,74 @@ def test_both_hosts_give_the_cause_and_not_what_followed_from_it(hosts: Hosts) -
     ]
 
 
-def test_a_host_that_came_to_its_end_hears_of_the_others_failure(hosts: Hosts) -> None:
-    first, second = both(hosts)
+def test_a_host_that_came_to_its_end_hears_of_the_others_failure(
+    both: tuple[Meeting, Meeting],
+) -> None:
+    assert end_both(both, (None, KILLED)) == [KILLED, KILLED]
+
+
+def test_the_next_attempt_has_words_of_its_own(
+    both: tuple[Meeting, Meeting], signalled: threading.Event
+) -> None:
+    """Also where one host is in it already while another hears what ended the one before."""
+    first, second = both
+    assert second.end(KILLED) == KILLED
+    second.begin(1)
     with ThreadPoolExecutor(1) as pool:
-        failing = pool.submit(second.end, KILLED)
-        assert failing.result(timeout=COMPARE_S + 5) == KILLED
-    assert first.end(None) == KILLED
+        again = pool.submit(second.all_say, "to start", "again")
+        assert signalled.wait(timeout=10)
+        assert first.end(STOPPED) == KILLED
+        signalled.clear()
+        first.begin(1)
+        assert first.all_say("to start") == [None, "again"] == again.result(timeout=10)
+    assert not signalled.is_set()
+    assert end_both(both, (None, None)) == [None, None]
 
 
-def test_a_launcher_that_died_is_the_reason(hosts: Hosts) -> None:
-    """It never beats and never says anything."""
-    first, _ = both(hosts)
-    reason = first.end(FOLLOWED)
-    assert reason is not None
-    assert reason.line(0) == "error: host 1: its launcher does not answer any more"
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_launcher_that_died_is_the_reason(
+    both: tuple[Meeting, Meeting], signalled: threading.Event, listens: bool
+) -> None:
+    """Whether its own ranks are running or have lost theirs."""
+    first, second = both
+    die(second)
+    assert not listens or signalled.wait(timeout=10)
+    reason = first.end(STOPPED if listens else FOLLOWED)
+    assert reason is not None and reason.is_host
+    assert reason.line(0) == "error: host 1: its launcher has been silent for 1.5 s"
 
 
-def test_a_host_0_that_died_is_the_reason(hosts: Hosts) -> None:
+def test_a_host_0_that_died_is_the_reason(both: tuple[Meeting, Meeting]) -> None:
     """Its store ends with it."""
-    first, second = both(hosts)
-    del first
-    gc.collect()
-    reason = second.end(replace(FOLLOWED, host=1))
-    assert reason is not None
+    die(both[0])
+    reason = both[1].end(replace(FOLLOWED, host=1))
+    assert reason is not None and reason.is_host
     assert reason.line(1) == "error: host 0: its launcher is gone"
 
 
-def test_the_watcher_sends_the_signal_once_another_fails(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_does_not_answer(
+    both: tuple[Meeting, Meeting], signalled: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signalled = threading.Event()
-    monkeypatch.setattr("gpg_megatron.start.meeting.os.kill", lambda pid, number: signalled.set())
-    first, second = both(hosts)
-    first.watch()
-    second.watch()
-    assert not signalled.wait(timeout=2.5), "both beat"
-    with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(second.end, KILLED)
-        assert signalled.wait(timeout=10)
-        # The launcher hears its own signal as a stop, which is no news.
-        assert first.end(STOPPED) == KILLED
-        assert ending.result(timeout=10) == KILLED
-
-
-def test_a_silent_host_ends_the_others(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
-    signalled = threading.Event()
-    monkeypatch.setattr("gpg_megatron.start.meeting.os.kill", lambda pid, number: signalled.set())
-    monkeypatch.setattr("gpg_megatron.start.meeting.SILENT_AFTER_S", 1.5)
-    monkeypatch.setattr("gpg_megatron.start.meeting.LEAVE_TIMEOUT_S", 0.5)
-    first, _ = both(hosts)
-    first.watch()
+    """As where the network to host 0 is gone: a call of it never comes back."""
+    back = threading.Event()
+    stuck = lambda value: back.wait() and "{}"  # noqa: E731
+    monkeypatch.setattr("gpg_megatron.start.meeting.json.dumps", stuck)
     assert signalled.wait(timeout=10)
-    reason = first.end(STOPPED)
+    reason = both[1].end(None)
+    back.set()
     assert reason is not None
-    assert reason.line(0) == "error: host 1: its launcher has been silent for 1.5 s"
+    assert reason.line(1) == "error: host 0: its launcher has been silent for 1.5 s"
+
+
+def test_the_signal_comes_once_another_fails(
+    both: tuple[Meeting, Meeting], signalled: threading.Event
+) -> None:
+    first, second = both
+    assert not signalled.wait(timeout=2.5), "both beat"
+    assert second.end(KILLED) == KILLED
+    assert signalled.wait(timeout=10)
+    # The launcher hears its own signal as a stop, which is no news.
+    assert first.end(STOPPED) == KILLED
 
 
 @pytest.mark.parametrize(
@@ -160,8 +202,8 @@ def test_what_a_host_prints() -> None:
     assert replace(KILLED, is_said=True).line(1) == ""
 
 
-def test_a_host_without_ranks_waits_for_host_0(hosts: Hosts) -> None:
-    first, second = both(hosts)
+def test_a_host_without_ranks_waits_for_host_0(both: tuple[Meeting, Meeting]) -> None:
+    first, second = both
     with ThreadPoolExecutor(2) as pool:
         waits = pool.submit(second.wait_for_the_end)
         time.sleep(0.5)

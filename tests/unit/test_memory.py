@@ -132,9 +132,13 @@ def test_ranks_that_share_a_row_share_the_optimizer() -> None:
 def test_experts_count_as_often_as_a_token_visits_them() -> None:
     config = config_of()
     assert QWEN3_30B.moe is not None
-    fewer = replace(QWEN3_30B, moe=replace(QWEN3_30B.moe, experts_per_token=4))
+    moe = replace(QWEN3_30B.moe, experts_per_token=4)
+    fewer = replace(QWEN3_30B, moe=moe)
     difference = activation_bytes(config, QWEN3_30B) - activation_bytes(config, fewer)
     assert difference == 2 * (5 * 4 * 768 + 4 * 2048)
+    some = replace(fewer, moe=replace(moe, dense_layers=(0,)), ffn_size=6144)
+    dense = activation_bytes(config, some) - activation_bytes(config, fewer)
+    assert dense == 2 * (5 * 6144 - 5 * 4 * 768 - 4 * 2048), "the layer that keeps more"
 
 
 def test_an_engine_worker() -> None:

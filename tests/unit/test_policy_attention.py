@@ -38,11 +38,13 @@ def attend(
     cu_seqlens: list[int],
     prompts: list[int],
     ranges: Sequence[tuple[int, int]] | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """[Tq, 1, heads * d] from query [Tq, heads, d], key and value [T, heads, d]."""
-    # What it is made of makes no difference.
+    size = None if window is None else (window - 1, 0)
+    # The rest of what it is made of makes no difference.
     attention = PackedAttention(
-        TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, window_size=size)
     )
     query, key, value = (x.unsqueeze(1) for x in tensors)
     params = params_of(spans=spans_of(cu_seqlens, prompts, ranges))
@@ -55,15 +57,20 @@ def params_of(**fields: Any) -> SegmentParams:
     return SegmentParams(**{"varlen": None, "share": None, "loss": loss} | fields)
 
 
-def visibility(cu_seqlens: list[int], prompts: list[int]) -> torch.Tensor:
+def visibility(
+    cu_seqlens: list[int], prompts: list[int], window: int | None = None
+) -> torch.Tensor:
     n = cu_seqlens[-1]
     visible = torch.zeros(n, n, dtype=torch.bool)
     for s, prompt in enumerate(prompts):
+        before = list(range(cu_seqlens[prompt], cu_seqlens[prompt + 1])) if prompt >= 0 else []
         for i in range(cu_seqlens[s], cu_seqlens[s + 1]):
-            visible[i, cu_seqlens[s] : i + 1] = True
-            if prompt >= 0:
-                visible[i, cu_seqlens[prompt] : cu_seqlens[prompt + 1]] = True
+            sequence = [*before, *range(cu_seqlens[s], i + 1)]
+            visible[i, sequence[-(window or n) :]] = True
     return visible
+
+
+WINDOWS = st.none() | st.integers(1, 12)
 
 
 @st.composite
@@ -81,9 +88,9 @@ def rows(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return [sum(lengths[:i]) for i in range(len(lengths) + 1)], prompts
 
 
-@given(rows())
-@settings(max_examples=50)
-def test_outputs_and_gradients(row: tuple[list[int], list[int]]) -> None:
+@given(rows(), WINDOWS)
+@settings(max_examples=80)
+def test_outputs_and_gradients(row: tuple[list[int], list[int]], window: int | None) -> None:
     cu_seqlens, prompts = row
     n = cu_seqlens[-1]
     generator = torch.Generator().manual_seed(n)
@@ -94,8 +101,8 @@ def test_outputs_and_gradients(row: tuple[list[int], list[int]]) -> None:
     weight = torch.randn(n, HEADS * SIZE, generator=generator, dtype=torch.float64)
     ours = [x.clone().requires_grad_() for x in tensors]
     right = [x.clone().requires_grad_() for x in tensors]
-    out = attend(ours, cu_seqlens, prompts)
-    expected = direct(right, visibility(cu_seqlens, prompts))
+    out = attend(ours, cu_seqlens, prompts, window=window)
+    expected = direct(right, visibility(cu_seqlens, prompts, window))
     assert out.shape == (n, 1, HEADS * SIZE)
     torch.testing.assert_close(out.squeeze(1), expected)
     (out.squeeze(1) * weight).sum().backward()
@@ -105,7 +112,11 @@ def test_outputs_and_gradients(row: tuple[list[int], list[int]]) -> None:
 
 
 def in_plain_torch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, varlen: Varlen
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    varlen: Varlen,
+    window: int | None,
 ) -> torch.Tensor:
     """What FlashAttention-2 computes: each sequence alone, causal at the lower right corner."""
     assert (
@@ -124,14 +135,15 @@ def in_plain_torch(
         strict=True,
     ):
         visible = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q)
+        visible = visible.triu(n_k - n_q - (window or n_k) + 1)
         out.append(direct(sequence, visible).unflatten(1, (HEADS, SIZE)))
     return torch.cat(out)
 
 
-@given(rows(), st.booleans(), st.integers(0, 1))
-@settings(max_examples=60)
+@given(rows(), st.booleans(), st.integers(0, 1), WINDOWS)
+@settings(max_examples=80)
 def test_one_call_equals_the_call_for_each_span(
-    row: tuple[list[int], list[int]], parallel: bool, rank: int
+    row: tuple[list[int], list[int]], parallel: bool, rank: int, window: int | None
 ) -> None:
     """Forward and backward, for the whole row and for a context-parallel rank's part of it."""
     cu_seqlens, prompts = row
@@ -150,8 +162,8 @@ def test_one_call_equals_the_call_for_each_span(
     one, loop = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
     varlen = varlen_of(spans_of(cu_seqlens, prompts, ranges), n)
     query, key, value = one
-    out = attend_at_once(query, key, value, varlen, kernel=in_plain_torch).flatten(1)
-    expected = attend(loop, cu_seqlens, prompts, ranges).squeeze(1)
+    out = attend_at_once(query, key, value, varlen, window, kernel=in_plain_torch).flatten(1)
+    expected = attend(loop, cu_seqlens, prompts, ranges, window).squeeze(1)
     torch.testing.assert_close(out, expected)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()

@@ -11,8 +11,8 @@ import pytest
 from gpg_megatron.config.sections import Config, TrainerConfig
 from gpg_megatron.host.leaving import ask_to_leave
 from gpg_megatron.loop.suspect import suspect_file, write_suspect
-from gpg_megatron.start.meeting import Failure
 from gpg_megatron.start.restarts import Restarts
+from gpg_megatron.start.world import Failure
 
 KILLED = Failure(text="policy rank 1 ended: killed by SIGKILL", exit_code=1, is_cause=True)
 ANOTHER = replace(KILLED, text="policy rank 0 ended: killed by SIGKILL")

@@ -87,6 +87,7 @@ class Attention:
         device: Device,
         dtype: torch.dtype,
         like: Attention | None = None,
+        window: int | None = None,
     ) -> None:
         """Random inputs, or those of another one, rounded."""
         n = row.cu_seqlens[-1]
@@ -99,8 +100,11 @@ class Attention:
         self.by_span = SegmentParams(spans=row.spans, varlen=None, share=None, loss=loss)
         varlen = varlen_of(row.spans, n)
         self.at_once = replace(self.by_span, varlen=_on(varlen, device))
-        # What it is made of makes no difference.
-        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        size = None if window is None else (window - 1, 0)
+        # The rest of what it is made of makes no difference.
+        config = TransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=1, window_size=size
+        )
         self.layer = PackedAttention(config)
 
     def run(self, params: SegmentParams) -> list[torch.Tensor]:
@@ -131,15 +135,16 @@ def _on(varlen: Varlen, device: Device) -> Varlen:
 
 
 def equal(device: Device, folder: Path) -> str:
-    """Outputs and gradients of random rows, against float64 on the CPU."""
+    """Outputs and gradients of random rows, every second with a window, against float64 on the
+    CPU."""
     rng = random.Random(1)
     worst: dict[str, float] = {}
-    for _ in range(10):
-        row = random_packing(rng, longest=60)
-        right_one = Attention(row, "cpu", torch.float64)
+    for number in range(10):
+        row, window = random_packing(rng, longest=60), (None, 1 + 8 * number)[number % 2]
+        right_one = Attention(row, "cpu", torch.float64, window=window)
         right = right_one.run(right_one.by_span)
         for dtype, limit in LIMIT.items():
-            ours = Attention(row, device, dtype, like=right_one)
+            ours = Attention(row, device, dtype, like=right_one, window=window)
             ways = {"by span": ours.by_span}
             if flash_takes(device, dtype, LAYERS["cpu"][2]):
                 ways["at once"] = ours.at_once
