@@ -26,7 +26,7 @@ from gpg_megatron.rollout.engine import Engine
 from gpg_megatron.rollout.failures import EngineError, with_log
 from gpg_megatron.rollout.spec import EngineSpec
 
-PLACEMENT_TIMEOUT_S = 120.0
+PLACEMENT_TIMEOUT_S = 300.0
 EXIT_GRACE_S = 3.0
 PULSE_S = 1.0
 CLOSE_S = 10.0
