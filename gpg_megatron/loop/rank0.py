@@ -19,7 +19,7 @@ from gpg_megatron.observe.loggers import RunLogger
 from gpg_megatron.observe.metrics import memory_metrics
 from gpg_megatron.observe.progress import Progress
 from gpg_megatron.observe.report import write_report
-from gpg_megatron.observe.rundir import read_metrics
+from gpg_megatron.observe.rundir import METRICS, read_metrics
 from gpg_megatron.observe.summary import summary_lines
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
@@ -116,9 +116,11 @@ class Rank0:
         Args:
             left_because: why it leaves before; empty: it does not.
         """
-        page = write_report(self.config.trainer.output_dir)
-        for line in (*summary_lines(read_metrics(page.parent)), f"report: {page}"):
-            self.message(line)
+        output = Path(self.config.trainer.output_dir)
+        if not left_because or (output / METRICS).stat().st_size:  # before the first step: no row
+            page = write_report(output)
+            for line in (*summary_lines(read_metrics(output)), f"report: {page}"):
+                self.message(line)
         if left_because:
             forget_request(self.config.trainer.output_dir)
             self.message(f"left in order: {left_because}; started again, the run goes on")

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.checkpoint.marker import Marker, read_marker
 from gpg_megatron.config.algorithm import AlgorithmConfig
-from gpg_megatron.config.sections import CheckpointConfig, Config
+from gpg_megatron.config.sections import CheckpointConfig, Config, TrainerConfig
+from gpg_megatron.errors import UserError
 from gpg_megatron.loop.checkpoints import RunCheckpoints, Saving
 from gpg_megatron.loop.collector import Rollout
 from gpg_megatron.loop.generating import Generating
@@ -376,12 +377,10 @@ def test_the_best_of_three_steps_is_kept_for_its_own_metric(tmp_path: Path) -> N
     assert read_state(saving.root / "step_2", 2).values == {"stream": 7}
 
 
-@pytest.mark.parametrize(("n_filtered", "n_lines"), [(3, 1), (0, 0)])
-def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> None:
-    said: list[str] = []
+def rank0_that_says(said: list[str], config: Config, n_filtered: int = 0) -> Rank0:
     none = cast(Any, None)
-    rank0 = Rank0(
-        config=Config(),
+    return Rank0(
+        config=config,
         inputs=Inputs(
             train_prompts=(), val_prompts=(), per_file=(), n_filtered=n_filtered, warnings=()
         ),
@@ -392,7 +391,22 @@ def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> No
         pids=(),
         gpu_metrics=dict,
     )
-    rank0.say_what_was_decided()
+
+
+@pytest.mark.parametrize(("n_filtered", "n_lines"), [(3, 1), (0, 0)])
+def test_prompts_that_are_left_out_are_said(n_filtered: int, n_lines: int) -> None:
+    said: list[str] = []
+    rank0_that_says(said, Config(), n_filtered).say_what_was_decided()
     assert said.pop(0) == "off-policy correction: none, every answer is of the present weights"
     assert len(said) == n_lines
     assert all(line.startswith("3 training prompts exceed data.max_prompt_length") for line in said)
+
+
+def test_a_run_that_leaves_before_its_first_step_has_nothing_to_report(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "metrics.jsonl").touch()
+    rank0 = rank0_that_says(said, Config(trainer=TrainerConfig(output_dir=str(tmp_path))))
+    rank0.finish("asked by SIGTERM")
+    assert said == ["left in order: asked by SIGTERM; started again, the run goes on"]
+    with pytest.raises(UserError, match="has no rows"):
+        rank0.finish("")
