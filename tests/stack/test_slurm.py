@@ -124,7 +124,8 @@ def test_a_job_near_its_time_limit_is_queued_again_and_goes_on(
     assert done.returncode == 0, done.stderr
     printed = wait_for(cluster, job, log)
     print(printed)
-    assert f"the time limit of job {job} is near: it is queued again" in printed
+    assert f"the time limit of job {job} is near: it leaves in order" in printed
+    assert f"job {job} is queued again" in printed
     assert f"[slurm] job {job}, restart 1, nodes n1" in printed
     assert "resumed from" in printed and f"step {steps}/{steps}" in printed
     lines = (place / file / "metrics.jsonl").read_text().splitlines()
