@@ -229,6 +229,7 @@ SAVING = (
 )
 
 
+@pytest.mark.timeout(1200)
 def test_a_resumed_run_is_the_uninterrupted_one(job: Path) -> None:
     """Rollouts, metrics and stored weights, bit by bit; and its checkpoint and its export are
     models to start from."""
