@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from gpg_megatron.errors import EXIT_STOPPED
-from gpg_megatron.host.reaper import RUN_ID_VARIABLE, open_segments
+from gpg_megatron.host.reaper import RUN_ID_VARIABLE, SHARED_MEMORY, open_segments
 from gpg_megatron.observe.rundir import METRICS, read_metrics
 
 PATIENCE_S = 600.0
@@ -146,7 +146,7 @@ class Demo:
 
     def left(self) -> list[str]:
         """Processes and segments that are there when it has ended."""
-        found = [name for name in self.segments if Path("/dev/shm", name).exists()]
+        found = [name for name in self.segments if (SHARED_MEMORY / name).exists()]
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get(RUN_ID_VARIABLE) in self.run_ids:

@@ -20,12 +20,12 @@ class Clock:
         self._device = device
 
     def __enter__(self) -> Clock:
-        _synchronize(self._device)
+        synchronize(self._device)
         self._begin = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        _synchronize(self._device)
+        synchronize(self._device)
         wall, cpu = self._begin
         self.seconds, self.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
 
@@ -61,6 +61,7 @@ class PeakMemory:
         return int(peak) * 1024 / 1e9
 
 
-def _synchronize(device: Device) -> None:
+def synchronize(device: Device) -> None:
+    """What was launched on the device has ended."""
     if device == "cuda":
         torch.cuda.synchronize()

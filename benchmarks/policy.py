@@ -42,16 +42,15 @@ from gpg_megatron.config.sections import (
     RolloutConfig,
     TrainerConfig,
 )
-from gpg_megatron.host.device import Device, resolve_device, set_threads
+from gpg_megatron.host.device import Device, backends, resolve_device, set_threads
 from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.types import ModelShape, TrainSample
+from gpg_megatron.types import DTYPES, ModelShape, TrainSample
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_LIMIT = 2**62
 COMPARED = 2**24
 """Elements of the gradient that are compared, evenly over all of it."""
@@ -160,8 +159,7 @@ class Bench:
         self.device: Device = options.device
         self.limit = TOLERANCE[options.dtype]
         self.shape: ModelShape = load_model_shape(model)
-        backend = "gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends(self.device), store=dist.HashStore(), rank=0, world_size=1)
         self.policy = Policy(_config(options, model), self.shape, device=self.device)
         load_hf(model, self.policy.named_shards(), self.shape, self.policy.position)
         self.policy.weights_loaded()

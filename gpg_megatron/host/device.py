@@ -28,8 +28,12 @@ def init_process_group(device: Device, timeout_s: int) -> None:
     """Join torchrun's world: gloo on CPU, gloo and NCCL on CUDA. Every collective has a limit."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(backends(device), timeout=timedelta(seconds=timeout_s))
+
+
+def backends(device: Device) -> str:
+    """Of a process group's collectives, as torch spells them."""
+    return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from gpg_megatron.errors import UserError
+from gpg_megatron.host.network import free_port
 from gpg_megatron.start import meeting
 from gpg_megatron.start.meeting import Meeting
 from gpg_megatron.start.world import Failure, cause_of
@@ -25,9 +26,7 @@ Where = tuple[str, int]
 
 @pytest.fixture
 def where() -> Where:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return "127.0.0.1", probe.getsockname()[1]
+    return "127.0.0.1", free_port()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.measure import synchronize
 from gpg_megatron.host.device import Device
 from gpg_megatron.host.peak import peak_flops_per_s
 from tests.gpu.rows.world import one_rank
@@ -76,8 +77,3 @@ def seconds(action: Any, device: Device) -> float:
     action()
     synchronize(device)
     return time.perf_counter() - begin
-
-
-def synchronize(device: Device) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
