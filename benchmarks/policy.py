@@ -48,7 +48,8 @@ from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.on_cpu import quiet_megatron
-from gpg_megatron.types import DTYPES, ModelShape, TrainSample
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import DTYPES, TrainSample
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 NO_LIMIT = 2**62

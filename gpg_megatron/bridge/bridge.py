@@ -31,7 +31,7 @@ from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.errors import EngineLost, UserError
 from gpg_megatron.host.collectives import on_rank0
 from gpg_megatron.layout.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 T = TypeVar("T")
 

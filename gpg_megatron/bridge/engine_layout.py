@@ -20,7 +20,7 @@ from math import prod
 
 from gpg_megatron.bridge.plan import Destination, View
 from gpg_megatron.layout.boxes import Box
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 VOCAB_UNIT = 64
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")

@@ -12,7 +12,7 @@ from gpg_megatron.bridge.engine_layout import Engine, destinations, parameter_sh
 from gpg_megatron.bridge.links import Distance, Links, Nearest, Way, everyone
 from gpg_megatron.bridge.plan import Route, make_routes, turn
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from gpg_megatron.checkpoint.safetensors_files import TensorPlace, places_in
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.hf_io import check_checkpoint, index_of
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done since the last call, and all that there are to do."""

@@ -18,7 +18,7 @@ import xxhash
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.json_file import shown
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 MARKER = "complete.json"
 FORMAT = 1

@@ -9,7 +9,7 @@ from gpg_megatron.checkpoint.marker import Marker, check_same_model, check_sizes
 from gpg_megatron.checkpoint.store import find_resume
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gpg_megatron.layout.boxes import Box, Piece, Shard, gated_rows, split_dimension
 from gpg_megatron.layout.families import Rule
 from gpg_megatron.layout.topology import Parameter, PolicyGrid, parameters
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

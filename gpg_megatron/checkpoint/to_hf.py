@@ -31,7 +31,7 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Box, Piece
 from gpg_megatron.layout.topology import hf_shapes
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 MAX_FILE_BYTES = 5 * 10**9
 """Of one safetensors file."""

@@ -36,7 +36,7 @@ from gpg_megatron.checkpoint.torch_dist import Chunk, Stored, append_chunk, writ
 from gpg_megatron.checkpoint.workers import MEMORY_BYTES, Budget, Scratch, work_through
 from gpg_megatron.layout.boxes import Box, Piece
 from gpg_megatron.layout.topology import Parameter, PolicyGrid, hf_shapes
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

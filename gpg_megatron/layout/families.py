@@ -25,7 +25,7 @@ from gpg_megatron.layout.boxes import (
     vocab_rows,
 )
 from gpg_megatron.model.shape import padded_vocab_size
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 Layers = Literal["all", "dense", "sparse"]
 """dense: with an MLP; sparse: with experts."""

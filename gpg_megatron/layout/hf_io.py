@@ -13,7 +13,8 @@ from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.topology import hf_shapes
 from gpg_megatron.model.json_file import IS_POINTER, POINTER, plain, read_object, shown
-from gpg_megatron.types import ModelShape, ParallelPosition
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import ParallelPosition
 
 BUFFER = ".rotary_emb.inv_freq"
 """End of the names that old Llama checkpoints have for what follows from rope_theta."""

@@ -60,7 +60,8 @@ from gpg_megatron.policy.policy import Policy
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.reward.pool import RewardPool
 from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.types import DTYPES, ModelShape
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import DTYPES
 
 Part = TypeVar("Part", RewardPool, RunLogger, Progress, GpuWatch)
 WATCHDOG_LIMIT_S = 300.0

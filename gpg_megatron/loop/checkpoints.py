@@ -44,7 +44,8 @@ from gpg_megatron.policy.checkpoint import (
     sync_to_disk,
 )
 from gpg_megatron.policy.policy import Policy
-from gpg_megatron.types import DTYPES, ModelShape
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from gpg_megatron.placement.devices import engine_devices, visible_devices
 from gpg_megatron.placement.memory import fitting_limits
 from gpg_megatron.rollout.fleet import Fleet
 from gpg_megatron.rollout.spec import EngineSpec
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 CPU_WARNING = (
     "warning: trainer.placement=colocated saves no memory on CPU: vLLM's workers cannot sleep there"

@@ -19,7 +19,8 @@ from gpg_megatron.observe.loggers import check_logging
 from gpg_megatron.reward.sources import check_prompts
 from gpg_megatron.reward.trial import try_custom_function
 from gpg_megatron.rollout.engine_args import check_engine_args
-from gpg_megatron.types import ModelShape, Prompt
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

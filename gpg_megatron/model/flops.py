@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 _FORWARD_AND_BACKWARD = 3.0
 

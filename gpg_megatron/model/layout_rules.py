@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 QUOTIENT_HEADS = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpg_megatron.model.json_file import Refusal, plain, shown
-from gpg_megatron.types import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from gpg_megatron.shapes import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 DEFAULT_THETA = 10000.0
 ORIGINAL = "original_max_position_embeddings"

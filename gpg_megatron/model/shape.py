@@ -19,7 +19,7 @@ from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
 from gpg_megatron.model.json_file import Refusal, plain, read_object, shown
 from gpg_megatron.model.rope import read_rope, read_rotary_dim, unread
 from gpg_megatron.model.windows import read_window
-from gpg_megatron.types import ModelShape, MoEShape
+from gpg_megatron.shapes import ModelShape, MoEShape
 
 _TYPE_WORDS: dict[type, str] = {
     int: "a whole number (without point or quotes)",

@@ -15,7 +15,8 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.states import RESIDENT, Mode, State
-from gpg_megatron.types import DTYPES, ModelShape
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import DTYPES
 
 FP32 = DTYPES["fp32"].itemsize
 MIN_SEQS, MAX_SEQS = 256, 1024

@@ -35,7 +35,8 @@ from gpg_megatron.policy.modules import layer_spec
 from gpg_megatron.policy.rope import inverse_frequencies
 from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
-from gpg_megatron.types import MicroBatch, ModelShape, YarnScaling
+from gpg_megatron.shapes import ModelShape, YarnScaling
+from gpg_megatron.types import MicroBatch
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types

@@ -39,7 +39,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from gpg_megatron.policy.attention import PackedAttention
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 
 class RMSNorm(torch.nn.Module):

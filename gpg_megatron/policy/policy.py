@@ -45,11 +45,11 @@ from gpg_megatron.policy.outputs import (
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.policy.rounding import rounded_elsewhere
+from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import (
     DTYPES,
     Anchors,
     MicroBatch,
-    ModelShape,
     ParallelPosition,
     PolicyPart,
     StepResult,

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from gpg_megatron.types import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from gpg_megatron.shapes import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 
 def inverse_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> torch.Tensor:

@@ -35,8 +35,8 @@ from gpg_megatron.placement.memory import (
     policy_memory,
 )
 from gpg_megatron.rollout.engine_args import check_engine_args
+from gpg_megatron.shapes import ModelShape
 from gpg_megatron.start.host_memory import HostMemory, rank_host_memory
-from gpg_megatron.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

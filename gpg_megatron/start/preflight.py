@@ -13,8 +13,8 @@ from gpg_megatron.host.leaving import forget_request
 from gpg_megatron.host.reaper import new_run_id
 from gpg_megatron.loop.inputs import Inputs, check_model, check_output, load_inputs
 from gpg_megatron.reward.sources import scorer_name
+from gpg_megatron.shapes import ModelShape
 from gpg_megatron.start.room import check_room, check_scratch, room_here
-from gpg_megatron.types import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from gpg_megatron.start.world import leave_words
 
 if TYPE_CHECKING:
     from gpg_megatron.host.device import Device
-    from gpg_megatron.types import ModelShape
+    from gpg_megatron.shapes import ModelShape
 
 RANK0_GRACE_S = 30.0
 _PR_SET_PDEATHSIG = 1

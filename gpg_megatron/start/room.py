@@ -16,7 +16,8 @@ from gpg_megatron.host.reaper import SHARED_MEMORY, scratch_directory
 from gpg_megatron.layout.topology import hf_shapes
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.memory import FP32, engine_memory
-from gpg_megatron.types import DTYPES, ModelShape
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import DTYPES
 
 CPU_BLOCK = 128
 """Tokens of a block of vLLM's key-value cache on CPU; a sequence takes whole ones."""

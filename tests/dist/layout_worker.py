@@ -33,7 +33,8 @@ from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
 from gpg_megatron.policy.shards import parameter_regions
-from gpg_megatron.types import ModelShape, StepResult, TrainBatch, TrainSample
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import StepResult, TrainBatch, TrainSample
 from tests.dist.problem import (
     LAYOUTS,
     PROBLEMS,

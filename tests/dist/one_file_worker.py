@@ -28,7 +28,8 @@ from gpg_megatron.layout.topology import hf_shapes
 from gpg_megatron.model.flops import token_costs
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.policy import Policy
-from gpg_megatron.types import Completion, ModelShape, Prompt, Reward, ScoredGroup, VersionSpan
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import Completion, Prompt, Reward, ScoredGroup, VersionSpan
 from tests.dist.one_file_problem import Rollout, config_of, rollouts
 from tests.dist.problem import plan_of
 from tests.samples import float32, int32

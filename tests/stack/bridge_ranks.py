@@ -42,13 +42,8 @@ from gpg_megatron.policy.policy import Policy  # noqa: E402
 from gpg_megatron.rollout.fleet import Fleet  # noqa: E402
 from gpg_megatron.rollout.sampling import SamplingRequest  # noqa: E402
 from gpg_megatron.rollout.spec import EngineSpec  # noqa: E402
-from gpg_megatron.types import (  # noqa: E402
-    DTYPES,
-    Completion,
-    ModelShape,
-    Prompt,
-    SamplingParams,
-)
+from gpg_megatron.shapes import ModelShape  # noqa: E402
+from gpg_megatron.types import DTYPES, Completion, Prompt, SamplingParams  # noqa: E402
 from tests.samples import int32  # noqa: E402
 
 COLLECTIVE_LIMIT_S = 300

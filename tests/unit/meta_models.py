@@ -45,7 +45,8 @@ from gpg_megatron.host.device import Device  # noqa: E402
 from gpg_megatron.policy.model import build_model, forward_arguments  # noqa: E402
 from gpg_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from gpg_megatron.policy.outputs import objective_output  # noqa: E402
-from gpg_megatron.types import ModelShape, TrainSample  # noqa: E402
+from gpg_megatron.shapes import ModelShape  # noqa: E402
+from gpg_megatron.types import TrainSample  # noqa: E402
 from tests.samples import float32, int32  # noqa: E402
 from tests.unit.meta_small import SMALL  # noqa: E402
 

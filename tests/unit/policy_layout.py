@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 PADDING = -1.0
 _HF_NAMES = (

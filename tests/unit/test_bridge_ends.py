@@ -25,7 +25,7 @@ from gpg_megatron.bridge.receiver import Receiver
 from gpg_megatron.bridge.sender import Sender, messages_of
 from gpg_megatron.bridge.transports.base import Patience
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 from tests.unit import policy_layout
 from tests.unit.engine_weights import PADDING, weights
 

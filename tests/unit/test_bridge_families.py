@@ -14,7 +14,7 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.topology import hf_shapes
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 # All different, so that no dimension can be taken for another.
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, PADDED_VOCAB = 2, 24, 40, 4, 2, 8, 50, 128

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.hf_io import check_checkpoint, index_of, load_hf
-from gpg_megatron.types import ModelShape, ParallelPosition
+from gpg_megatron.shapes import ModelShape
+from gpg_megatron.types import ParallelPosition
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 6, 8, 4, 2, 4, 300
 GROUP = HEADS // KV_HEADS

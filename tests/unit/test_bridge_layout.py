@@ -27,7 +27,7 @@ from gpg_megatron.layout.boxes import (
     replicated,
     vocab_rows,
 )
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 
 PADDING = -1
 

@@ -40,7 +40,7 @@ from gpg_megatron.bridge.plan import (
 )
 from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import Held, PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.types import ModelShape, MoEShape
+from gpg_megatron.shapes import ModelShape, MoEShape
 from tests.unit import policy_layout
 from tests.unit.engine_weights import PADDING, weights
 

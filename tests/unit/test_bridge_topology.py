@@ -27,7 +27,7 @@ from gpg_megatron.layout.topology import (
     local_shapes,
 )
 from gpg_megatron.model.layout_rules import pipeline_stages
-from gpg_megatron.types import ModelShape, MoEShape
+from gpg_megatron.shapes import ModelShape, MoEShape
 
 LAYERS = 5
 DENSE = ModelShape(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpg_megatron.host.peak import bf16_peak, peak_flops_per_s
 from gpg_megatron.model.flops import TokenCosts, token_costs
-from gpg_megatron.types import ModelShape, MoEShape
+from gpg_megatron.shapes import ModelShape, MoEShape
 
 
 def shape(moe: MoEShape | None = None) -> ModelShape:

@@ -12,7 +12,7 @@ import pytest
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.types import ModelShape, MoEShape
+from gpg_megatron.shapes import ModelShape, MoEShape
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

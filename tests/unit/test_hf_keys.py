@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.hf_keys import FAMILIES, Family, Key, Missing
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
-from gpg_megatron.types import (
+from gpg_megatron.shapes import (
     LinearScaling,
     Llama3Scaling,
     ModelShape,

@@ -14,7 +14,7 @@ from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, Rollo
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.layout_rules import check_layout
 from gpg_megatron.model.shape import padded_vocab_size
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 from tests.unit.test_hf_config import EXPERTS, SHAPE
 
 

@@ -28,7 +28,7 @@ from gpg_megatron.placement.memory import (
     micro_batches_per_update,
     policy_memory,
 )
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 from tests.unit.meta_small import SMALL, megatron_says
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from gpg_megatron.config.sections import (
     TrainerConfig,
 )
 from gpg_megatron.errors import UserError
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 from tests.unit.test_bridge_hf_io import TIED, UNTIED
 
 

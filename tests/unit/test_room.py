@@ -23,9 +23,9 @@ from gpg_megatron.config.sections import (
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import scratch_directory
 from gpg_megatron.model.shape import load_model_shape
+from gpg_megatron.shapes import ModelShape
 from gpg_megatron.start import train
 from gpg_megatron.start.room import Room, check_room, checkpoint_bytes
-from gpg_megatron.types import ModelShape
 from tests.saved_before.problem import MODEL, STEP
 from tests.saved_before.problem import config as saved_config
 from tests.tiny import make_tiny_model, write_problems

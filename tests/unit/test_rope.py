@@ -16,7 +16,7 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.model.rope import read_rope
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.policy.rope import inverse_frequencies
-from gpg_megatron.types import LinearScaling, Llama3Scaling, YarnScaling
+from gpg_megatron.shapes import LinearScaling, Llama3Scaling, YarnScaling
 
 LENGTH = 131072
 LLAMA3 = {

@@ -27,7 +27,7 @@ from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.topology import hf_shapes, policy_grid
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.types import ModelShape
+from gpg_megatron.shapes import ModelShape
 from tests.gpu.rows.publish_worker import checksum
 from tests.gpu.rows.sized import sized_policy
 from tests.gpu.rows.world import one_rank

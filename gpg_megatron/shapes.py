@@ -1,0 +1,107 @@
+"""What a model is, as its config.json states it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEShape:
+    """The experts of a mixture-of-experts model."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_size: int
+    """Intermediate size of one expert."""
+    shared_ffn_size: int
+    """Of the shared expert that every token visits; 0: there is none."""
+    renormalised: bool
+    """The weights of the chosen experts are scaled to sum to 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Those that have an MLP instead, ascending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Every rotary angle is divided by the factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """The angles of Llama 3.1 and later."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+    """Tokens, before the model was made longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071)."""
+
+    factor: float
+    original_length: int
+    """Tokens, before the model was made longer."""
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """The ends of the ramp are whole numbers."""
+    attention_factor: float
+    """Multiplies cosine and sine."""
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The architecture of a Hugging Face model, as its config.json states it."""
+
+    architecture: str
+    """The first entry of "architectures", for example "Qwen2ForCausalLM"."""
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding as the checkpoint stores it, without padding for parallelism."""
+    tied: bool
+    """The output projection is the embedding; the checkpoint has no lm_head.weight."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    """Of both projections of the MLP; output_bias: of the attention's last one."""
+    qk_norm: bool = False
+    """RMSNorm over each head of q and k (Qwen3)."""
+    window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
+    post_norms: bool = False
+    """RMSNorm of what attention and MLP give, before it is added (GLM-4)."""
+    fused_gate_up: bool = False
+    """The checkpoint has gate and up projection of the MLP in one tensor."""
+    rope_theta: float
+    rotary_dim: int | None = None
+    """Elements of each head that are rotated, the first; None: all."""
+    rotary_neighbours: bool = False
+    """An element is rotated with its neighbour; else with the one half of them further on."""
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float
+    max_position_embeddings: int
+    moe: MoEShape | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """0 for a dense model."""
+        return self.moe.num_experts if self.moe else 0
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Those with an MLP, ascending; the others have experts."""
+        return self.moe.dense_layers if self.moe else tuple(range(self.num_layers))
