@@ -26,7 +26,7 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device
 from gpg_megatron.policy.attention import flash_takes
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
-from gpg_megatron.policy.model import build_model, forward_arguments
+from gpg_megatron.policy.model import build_model
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
 from gpg_megatron.policy.optimizer import (
     adam_norm,
@@ -45,6 +45,7 @@ from gpg_megatron.policy.outputs import (
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.policy.rounding import rounded_elsewhere
+from gpg_megatron.policy.row import forward_arguments
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import (
     DTYPES,
@@ -85,6 +86,7 @@ class Policy:
         self.version = 0
         dtype = DTYPES[config.model.dtype]
         self._flash = flash_takes(device, dtype, shape.head_dim)
+        self._kernel = shape.delta.kernel if shape.delta else 0
         if device == "cuda":
             # For heads that flash does not take. cuDNN builds a graph for every new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -272,7 +274,11 @@ class Policy:
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Output]]:
             number, batch = next(batches)
             arguments = forward_arguments(
-                batch, self.device, multiple=self._row_multiple, flash=self._flash
+                batch,
+                self.device,
+                multiple=self._row_multiple,
+                flash=self._flash,
+                kernel=self._kernel,
             )
             old = anchors.old[number] if anchors.old else None
             reference = anchors.reference[number] if anchors.reference else None

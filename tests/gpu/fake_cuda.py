@@ -42,8 +42,8 @@ from gpg_megatron.config.loading import load_config  # noqa: E402
 from gpg_megatron.config.sections import GIB, Config  # noqa: E402
 from gpg_megatron.model.hub import SHAPES  # noqa: E402
 from gpg_megatron.placement.memory import micro_batches_per_update  # noqa: E402
-from gpg_megatron.policy.model import forward_arguments  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
+from gpg_megatron.policy.row import forward_arguments  # noqa: E402
 from gpg_megatron.start.dry_run import Stage, plan_run  # noqa: E402
 from gpg_megatron.types import MicroBatch, TrainSample  # noqa: E402
 from tests.samples import float32, int32  # noqa: E402

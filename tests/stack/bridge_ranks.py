@@ -100,6 +100,7 @@ class Fleets:
                 max_model_len=128,
                 max_num_seqs=16,
                 max_num_batched_tokens=8192,
+                has_states=bool(load_model_shape(job["checkpoints"][0]).delta),
                 replaces_lost=job.get("replaces_lost", False),
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,

@@ -34,6 +34,9 @@ FAMILIES: list[tuple[Family, bool]] = [
     ("glm4", False),
     ("qwen3_moe", False),
     ("qwen2_moe", True),
+    ("qwen3_5_text", True),
+    ("qwen3_5_moe_text", False),
+    ("qwen3_next", False),
 ]
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 2, 1)]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError
 from gpg_megatron.layout.hf_io import check_checkpoint
-from gpg_megatron.model.hf_keys import FAMILIES
+from gpg_megatron.model.families import FAMILIES
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.start.dry_run import plan_run
 from tests.tiny import Family, make_tiny_model
@@ -41,6 +41,9 @@ def test_the_checkpoint_of_a_family(tmp_path: Path, family: Family, tied: bool) 
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {}),  # with a window
         ("glm4", {}),
+        ("qwen3_5_text", {}),
+        ("qwen3_5_moe_text", {}),
+        ("qwen3_next", {"mlp_only_layers": [1]}),
         ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1, 2]}),
     ],
 )
