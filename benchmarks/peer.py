@@ -5,8 +5,8 @@
 All do the same work (benchmarks/peer_task.py) by turns, so that a busy machine slows all of them:
 with no group dead and with half of them dead, which TRL computes too. Medians over the steps after
 the first; memory is what all processes of a run hold at once (PSS), looked at so seldom that a core
-spends a twentieth of its time on it (the kernel walks all pages). The
-bound of a step is vLLM alone plus the update's matrix products at the rate that a large one
+spends a twentieth of its time on it (the kernel walks all pages). The bound of a step is vLLM alone
+plus the update's matrix products at the rate that a large one
 reaches here. Last line: JSON.
 """
 
