@@ -168,8 +168,13 @@ class Policy:
         self._reference = FrozenShards(self.named_shards())
 
     def learn(self, batches: Sequence[TrainBatch]) -> list[StepResult]:
-        """The optimizer steps of one rollout batch, in order; see train. Collective."""
-        return [self.train(b, a) for b, a in zip(batches, self.anchors(batches), strict=True)]
+        """The optimizer steps of one rollout batch, in order; see train. Collective. The first that
+        is held back is the last that is computed."""
+        results: list[StepResult] = []
+        for batch, anchors in zip(batches, self.anchors(batches), strict=True):
+            held = bool(results) and results[-1].is_held
+            results.append(self._held({}) if held else self.train(batch, anchors))
+        return results
 
     def anchors(self, batches: Sequence[TrainBatch]) -> list[Anchors]:
         """The log-probs that the updates of one rollout batch are held against; to be called
@@ -189,8 +194,8 @@ class Policy:
         return tuple(self.logprobs(batch.micro_batches)) if batch.micro_batches else ()
 
     def train(self, batch: TrainBatch, anchors: Anchors = NO_ANCHORS) -> StepResult:
-        """One optimizer step. Without a sample that has a gradient, or with a loss or gradient
-        that is not finite, nothing changes.
+        """One optimizer step. Without a sample that has a gradient, with a loss or gradient that
+        is not finite, or beyond target_kl nothing changes.
 
         Args:
             anchors: those of the batch, from `anchors`; GPG without a KL term needs none.
@@ -213,8 +218,10 @@ class Policy:
         result = self._result(updated=True, loss=loss, grad_norm=grad_norm, metrics=metrics)
         if result.is_bad:
             return replace(result, updated=False)
-        metrics = metrics | self._alpha_effective(batch.whole_alpha)
         a = self._algorithm
+        if a.target_kl and metrics["mismatch/kl_k3"] > a.target_kl:
+            return self._held(metrics)
+        metrics = metrics | self._alpha_effective(batch.whole_alpha)
         by_alpha = batch.whole_alpha if a.alpha_apply == "step" else 1.0
         scale_step(self._optimizer, by_alpha * (metrics["correction/ess"] if a.ess_lr else 1.0))
         lr = current_lr(self._optimizer)
@@ -295,6 +302,10 @@ class Policy:
             forward_only=forward_only,
         )
         return outputs
+
+    def _held(self, metrics: Mapping[str, float]) -> StepResult:
+        result = self._result(updated=False, loss=0.0, grad_norm=0.0, metrics=metrics)
+        return replace(result, is_held=True)
 
     def _result(
         self,
