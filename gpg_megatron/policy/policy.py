@@ -85,26 +85,25 @@ class Policy:
         self.position = _position()
         self.version = 0
         dtype = DTYPES[config.model.dtype]
-        self._flash = flash_takes(device, dtype, shape.head_dim)
-        self._kernel = shape.delta.kernel if shape.delta else 0
         if device == "cuda":
             # For heads that flash does not take. cuDNN builds a graph for every new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._ddp = build_model(
-            shape,
-            p,
-            dtype=dtype,
-            device=device,
-            temperature=config.rollout.temperature,
+            shape, p, dtype=dtype, device=device, temperature=config.rollout.temperature
         )
         self._algorithm = config.objective
         self._ddp.module.with_entropy = config.algorithm.entropy_coef > 0.0
         self._reference: FrozenShards | None = None
         megatron_config = get_model_config(self._ddp)
         self._n_local_experts = shape.num_experts // p.expert_model_parallel_size
-        self._row_multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
+        multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
         if p.context_parallel_size > 1:
-            self._row_multiple *= 2 * p.context_parallel_size
+            multiple *= 2 * p.context_parallel_size
+        self._row_form: dict[str, Any] = {
+            "multiple": multiple,
+            "flash": flash_takes(device, dtype, shape.head_dim),
+            "kernel": shape.delta.kernel if shape.delta else 0,
+        }
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
         self._optimizer = build_optimizer(p, self._ddp, dtype, device)
@@ -280,13 +279,7 @@ class Policy:
             batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Output]]:
             number, batch = next(batches)
-            arguments = forward_arguments(
-                batch,
-                self.device,
-                multiple=self._row_multiple,
-                flash=self._flash,
-                kernel=self._kernel,
-            )
+            arguments = forward_arguments(batch, self.device, **self._row_form)
             old = anchors.old[number] if anchors.old else None
             reference = anchors.reference[number] if anchors.reference else None
             return model(**arguments), partial(output, batch, old, reference)

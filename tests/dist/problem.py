@@ -129,10 +129,11 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of config.json."""
     seed: int = 14
-    """Of the weights. With experts one where every expert is chosen, and never by a hair."""
+    """Of the weights. With more experts than a token visits one where every expert is chosen, and
+    never by a hair."""
 
 
-DELTA: Mapping[str, Any] = {
+DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -290,14 +291,13 @@ PROBLEMS = (
         tied=False,
         vocab_size=131,
         head_dim=16,
-        options=DELTA | {"mlp_only_layers": [0, 1]},
+        options=DELTA | {"mlp_only_layers": [1], "num_experts": EXPERTS_PER_TOKEN},
         algorithm=from_preset("paper"),
         temperature=1.0,
         clip_grad=1000.0,
         recompute="layers",
         use_distributed_optimizer=True,
         experts=True,
-        seed=34,
     ),
 )
 _LAYOUTS_WITH_EXPERTS = {

@@ -63,7 +63,8 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
         if type(module).__name__.endswith(("RMSNorm", "RMSNormGated")):
             module.forward = partial(_rms_norm, module)
         if hasattr(module, "A_log"):
-            sys.modules[type(module).__module__].torch_chunk_gated_delta_rule = _delta_rule
+            code: Any = sys.modules[type(module).__module__]
+            code.torch_chunk_gated_delta_rule = _delta_rule
         if hasattr(module, "norm_topk_prob"):
             module.forward = partial(_route, module, margins)
     optimizer = _optimizer(model, config.policy)
@@ -122,8 +123,9 @@ def _route(
     weights, chosen = logits.softmax(-1).topk(module.top_k)
     if module.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    best = logits.detach().topk(module.top_k + 1).values
-    margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
+    if module.top_k < logits.shape[1]:
+        best = logits.detach().topk(module.top_k + 1).values
+        margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
     return logits, weights, chosen
 
 

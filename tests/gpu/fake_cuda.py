@@ -189,10 +189,10 @@ def try_rank(case: str) -> dict[str, Any]:
     assert {x.device for x in (*parameters, *(p.main_grad for p in parameters), *masters)} == {GPU}
     row = full_row(config)
     n_tokens, n_layers = len(row.input_ids_T), len(stage.layers)
-    arguments = forward_arguments(row, "cpu", multiple=policy._row_multiple, flash=policy._flash)
+    arguments = forward_arguments(row, "cpu", **policy._row_form)
     with fake:
         if stage.number:
-            hidden = -(-n_tokens // policy._row_multiple), 1, plan.shape.hidden_size
+            hidden = -(-n_tokens // policy._row_form["multiple"]), 1, plan.shape.hidden_size
             model.set_input_tensor(torch.empty(hidden, dtype=torch.bfloat16, device=GPU))
         with Held(p.data for p in parameters) as forward:
             output = model(**on_gpu(arguments))  # keeps what the backward pass needs
