@@ -58,6 +58,8 @@ class Result:
     checkpoint: int
     gap: float
     """Largest |engine - policy| log-prob over the sampled tokens."""
+    mean_gap: float
+    """Of all of them."""
     versions: list[int]
     """With which the samples were stamped."""
     sent_bytes: int
@@ -194,12 +196,14 @@ def compare(
     pairs = fleet.generate(number)
     batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
     (logprobs,) = policy.logprobs([batch])
+    gaps = (logprobs.cpu() - batch.rollout_logprobs_T[batch.loss_mask_T]).abs()
     total = torch.tensor([sent])
     dist.all_reduce(total)
     return Result(
         layout=name,
         checkpoint=number,
-        gap=(logprobs.cpu() - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item(),
+        gap=gaps.max().item(),
+        mean_gap=gaps.mean().item(),
         versions=sorted({span.version for _, c in pairs for span in c.versions}),
         sent_bytes=int(total),
         needed_bytes=needed,

@@ -329,39 +329,3 @@ def test_under_a_torchrun_of_the_users(job: Path) -> None:
         assert run.is_running() and run.ranks().keys() == {0, 1}
         run.process.kill()
         run.ends(-signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_gated_delta_nets_train_and_go_on_after_a_save(tmp_path: Path) -> None:
-    """Two steps in bf16, as an engine on a CPU has them, against one step and another after it."""
-    model = make_tiny_model(tmp_path / "model", family="qwen3_next", tied=False, sharpness=6.0)
-    write_problems(tmp_path / "train.jsonl", PROMPTS, answers=_likely_answers(model))
-    config = {
-        "data": {
-            "train_files": [str(tmp_path / "train.jsonl")],
-            "apply_chat_template": False,
-            "max_prompt_length": 8,
-        },
-        "model": {"path": str(model), "dtype": "bf16"},
-        "policy": {"tensor_model_parallel_size": 2, "lr": 1e-4, "max_tokens_per_micro_batch": 64},
-        "rollout": {
-            "n": 8,
-            "max_response_length": 1,
-            "dtype": "bf16",
-            "kv_cache_gb": 0.125,
-            "enforce_eager": True,
-        },
-        "trainer": {"train_batch_size": 8, "device": "cpu", "total_training_steps": 2},
-        "checkpoint": {"save_freq": 1},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
-    with started(tmp_path, "whole") as run:
-        run.ends(0, limit_s=START_LIMIT_S)
-        whole = run.metrics()
-    assert [row["step"] for row in whole] == [1, 2]
-    assert all(row["policy/grad_norm"] > 0 for row in whole)
-    with started(tmp_path, "cut", "trainer.total_training_steps=1") as run:
-        run.ends(0, limit_s=START_LIMIT_S)
-    with started(tmp_path, "cut") as run:
-        run.ends(0, limit_s=START_LIMIT_S)
-        assert [_timeless(row) for row in run.metrics()] == [_timeless(row) for row in whole]

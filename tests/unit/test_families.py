@@ -42,8 +42,8 @@ def test_the_checkpoint_of_a_family(tmp_path: Path, family: Family, tied: bool) 
         ("mistral", {}),  # with a window
         ("glm4", {}),
         ("qwen3_5_text", {}),
-        ("qwen3_5_moe_text", {}),
-        ("qwen3_next", {"mlp_only_layers": [1]}),
+        ("qwen3_5_moe_text", {"num_experts": 32}),
+        ("qwen3_next", {"mlp_only_layers": [1], "num_experts": 32}),
         ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1, 2]}),
     ],
 )
