@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,16 +18,21 @@ from gpg_megatron.start.dry_run import plan_run
 from tests.tiny import Family, make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
+FAMILY_NAMES = get_args(Family)
 SHORT = ("data.max_prompt_length=512", "rollout.max_response_length=512")
 
 
 def test_each_family_has_a_tiny_model(tmp_path: Path) -> None:
-    shapes = [load_model_shape(make_tiny_model(tmp_path, family=f)) for f in get_args(Family)]
+    shapes = [
+        load_model_shape(make_tiny_model(tmp_path, family=f, tied=False)) for f in FAMILY_NAMES
+    ]
     assert {shape.architecture for shape in shapes} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", get_args(Family))
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [x for x in product(FAMILY_NAMES, (True, False)) if x != ("qwen3_next", True)],
+)
 def test_the_checkpoint_of_a_family(tmp_path: Path, family: Family, tied: bool) -> None:
     """Experts are written one by one, though transformers computes with them as one tensor."""
     directory = make_tiny_model(tmp_path, family=family, tied=tied)
