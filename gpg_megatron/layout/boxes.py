@@ -133,6 +133,13 @@ def vocab_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Pi
     return _slice_rows([(names[0], 0, model.vocab_size)], shard)
 
 
+def rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Equal runs of rows."""
+    n = shard.shape[0]
+    hf = _row_box(shard.tp_rank * n, (shard.tp_rank + 1) * n, shard.shape)
+    return [Piece(names[0], hf, Box.whole(shard.shape))]
+
+
 def gated_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
     """Each rank holds [its rows of gate; its rows of up].
 

@@ -22,6 +22,7 @@ from gpg_megatron.layout.boxes import (
     gated_rows,
     qkv_rows,
     replicated,
+    rows,
     vocab_rows,
 )
 from gpg_megatron.model.shape import padded_vocab_size
@@ -43,6 +44,8 @@ class Rule:
     """Of the whole Megatron parameter: keys of dimensions()."""
     layers: Layers = "all"
     """That have one, if it is in layers."""
+    is_state: bool = False
+    """It is not trained, and always of fp32: its last bits decide."""
 
     @property
     def pattern(self) -> str:
@@ -72,6 +75,8 @@ def _row(
     dims: str,
     prefixes: tuple[str, str],
     layers: Layers = "all",
+    *,
+    is_state: bool = False,
 ) -> Rule:
     megatron_prefix, hf_prefix = prefixes
     return Rule(
@@ -80,6 +85,7 @@ def _row(
         layout,
         tuple(dims.split()),
         layers,
+        is_state,
     )
 
 
@@ -90,17 +96,26 @@ _sparse = partial(_layer, layers="sparse")
 _attention = partial(
     _row, prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.self_attn.")
 )
-_shared = partial(
-    _row,
-    prefixes=("decoder.layers.{}.mlp.shared_experts.", "model.layers.{}.mlp.shared_expert"),
-    layers="sparse",
-)
+
+
+def _shared_experts(hf: str) -> tuple[Rule, Rule]:
+    """The MLP that every token visits, by its name in a layer's Hugging Face names."""
+    prefixes = ("decoder.layers.{}.mlp.shared_experts.", f"model.layers.{{}}.mlp.{hf}.")
+    row = partial(_row, prefixes=prefixes, layers="sparse")
+    gate_and_up = "gate_proj.weight up_proj.weight"
+    return (
+        row("linear_fc1.weight", gate_and_up, gated_rows, "shared_gate_and_up hidden"),
+        row("linear_fc2.weight", "down_proj.weight", columns, "hidden shared_ffn"),
+    )
+
 
 _COMMON = (
     _once(
         "embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab_rows, "vocab hidden"
     ),
     _once("decoder.final_layernorm.weight", "model.norm.weight", replicated, "hidden"),
+)
+_ATTENTION = (
     _layer(
         "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
         "input_layernorm.weight", replicated, "hidden",
@@ -110,6 +125,22 @@ _COMMON = (
     ),
     _attention("linear_proj.weight", "o_proj.weight", columns, "hidden q"),
 )  # fmt: skip
+# Norms belong to no projection here, whatever the layer spec.
+_LATENT = (
+    _layer("input_layernorm.weight", "input_layernorm.weight", replicated, "hidden"),
+    _attention(
+        "linear_kv_down_proj.weight", "kv_a_proj_with_mqa.weight", replicated, "kv_down hidden"
+    ),
+    _attention("kv_layernorm.weight", "kv_a_layernorm.weight", replicated, "kv_rank"),
+    _attention("linear_kv_up_proj.weight", "kv_b_proj.weight", rows, "kv_up kv_rank"),
+    _attention("linear_proj.weight", "o_proj.weight", columns, "hidden values"),
+)
+_COMPRESSED_QUERY = (
+    _attention("linear_q_down_proj.weight", "q_a_proj.weight", replicated, "q_rank hidden"),
+    _attention("q_layernorm.weight", "q_a_layernorm.weight", replicated, "q_rank"),
+    _attention("linear_q_up_proj.weight", "q_b_proj.weight", rows, "q q_rank"),
+)
+_PLAIN_QUERY = (_attention("linear_q_proj.weight", "q_proj.weight", rows, "q hidden"),)
 _QKV_BIAS = (_attention("linear_qkv.bias", "q_proj.bias k_proj.bias v_proj.bias", qkv_rows, "qkv"),)
 _OUTPUT_BIAS = (_attention("linear_proj.bias", "o_proj.bias", replicated, "hidden"),)
 _QK_NORM = (
@@ -161,12 +192,18 @@ _MOE_MLP = (
     ),
 )  # fmt: skip
 _SHARED_EXPERT = (
-    _shared("gate_weight", "_gate.weight", replicated, "one hidden"),
-    _shared(
-        "linear_fc1.weight",
-        ".gate_proj.weight .up_proj.weight", gated_rows, "shared_gate_and_up hidden",
+    _sparse(
+        "mlp.shared_experts.gate_weight",
+        "mlp.shared_expert_gate.weight", replicated, "one hidden",
     ),
-    _shared("linear_fc2.weight", ".down_proj.weight", columns, "hidden shared_ffn"),
+    *_shared_experts("shared_expert"),
+)  # fmt: skip
+_SIGMOID = (
+    _sparse(
+        "mlp.router.expert_bias",
+        "mlp.gate.e_score_correction_bias", replicated, "experts", is_state=True,
+    ),
+    *_shared_experts("shared_experts"),
 )  # fmt: skip
 # Under pipeline parallelism the last stage of a tied model holds a copy of the embedding.
 _TIED_HEAD = (
@@ -180,9 +217,10 @@ def rules_of(model: ModelShape) -> tuple[Rule, ...]:
     dense = _DENSE_NORM + (_GATE_UP if model.fused_gate_up else _GATE_AND_UP) + _DOWN
     return (
         _COMMON
+        + _attention_of(model)
         + (dense if model.dense_layers else ())
         + (_MOE_MLP if model.moe else ())
-        + (_SHARED_EXPERT if model.moe and model.moe.shared_ffn_size else ())
+        + _beside_experts(model)
         + (_QKV_BIAS if model.qkv_bias else ())
         + (_OUTPUT_BIAS if model.output_bias else ())
         + (_MLP_BIAS if model.mlp_bias else ())
@@ -190,6 +228,18 @@ def rules_of(model: ModelShape) -> tuple[Rule, ...]:
         + (_POST_NORMS if model.post_norms else ())
         + (_TIED_HEAD if model.tied else _HEAD)
     )
+
+
+def _attention_of(model: ModelShape) -> tuple[Rule, ...]:
+    if model.latent is None:
+        return _ATTENTION
+    return _LATENT + (_COMPRESSED_QUERY if model.latent.q_rank else _PLAIN_QUERY)
+
+
+def _beside_experts(model: ModelShape) -> tuple[Rule, ...]:
+    if model.moe is None or not model.moe.shared_ffn_size:
+        return ()
+    return _SIGMOID if model.moe.sigmoid else _SHARED_EXPERT
 
 
 def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
@@ -204,6 +254,16 @@ def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
         "gate_and_up": 2 * model.ffn_size,
         "vocab": padded_vocab_size(model, tp_size),
     }
+    if model.latent:
+        latent = model.latent
+        plain = model.head_dim - latent.rope_dim
+        sizes |= {
+            "q_rank": latent.q_rank,
+            "kv_rank": latent.kv_rank,
+            "kv_down": latent.kv_rank + latent.rope_dim,
+            "kv_up": model.num_heads * (plain + latent.value_dim),
+            "values": model.num_heads * latent.value_dim,
+        }
     if model.moe:
         sizes |= {
             "experts": model.moe.num_experts,

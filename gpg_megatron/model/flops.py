@@ -49,9 +49,7 @@ def _sum_to(n: int) -> int:
 
 def token_costs(shape: ModelShape) -> TokenCosts:
     """The costs of a model."""
-    q_width = shape.num_heads * shape.head_dim
-    kv_width = shape.num_kv_heads * shape.head_dim
-    attention = 2 * shape.hidden_size * (q_width + kv_width)
+    attention, pair = _attention(shape)
     n_dense = len(shape.dense_layers)
     mlps = n_dense * 3 * shape.hidden_size * shape.ffn_size
     if shape.moe is not None:
@@ -62,6 +60,17 @@ def token_costs(shape: ModelShape) -> TokenCosts:
     return TokenCosts(
         per_token=per_multiply_add * (shape.num_layers * attention + mlps),
         per_loss_token=per_multiply_add * shape.hidden_size * shape.vocab_size,
-        per_pair=per_multiply_add * shape.num_layers * 2 * q_width,
+        per_pair=per_multiply_add * shape.num_layers * pair,
         window=shape.window,
     )
+
+
+def _attention(shape: ModelShape) -> tuple[int, int]:
+    """Multiply-adds of a layer's projections of a token, and of a pair of tokens."""
+    hidden, heads, d = shape.hidden_size, shape.num_heads, shape.head_dim
+    if shape.latent is None:
+        return 2 * hidden * (heads + shape.num_kv_heads) * d, 2 * heads * d
+    x = shape.latent
+    query = x.q_rank * (hidden + heads * d) if x.q_rank else hidden * heads * d
+    down, up = hidden * (x.kv_rank + x.rope_dim), x.kv_rank * heads * (d - x.rope_dim + x.value_dim)
+    return query + down + up + heads * x.value_dim * hidden, heads * (d + x.value_dim)

@@ -47,6 +47,11 @@ RARE = [
     for layout in (Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2))
     for problem in PROBLEMS
     if problem.family in ("Mistral", "Glm4") and (layout, problem) not in CASES
+] + [
+    (layout, problem)
+    for layout in (Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2, ep=2))
+    for problem in PROBLEMS
+    if problem.family in ("Glm4Moe", "DeepseekV3")
 ]
 each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=[p.name for p in PROBLEMS])
 
@@ -171,7 +176,8 @@ def test_the_reference_would_tell(folder: Path, problem: Problem) -> None:
     assert reference.logprobs.std() > 0.5
     assert reference.margin > 10 * TOLERANCE, "rounding may choose another expert"
     first, *_, last = reference.updates
-    for name, right in first.weights.items():
+    for name in first.grads:  # state stays as it is
+        right = first.weights[name]
         step = (last.weights[name] - right).abs().max() / right.abs().max()
         assert step > 50 * TOLERANCE, f"the last update hardly moves {name}"
     for update in (first, last):

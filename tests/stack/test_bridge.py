@@ -51,7 +51,7 @@ class Case:
 
     @property
     def layouts(self) -> dict[str, dict[str, int]]:
-        return DENSE | (EXPERTS if self.family.endswith("moe") else {})
+        return DENSE | (EXPERTS if self.family.endswith(("moe", "v3")) else {})
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
@@ -83,6 +83,10 @@ SLOW_CASES = (
     Case("qwen3_moe", False, 1),
     Case("qwen3_moe", False, 2),
     Case("qwen2_moe", False, 1),
+    Case("glm4_moe", False, 1),
+    Case("glm4_moe", False, 2),
+    Case("deepseek_v3", False, 1),
+    Case("deepseek_v3", False, 2),
     Case("mistral", False, 1, num_engines=2),
     Case("qwen2", True, 1, num_engines=2, transport="gloo"),
     Case("qwen2", True, 1, dtype="bf16"),

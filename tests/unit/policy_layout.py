@@ -24,9 +24,9 @@ _HF_NAMES = (
     (r"\.self_attention\.([qk])_layernorm\.", r".self_attn.\1_norm."),
     (r"\.self_attention\.linear_proj\.", ".self_attn.o_proj."),
     (r"\.self_attention\.linear_qkv\.", ".self_attn.{}_proj."),
+    (r"\.mlp\.router\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
     (r"\.mlp\.router\.", ".mlp.gate."),
     (r"\.shared_experts\.gate_weight$", ".shared_expert_gate.weight"),
-    (r"\.shared_experts\.", ".shared_expert."),
     (r"\.local_experts\.", "."),
     (r"\.linear_fc1\.", ".{}_proj."),
     (r"\.linear_fc2\.", ".down_proj."),
@@ -52,6 +52,8 @@ def _shard(
     hf_name = name
     for pattern, replacement in _HF_NAMES:
         hf_name = re.sub(pattern, replacement, hf_name)
+    if model.moe and not model.moe.sigmoid:
+        hf_name = hf_name.replace(".shared_experts.", ".shared_expert.")
     if hf_name == "lm_head.weight" and model.tied:
         hf_name = "model.embed_tokens.weight"
     if "linear_qkv" in name:
