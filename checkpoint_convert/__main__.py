@@ -104,7 +104,7 @@ def _grid(args: argparse.Namespace) -> PolicyGrid:
     for name in ("tp", "pp", "ep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; expected at least 1")
-    shape = load_model_shape(args.hf)
+    shape = load_model_shape(args.hf, may_be_fp8=True)
     policy = PolicyConfig(
         tensor_model_parallel_size=args.tp,
         pipeline_model_parallel_size=args.pp,

@@ -6,6 +6,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SigmoidRouting:
+    """Scores are sigmoids. A bias of each expert, which is not trained, is added to them where
+    experts are chosen and nowhere else (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    n_groups: int
+    """Of as many experts each. A token goes to experts of its best groups only: those with the
+    largest sums of their two best scores."""
+    chosen_groups: int
+    scale: float
+    """Multiplies the weights of the chosen experts, after they are scaled to sum to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoEShape:
     """The experts of a mixture-of-experts model."""
 
@@ -14,11 +27,31 @@ class MoEShape:
     ffn_size: int
     """Intermediate size of one expert."""
     shared_ffn_size: int
-    """Of the shared expert that every token visits; 0: there is none."""
+    """Of the shared expert that every token visits; 0: there is none. With a softmax router it has
+    a gate of its own."""
     renormalised: bool
     """The weights of the chosen experts are scaled to sum to 1."""
     dense_layers: tuple[int, ...] = ()
     """Those that have an MLP instead, ascending."""
+    sigmoid: SigmoidRouting | None = None
+    """None: scores are a softmax over the experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentShape:
+    """Attention over compressed keys and values (MLA, DeepSeek-V2, arXiv 2405.04434)."""
+
+    q_rank: int
+    """Elements that queries are compressed to; 0: they are not."""
+    kv_rank: int
+    """Elements that keys and values are compressed to."""
+    rope_dim: int
+    """Of a head's query and key the last elements, which are rotated; of the key they are the same
+    in every head."""
+    value_dim: int
+    """Elements of a head's value."""
+    score_scale: float
+    """Multiplies head_dim ** -0.5, by which scores are scaled (YaRN)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +161,10 @@ class ModelShape:
     max_position_embeddings: int
     moe: MoEShape | None = None
     delta: DeltaShape | None = None
+    latent: LatentShape | None = None
+    """None: each head, or group of heads, has keys and values of its own."""
+    extra_layers: int = 0
+    """That a checkpoint may have after the last one, to predict further tokens; passed over."""
 
     @property
     def num_experts(self) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Family = Literal[
-    "qwen2", "qwen3", "llama", "mistral", "glm4", "qwen3_moe", "qwen2_moe",
-    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+    "qwen2", "qwen3", "llama", "mistral", "glm4", "qwen3_moe", "qwen2_moe", "glm4_moe",
+    "deepseek_v3", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
 ]  # fmt: skip
 DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Every second layer of theirs has attention, the others a gated delta net."""
@@ -58,22 +58,23 @@ def make_tiny_model(
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.05,
-        **_family_options(family, hidden_size),
+        **{"num_key_value_heads": num_kv_heads} | _family_options(family, hidden_size),
     )
     model = AutoModelForCausalLM.from_config(config).float()
     centre = float(family in DELTA)  # of the norm's factor
     model.model.norm.weight.data = sharpness * (model.model.norm.weight.data + centre) - centre
     for name, parameter in model.named_parameters():
-        if family in ("llama", "glm4") and name.endswith(
-            "bias"
-        ):  # made as zeros, which hide a mix-up
+        # Made as zeros, which hide a mix-up.
+        if family in ("llama", "glm4", "glm4_moe") and name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -106,7 +107,7 @@ def make_answering_model(directory: Path) -> Path:
 def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
     """What a family's configuration needs besides the common keys."""
     options: dict[str, Any] = {}
-    if family.startswith("qwen3") or family == "glm4":
+    if family.startswith(("qwen3", "glm4")):
         options["head_dim"] = 32
     if family == "llama":
         options |= {"attention_bias": True, "mlp_bias": True}
@@ -116,10 +117,22 @@ def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
         options |= {"full_attention_interval": 2, "linear_num_key_heads": 4}
         options |= {"linear_num_value_heads": 8}
         options |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
-    if family.endswith("_moe") or family in ("qwen3_next", "qwen3_5_moe_text"):
+    if family in ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
         options |= {"moe_intermediate_size": hidden_size // 2}
         options["norm_topk_prob"] = family != "qwen2_moe"
+    if family in ("glm4_moe", "deepseek_v3"):
+        options |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+        options |= {"moe_intermediate_size": hidden_size // 2, "routed_scaling_factor": 1.5}
+    if family == "glm4_moe":
+        options |= {"attention_bias": True, "use_qk_norm": True}
+    if family == "deepseek_v3":
+        # Sizes for which vLLM's kernels on CPU are compiled.
+        options |= {"q_lora_rank": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+        options |= {"qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": None}
+        options |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        options |= {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}
+        options |= {"first_k_dense_replace": 1}
     if family == "qwen2_moe":
         options["mlp_only_layers"] = [1]
     if family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):

@@ -26,11 +26,18 @@ from gpg_megatron.bridge.plan import Destination, Route, fingerprint, make_route
 from gpg_megatron.bridge.protocol import Connection, Engines, Pending, Update
 from gpg_megatron.bridge.seats import own_seat
 from gpg_megatron.bridge.sender import Message, Sender, messages_of
+from gpg_megatron.bridge.state import StateTensors
 from gpg_megatron.bridge.transports.base import Patience, TransferError
 from gpg_megatron.config.bridge import BridgeConfig
 from gpg_megatron.errors import EngineLost, UserError
 from gpg_megatron.host.collectives import on_rank0
-from gpg_megatron.layout.topology import PolicyGrid, check_shards, held_by_policy, hf_shapes
+from gpg_megatron.layout.topology import (
+    PolicyGrid,
+    check_shards,
+    held_by_policy,
+    hf_shapes,
+    state_names,
+)
 from gpg_megatron.shapes import ModelShape
 
 T = TypeVar("T")
@@ -79,7 +86,9 @@ class WeightBridge:
         """
         shards, model, grid, rank = policy.shards, policy.model, policy.grid, policy.rank
         assert (engines is not None) == (rank == 0)
-        self._shards = shards
+        held = held_by_policy(model, grid)
+        self._state = StateTensors(state_names(model), wire_dtype)
+        self._shards = self._state.shards(shards, held)
         self._rank = rank
         self._config = config
         self._dtype = wire_dtype
@@ -91,11 +100,12 @@ class WeightBridge:
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"bridge/{run_id}", store)
         self._name = f"gpg_{run_id}_{rank}"
-        self._held = held_by_policy(model, grid)
+        self._held = self._state.held(held)
         self._hf_shapes = hf_shapes(model)
         self._limit = config.bucket_mb * 2**20 // wire_dtype.itemsize
         self._destinations: list[Sequence[Destination]] | None = None
         self._routes: list[Route] = []
+        self._widths: Mapping[str, int] = {}
         self._sender: Sender | None = None
         check_shards({n: tuple(t.shape) for n, t in shards.items()}, model, grid, rank)
         device = next(iter(shards.values())).device if shards else torch.device("cpu")
@@ -193,7 +203,9 @@ class WeightBridge:
         return self._destinations if is_first else [()] * len(wanted[0]), seats
 
     def _make_routes(self, destinations: Sequence[Sequence[Destination]]) -> None:
-        self._routes = make_routes(self._held, destinations)
+        wanted = [self._state.destinations(part) for part in destinations]
+        self._widths = self._state.widths(destinations[0])
+        self._routes = make_routes(self._held, wanted)
         digests = self._gather(fingerprint(self._routes))
         if len(set(digests)) > 1:
             raise ValueError(f"the policy ranks made different transfer plans: {digests}")
@@ -232,6 +244,7 @@ class WeightBridge:
                 routes=[[r for r in routes if r.worker == w] for w in range(n_workers)],
                 addresses=addresses,
                 dtype=str(self._dtype).removeprefix("torch."),
+                widths=self._widths,
                 bucket_elements=self._limit,
                 timeout_s=limit_s,
             )

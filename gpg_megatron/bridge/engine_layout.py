@@ -9,12 +9,14 @@ plans of engines that do not run: dry runs and benchmarks. Per worker of t:
     gate_up_proj    [rows of gate; rows of up]
     o_proj, down    columns
     embeddings      rows of a vocabulary padded to a multiple of 64
+    fused_qkv_a     [q_a; kv_a] of latent attention, whole; q_b and kv_b are rows
     experts         w13 [E, gate and up, hidden], w2 [E, hidden, ffn]; whole experts with
                     expert parallelism, otherwise cut like a dense MLP
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from gpg_megatron.layout.boxes import Box
 from gpg_megatron.shapes import ModelShape
 
 VOCAB_UNIT = 64
+LATENT = re.compile(r"\.(q|q_a|q_b|kv_a|kv_b)_proj\w*\.weight")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -111,6 +114,8 @@ def _dense(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Pla
         rows = engine.vocab_rows
         first, stop = (min(w * rows, whole[0]) for w in (worker, worker + 1))
         return _cut(name, whole, first, stop - first, of=rows)
+    if engine.model.latent is not None and (found := LATENT.search(name)):
+        return _latent(engine, name, found[1], whole, worker)
     if found := re.search(r"\.([qkv])_proj\.", name):
         d, letter = engine.model.head_dim, found[1]
         q = engine.model.num_heads * (1 + engine.model.output_gate) // tp * d
@@ -160,6 +165,20 @@ def _delta_net(engine: Engine, name: str, whole: Sequence[int], worker: int) -> 
         first += rows
 
 
+def _latent(engine: Engine, name: str, kind: str, whole: Sequence[int], worker: int) -> _Place:
+    """Of attention over compressed keys and values."""
+    assert engine.model.latent is not None
+    if kind in ("q", "q_b", "kv_b"):
+        n = whole[0] // engine.tp_size
+        return _cut(name, whole, worker * n, n)
+    q_rank = engine.model.latent.q_rank
+    if not q_rank:
+        return _cut(name, whole, 0, whole[0])
+    fused = name[: name.rindex(f"{kind}_proj")] + "fused_qkv_a_proj.weight"
+    n_kv = engine.model.latent.kv_rank + engine.model.latent.rope_dim
+    return _cut(fused, whole, 0, whole[0], at=q_rank * (kind == "kv_a"), of=q_rank + n_kv)
+
+
 def _expert(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Place | None:
     """As a dense MLP, at the expert's number; None: it is another worker's."""
     found = EXPERT.fullmatch(name)
@@ -171,7 +190,11 @@ def _expert(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Pl
         if not 0 <= number < n_experts:
             return None
         engine, worker = replace(engine, tp_size=1), 0
-    shape, hf, view = _dense(engine, name, whole, worker)
+    shape, hf, view = _one_expert(engine, f".{found[3]}_proj.weight", tuple(whole), worker)
     parameter = f"{prefix}.routed_experts.{'w2' if found[3] == 'down' else 'w13'}_weight"
     offset = number * prod(shape) + view.offset
     return (n_experts, *shape), hf, View(parameter, offset, view.shape, view.stride)
+
+
+# Experts are alike, and models have tens of thousands.
+_one_expert = functools.lru_cache(_dense)

@@ -7,6 +7,9 @@
              post-processed and freed again
 
 A staging tensor lives from the first element of its module to the last one.
+
+Latent attention also computes with products of its own: the engine splits kv_b_proj into what it
+multiplies queries and outputs by. They are made again whenever kv_b_proj is complete.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ class _Part:
     """Names, as the model spells them; a tied one has the name of its first owner."""
     loadable: Mapping[str, torch.Tensor]
     """Local name -> meta tensor in the loadable shape, with its loader. Empty unless staged."""
+    absorber: Any = None
+    """The module that has made weights of its own from this one's."""
     staging: dict[str, torch.Tensor] = field(default_factory=dict)
     """Local name -> what an update has begun to fill."""
 
@@ -57,12 +62,19 @@ class Installer:
             ValueError: the engine changed a parameter and has no way to do it again.
         """
         self._model = model
-        self._live = dict(model.named_parameters())
+        if any(getattr(m, "is_amx_bmm_enabled", False) for m in model.modules()):
+            raise ValueError(
+                "the engine's kernel for latent attention on AMX drops kv_b_proj after loading; "
+                "this model cannot be updated in place"
+            )
+        absorbers = {id(m.kv_b_proj): m for m in model.modules() if _absorbs(m)}
+        self._derived = frozenset(id(p) for m in absorbers.values() for p in own_parameters(m))
+        self._live = {n: p for n, p in model.named_parameters() if id(p) not in self._derived}
         owner = {id(parameter): name for name, parameter in self._live.items()}
         self._parts = [
-            _examine(name, module, owner)
+            _examine(name, module, owner, absorbers.get(id(module)))
             for name, module in model.named_modules()
-            if any(p is not None for p in module._parameters.values())
+            if own_parameters(module) and not _absorbs(module)
         ]
         self._staged = {
             _join(part.name, local): (part, local)
@@ -79,7 +91,7 @@ class Installer:
     def record(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> list[Destination]:
         """Where every Hugging Face element goes, in the loadable shapes; see record_loaders."""
         with self._loadable_parameters():
-            destinations = record_loaders(self._model, hf_shapes)
+            destinations = record_loaders(self._model, hf_shapes, derived=self._derived)
         expected: Counter[str] = Counter()
         for destination in destinations:
             expected[destination.view.parameter] += destination.hf.numel
@@ -160,7 +172,19 @@ class Installer:
                 module._parameters[local] = parameter
 
 
-def _examine(name: str, module: nn.Module, owner: Mapping[int, str]) -> _Part:
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Without those of modules in it."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def _absorbs(module: Any) -> bool:
+    """Whether the engine has made its weights from those of a projection."""
+    return hasattr(module, "kv_b_proj") and hasattr(module, "W_UV")
+
+
+def _examine(
+    name: str, module: nn.Module, owner: Mapping[int, str], absorber: nn.Module | None
+) -> _Part:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -176,8 +200,10 @@ def _examine(name: str, module: nn.Module, owner: Mapping[int, str]) -> _Part:
         )
     else:
         policy = "live"
+    if absorber is not None and policy == "live":
+        policy = "refresh"
     names = frozenset(owner[id(p)] for p in runtime.values())
-    return _Part(name, module, policy, names, loadable if policy == "stage" else {})
+    return _Part(name, module, policy, names, loadable if policy == "stage" else {}, absorber)
 
 
 @torch.no_grad()
@@ -233,6 +259,9 @@ def _take_effect(part: _Part) -> None:
         # Captured graphs and kernels hold on to the first tensor.
         old.data.copy_(new.data)
         module._parameters[local] = old
+    if part.absorber is not None:
+        # In place, since captured graphs hold on to these too.
+        part.absorber.process_weights_after_loading(part.absorber.W_UV.dtype)
 
 
 def _post_process(module: nn.Module) -> None:

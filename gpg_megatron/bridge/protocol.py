@@ -44,6 +44,8 @@ class Connection:
     """Of each way: sending rank -> the address of its outbox."""
     dtype: str
     """Of the elements on their way, as torch spells it."""
+    widths: Mapping[str, int]
+    """Engine parameters that arrive bit by bit -> elements on their way for each of theirs."""
     bucket_elements: int
     timeout_s: float
 

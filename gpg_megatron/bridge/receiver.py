@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -70,6 +70,7 @@ class Receiver:
         self._inboxes: dict[Way, Inbox] = {}
         self._expected: dict[Way, list[Expected]] = {}
         self._dtype = torch.float32
+        self._widths: Mapping[str, int] = {}
         self._timeout_s = 0.0
 
     def connect(self, connection: Connection, engine: int) -> None:
@@ -80,6 +81,7 @@ class Receiver:
         routes, limit = connection.routes[self._worker], connection.bucket_elements
         buckets = incoming(routes, engine, limit, cache(links.nearest))
         self._dtype = getattr(torch, connection.dtype)
+        self._widths = connection.widths
         self._timeout_s = connection.timeout_s
         self._sources = {rank: Source(rank, parts) for rank, parts in buckets.items()}
         counts = {(rank, receiver): len(parts) for rank, parts in buckets.items()}
@@ -158,7 +160,8 @@ class Receiver:
                 if verify:
                     # Some CPU kernels keep biases in fp32.
                     checksum = zlib.crc32(_bytes_of(view.to(self._dtype)), checksum)
-                self._target.wrote(move.target.parameter, move.numel)
+                name = move.target.parameter
+                self._target.wrote(name, move.numel // self._widths.get(name, 1))
         if verify and checksum != int(data[checksum_place(n_bytes) :].view(torch.int64)):
             raise TransferError(
                 f"bucket {source.n_read} of policy rank {source.rank} arrived damaged: its first "
@@ -181,7 +184,10 @@ class Receiver:
 
     def _view(self, move: Move) -> torch.Tensor:
         to = move.target
-        return self._target.target(to.parameter).as_strided(to.shape, to.stride, to.offset)
+        tensor = self._target.target(to.parameter)
+        if to.parameter in self._widths:
+            tensor = tensor.view(self._dtype)
+        return tensor.as_strided(to.shape, to.stride, to.offset)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

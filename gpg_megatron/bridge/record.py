@@ -42,13 +42,17 @@ class _CopyRecorder(TorchDispatchMode):
 
 
 def record_loaders(
-    model: torch.nn.Module, hf_shapes: Mapping[str, tuple[int, ...]]
+    model: torch.nn.Module,
+    hf_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    derived: frozenset[int] = frozenset(),
 ) -> list[Destination]:
     """Run model.load_weights dry and return where each element goes.
 
     Args:
         model: a vLLM model whose parameters have their loadable shapes.
         hf_shapes: every tensor of the checkpoint.
+        derived: the ids of parameters that the engine makes from others, and does not load.
 
     Raises:
         ValueError: a loader did something that is not a plain copy of a rectangle, or parts
@@ -56,7 +60,8 @@ def record_loaders(
     """
     tensors = {name: torch.empty(shape, device="meta") for name, shape in hf_shapes.items()}
     names = {_storage(tensor): name for name, tensor in tensors.items()}
-    parameters = {_storage(p): name for name, p in model.named_parameters() if p.numel()}
+    loaded = {name: p for name, p in model.named_parameters() if id(p) not in derived}
+    parameters = {_storage(p): name for name, p in loaded.items() if p.numel()}
     recorder = _CopyRecorder()
     with recorder, torch.no_grad():
         load: Any = model.load_weights
@@ -74,7 +79,7 @@ def record_loaders(
         result.append(Destination(name, box, _view(parameter, target)))
     filled = ((parameters.get(_storage(fill)), fill) for fill in recorder.fills)
     fills = [_view(parameter, fill) for parameter, fill in filled if parameter]
-    _check_coverage(model, [*(d.view for d in result), *fills])
+    _check_coverage(loaded, [*(d.view for d in result), *fills])
     return result
 
 
@@ -102,12 +107,12 @@ def _box_of(view: torch.Tensor, whole: torch.Tensor, name: str) -> Box:
     return box
 
 
-def _check_coverage(model: torch.nn.Module, views: Sequence[View]) -> None:
+def _check_coverage(parameters: Mapping[str, torch.nn.Parameter], views: Sequence[View]) -> None:
     """Every element of every parameter is written or filled exactly once."""
     written: dict[str, list[View]] = defaultdict(list)
     for view in views:
         written[view.parameter].append(view)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         count = sum(math.prod(view.shape) for view in written[name])
         if count != parameter.numel():
             raise ValueError(

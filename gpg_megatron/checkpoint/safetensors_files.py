@@ -25,6 +25,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
@@ -40,6 +41,15 @@ class TensorPlace:
     shape: tuple[int, ...]
     offset: int
     """Bytes of the file before its first element."""
+    scales: TensorPlace | None = None
+    """One for each block; None: the elements are numbers as they are."""
+    blocks: tuple[int, int] = (1, 1)
+    """Rows and columns of a block."""
+
+    @property
+    def kept_as(self) -> torch.dtype:
+        """The type of the numbers, unless another is wished for."""
+        return torch.bfloat16 if self.scales else self.dtype
 
     @property
     def row_bytes(self) -> int:
@@ -81,8 +91,26 @@ def read_rows(place: TensorPlace, first_row: int, out: torch.Tensor) -> None:
     rows = out if out.dtype == place.dtype else torch.empty(out.shape, dtype=place.dtype)
     with place.path.open("rb") as file:
         read_exactly(file, rows, place.offset + first_row * place.row_bytes)
+    if place.scales is not None:
+        scales = torch.empty(place.scales.shape, dtype=place.scales.dtype)
+        read_rows(place.scales, 0, scales)
+        rows = dequantised(rows, scales, place.blocks, first_row)
     if rows is not out:
         out.copy_(cast(rows, out.dtype, f"{place.path}: {place.name}"))
+
+
+def dequantised(
+    stored: torch.Tensor, scales: torch.Tensor, blocks: tuple[int, int], first_row: int
+) -> torch.Tensor:
+    """fp32 rows of a matrix.
+
+    Args:
+        stored: FP8 [rows, columns], from first_row on.
+        scales: of the whole matrix; see model/fp8.py.
+    """
+    of_row = torch.arange(first_row, first_row + len(stored)) // blocks[0]
+    of_column = torch.arange(stored.shape[1]) // blocks[1]
+    return stored.float() * scales.float()[of_row][:, of_column]
 
 
 def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

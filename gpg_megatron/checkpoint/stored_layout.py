@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpg_megatron.layout.boxes import Box, Piece, Shard, gated_rows, split_dimension
-from gpg_megatron.layout.families import Rule
+from gpg_megatron.layout.rows import Rule
 from gpg_megatron.layout.topology import Parameter, PolicyGrid, parameters
 from gpg_megatron.shapes import ModelShape
 

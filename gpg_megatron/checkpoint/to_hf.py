@@ -12,7 +12,13 @@ from pathlib import Path
 
 import torch
 
-from gpg_megatron.checkpoint.conversion import Converted, Progress, dtype_name, output_directory
+from gpg_megatron.checkpoint.conversion import (
+    Converted,
+    Progress,
+    dtype_name,
+    output_directory,
+    type_of,
+)
 from gpg_megatron.checkpoint.marker import (
     HF_FILES,
     Marker,
@@ -56,6 +62,10 @@ class Source:
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.stored.dtype.itemsize
 
+    def type_as(self, wanted: torch.dtype | None) -> torch.dtype:
+        """Of what is written; see type_of."""
+        return type_of(self.parameter.parameter.rule, self.stored.dtype, wanted)
+
     def read(self, scratch: Scratch) -> torch.Tensor:
         """All of it, of the stored type. Raises UserError."""
         tensor = scratch.tensor(self.shape, self.stored.dtype)
@@ -86,7 +96,7 @@ def megatron_to_hf(
     Args:
         megatron: a complete checkpoint, converted or from training.
         hf: new or empty directory.
-        dtype: of all tensors; None: as they are stored.
+        dtype: of all tensors but state; None: as they are stored.
         check_files: compare every file with its digest first.
 
     Raises:
@@ -94,10 +104,11 @@ def megatron_to_hf(
             left of it.
     """
     checkpoint = open_checkpoint(megatron, check_files=check_files)
-    dtypes = {p.hf_name: dtype or s.stored.dtype for s in checkpoint.sources for p in s.pieces}
+    sources = checkpoint.sources
+    dtypes = {p.hf_name: s.type_as(dtype) for s in sources for p in s.pieces}
     plan = {name: (dtypes[name], shape) for name, shape in hf_shapes(checkpoint.shape).items()}
     budget = Budget()
-    total = sum(source.n_bytes for source in checkpoint.sources)
+    total = sum(source.n_bytes for source in sources)
 
     def convert(source: Source) -> None:
         with budget.hold(source.n_bytes) as scratch:
@@ -110,9 +121,10 @@ def megatron_to_hf(
     with output_directory(hf):
         writer = ShardWriter(hf, plan, MAX_FILE_BYTES)
         with flushed(lambda: writer.files):
-            work_through(convert, checkpoint.sources)
+            work_through(convert, sources)
         copy_hf_files(megatron / HF_FILES, hf)
-        _state_dtype(hf / "config.json", set(dtypes.values()))
+        trained = {s.type_as(dtype) for s in sources if not s.parameter.parameter.rule.is_state}
+        _state_dtype(hf / "config.json", trained)
     n_bytes = sum(math.prod(shape) * kept.itemsize for kept, shape in plan.values())
     return Converted(n_bytes=n_bytes, n_tensors=len(plan))
 

@@ -24,8 +24,10 @@ from gpg_megatron.checkpoint.conversion import (
     Converted,
     Progress,
     dtype_name,
+    forget_quantisation,
     open_hf,
     output_directory,
+    type_of,
 )
 from gpg_megatron.checkpoint.marker import HF_FILES, FileStamp, Marker, stamp, write_marker
 from gpg_megatron.checkpoint.raw_io import flushed
@@ -82,7 +84,7 @@ def hf_to_megatron(
         megatron: new or empty directory.
         grid: how the files are split: as ranks of this grid would. Its tp_size decides how far
             the vocabulary is padded.
-        dtype: of all tensors; None: each keeps its own.
+        dtype: of all tensors but state; None: each keeps its own.
 
     Raises:
         UserError: bad input, a value that dtype cannot hold, or no place to write to. Nothing is
@@ -119,10 +121,12 @@ def hf_to_megatron(
         }
         write_index(megatron, index)
         copy_hf_files(hf, megatron / HF_FILES)
+        forget_quantisation(megatron / HF_FILES / "config.json")
         stamps = {name: file.stamp for name, file in files.items()}
         for name in sorted(set(relative_files(megatron)) - stamps.keys()):
             stamps[name] = stamp(megatron / name)
-        write_marker(megatron, _marker(shape, index, grid, stamps))
+        dtypes = {x.dtype for x in targets if not x.stored.parameter.rule.is_state}
+        write_marker(megatron, _marker(shape, index, dtypes, grid, stamps))
     return Converted(n_bytes=total, n_tensors=len(hf_shapes(shape)))
 
 
@@ -134,7 +138,8 @@ def _targets(
 ) -> Iterator[_Target]:
     for stored in stored_parameters(shape, grid.tp_size):
         sources = [(piece, places[piece.hf_name]) for piece in stored.pieces(shape)]
-        yield _Target(stored=stored, dtype=dtype or sources[0][1].dtype, sources=sources)
+        becomes = type_of(stored.parameter.rule, sources[0][1].kept_as, dtype)
+        yield _Target(stored=stored, dtype=becomes, sources=sources)
 
 
 def _shards(parameter: Parameter, grid: PolicyGrid, shape: ModelShape) -> Iterator[tuple[int, Box]]:
@@ -173,6 +178,7 @@ class _HashedFile(BufferedWriter):
 def _marker(
     shape: ModelShape,
     index: Mapping[str, Stored],
+    dtypes: set[torch.dtype],
     grid: PolicyGrid,
     files: Mapping[str, FileStamp],
 ) -> Marker:
@@ -181,7 +187,7 @@ def _marker(
         version=0,
         model=dataclasses.asdict(shape),
         padded_vocab_size=index["embedding.word_embeddings.weight"].shape[0],
-        dtype=dtype_name({stored.dtype for stored in index.values()}),
+        dtype=dtype_name(dtypes),
         has_optimizer=False,
         distributed_optimizer=False,
         layout={"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size, "ep": grid.ep_size},

@@ -1,231 +1,75 @@
-"""The table: one row for each kind of parameter, read in both directions.
-
-`{}` stands for the layer number, a second one for the expert's. Names of the local layer spec
-and of Transformer Engine's fused modules are both listed; they mean the same tensor.
-"""
+"""Which rows of the table (rows.py) a model has, how large they are, and one tensor of them: both
+directions go through pieces_of."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from typing import Literal
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.layout.boxes import (
-    Layout,
-    Piece,
-    Shard,
-    columns,
-    convolution_rows,
-    delta_rows,
-    gated_rows,
-    qkv_rows,
-    replicated,
-    rows,
-    vocab_rows,
+from gpg_megatron.layout.boxes import Piece, Shard
+from gpg_megatron.layout.rows import (
+    ATTENTION,
+    COMMON,
+    COMPRESSED_QUERY,
+    DELTA,
+    DELTA_FUSED,
+    DELTA_PROJECTIONS,
+    DENSE_NORM,
+    DOWN,
+    GATE_AND_UP,
+    GATE_UP,
+    HEAD,
+    LATENT,
+    MLP_BIAS,
+    MOE_MLP,
+    OUTPUT_BIAS,
+    PLAIN_QUERY,
+    POST_NORMS,
+    QK_NORM,
+    QKV_BIAS,
+    SHARED_EXPERT,
+    SIGMOID,
+    TIED_HEAD,
+    Rule,
 )
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.shapes import ModelShape
 
-Layers = Literal["all", "dense", "sparse", "attention", "delta"]
-"""dense: with an MLP; sparse: with experts; delta: with a gated delta net in attention's place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A Megatron parameter, the Hugging Face tensors it is made of, and how."""
-
-    megatron: tuple[str, ...]
-    """Patterns of the same parameter: local spec first, then Transformer Engine."""
-    hf: tuple[str, ...]
-    layout: Layout
-    dims: tuple[str, ...]
-    """Of the whole Megatron parameter: keys of dimensions()."""
-    layers: Layers = "all"
-    """That have one, if it is in layers."""
-
-    @property
-    def pattern(self) -> str:
-        """The local spec's name."""
-        return self.megatron[0]
-
-    @property
-    def per_layer(self) -> bool:
-        """Whether layers have one."""
-        return "{}" in self.pattern
-
-    @property
-    def per_expert(self) -> bool:
-        """Whether every expert of a layer has one; expert parallelism spreads them."""
-        return self.pattern.count("{}") == 2
-
-    @property
-    def at_end(self) -> bool:
-        """Whether it is on the last pipeline stage, for a parameter outside the layers."""
-        return not self.pattern.startswith("embedding.")
-
-
-def _row(
-    megatron: str,
-    hf: str,
-    layout: Layout,
-    dims: str,
-    prefixes: tuple[str, str],
-    layers: Layers = "all",
-) -> Rule:
-    megatron_prefix, hf_prefix = prefixes
-    return Rule(
-        tuple(megatron_prefix + name for name in megatron.split()),
-        tuple(hf_prefix + name for name in hf.split()),
-        layout,
-        tuple(dims.split()),
-        layers,
-    )
-
-
-_once = partial(_row, prefixes=("", ""))
-_layer = partial(_row, prefixes=("decoder.layers.{}.", "model.layers.{}."))
-_dense = partial(_layer, layers="dense")
-_sparse = partial(_layer, layers="sparse")
-_attention = partial(
-    _row,
-    prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.self_attn."),
-    layers="attention",
-)
-_delta = partial(
-    _row,
-    prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."),
-    layers="delta",
-)
-_shared = partial(
-    _row,
-    prefixes=("decoder.layers.{}.mlp.shared_experts.", "model.layers.{}.mlp.shared_expert"),
-    layers="sparse",
-)
-
-_COMMON = (
-    _once(
-        "embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab_rows, "vocab hidden"
-    ),
-    _once("decoder.final_layernorm.weight", "model.norm.weight", replicated, "hidden"),
-    _layer(
-        "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
-        "input_layernorm.weight", replicated, "hidden", layers="attention",
-    ),
-    _attention(
-        "linear_qkv.weight", "q_proj.weight k_proj.weight v_proj.weight", qkv_rows, "qkv hidden"
-    ),
-    _attention("linear_proj.weight", "o_proj.weight", columns, "hidden q"),
-)  # fmt: skip
-_QKV_BIAS = (_attention("linear_qkv.bias", "q_proj.bias k_proj.bias v_proj.bias", qkv_rows, "qkv"),)
-_OUTPUT_BIAS = (_attention("linear_proj.bias", "o_proj.bias", replicated, "hidden"),)
-_QK_NORM = (
-    _attention("q_layernorm.weight", "q_norm.weight", replicated, "head"),
-    _attention("k_layernorm.weight", "k_norm.weight", replicated, "head"),
-)
-_POST_NORMS = (
-    _layer(
-        "post_self_attn_layernorm.weight",
-        "post_self_attn_layernorm.weight", replicated, "hidden",
-    ),
-    _layer("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", replicated, "hidden"),
-)  # fmt: skip
-_DELTA_PROJECTIONS = (
-    _delta(
-        "in_proj.weight",
-        "in_proj_qkv.weight in_proj_z.weight in_proj_b.weight in_proj_a.weight",
-        delta_rows, "delta_in hidden",
-    ),
-)  # fmt: skip
-_DELTA_FUSED = (
-    _delta(
-        "in_proj.weight", "in_proj_qkvz.weight in_proj_ba.weight", delta_rows, "delta_in hidden"
-    ),
-)  # fmt: skip
-_DELTA = (
-    _layer(
-        "input_layernorm.weight", "input_layernorm.weight", replicated, "hidden", layers="delta"
-    ),
-    _delta("conv_weight", "conv1d.weight", convolution_rows, "delta_qkv one delta_kernel"),
-    _delta("dt_bias", "dt_bias", rows, "delta_heads"),
-    _delta("A_log", "A_log", rows, "delta_heads"),
-    _delta("norm_weight", "norm.weight", replicated, "delta_head"),
-    _delta("out_proj.weight", "out_proj.weight", columns, "hidden delta_values"),
-)
-_DENSE_NORM = (
-    _dense(
-        "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
-        "post_attention_layernorm.weight", replicated, "hidden",
-    ),
-)  # fmt: skip
-_GATE_AND_UP = (
-    _dense(
-        "mlp.linear_fc1.weight",
-        "mlp.gate_proj.weight mlp.up_proj.weight", gated_rows, "gate_and_up hidden",
-    ),
-)  # fmt: skip
-_GATE_UP = (
-    _dense(
-        "mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", gated_rows, "gate_and_up hidden"
-    ),
-)  # fmt: skip
-_DOWN = (_dense("mlp.linear_fc2.weight", "mlp.down_proj.weight", columns, "hidden ffn"),)
-_MLP_BIAS = (
-    _dense("mlp.linear_fc1.bias", "mlp.gate_proj.bias mlp.up_proj.bias", gated_rows, "gate_and_up"),
-    _dense("mlp.linear_fc2.bias", "mlp.down_proj.bias", replicated, "hidden"),
-)
-_MOE_MLP = (
-    _sparse(
-        "pre_mlp_layernorm.weight", "post_attention_layernorm.weight", replicated, "hidden"
-    ),
-    _sparse("mlp.router.weight", "mlp.gate.weight", replicated, "experts hidden"),
-    _sparse(
-        "mlp.experts.local_experts.{}.linear_fc1.weight mlp.experts.linear_fc1.weight{}",
-        "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
-        gated_rows, "expert_gate_and_up hidden",
-    ),
-    _sparse(
-        "mlp.experts.local_experts.{}.linear_fc2.weight mlp.experts.linear_fc2.weight{}",
-        "mlp.experts.{}.down_proj.weight", columns, "hidden expert_ffn",
-    ),
-)  # fmt: skip
-_SHARED_EXPERT = (
-    _shared("gate_weight", "_gate.weight", replicated, "one hidden"),
-    _shared(
-        "linear_fc1.weight",
-        ".gate_proj.weight .up_proj.weight", gated_rows, "shared_gate_and_up hidden",
-    ),
-    _shared("linear_fc2.weight", ".down_proj.weight", columns, "hidden shared_ffn"),
-)  # fmt: skip
-# Under pipeline parallelism the last stage of a tied model holds a copy of the embedding.
-_TIED_HEAD = (
-    _once("output_layer.weight", "model.embed_tokens.weight", vocab_rows, "vocab hidden"),
-)
-_HEAD = (_once("output_layer.weight", "lm_head.weight", vocab_rows, "vocab hidden"),)
-
 
 def rules_of(model: ModelShape) -> tuple[Rule, ...]:
     """The rows of the table that a model uses."""
-    dense = _DENSE_NORM + (_GATE_UP if model.fused_gate_up else _GATE_AND_UP) + _DOWN
+    dense = DENSE_NORM + (GATE_UP if model.fused_gate_up else GATE_AND_UP) + DOWN
     delta: tuple[Rule, ...] = ()
     if model.delta:
-        delta = _DELTA + (_DELTA_FUSED if model.delta.fused else _DELTA_PROJECTIONS)
+        delta = DELTA + (DELTA_FUSED if model.delta.fused else DELTA_PROJECTIONS)
     return (
-        _COMMON
+        COMMON
         + delta
+        + _attention_of(model)
         + (dense if model.dense_layers else ())
-        + (_MOE_MLP if model.moe else ())
-        + (_SHARED_EXPERT if model.moe and model.moe.shared_ffn_size else ())
-        + (_QKV_BIAS if model.qkv_bias else ())
-        + (_OUTPUT_BIAS if model.output_bias else ())
-        + (_MLP_BIAS if model.mlp_bias else ())
-        + (_QK_NORM if model.qk_norm else ())
-        + (_POST_NORMS if model.post_norms else ())
-        + (_TIED_HEAD if model.tied else _HEAD)
+        + (MOE_MLP if model.moe else ())
+        + _beside_experts(model)
+        + (QKV_BIAS if model.qkv_bias else ())
+        + (OUTPUT_BIAS if model.output_bias else ())
+        + (MLP_BIAS if model.mlp_bias else ())
+        + (QK_NORM if model.qk_norm else ())
+        + (POST_NORMS if model.post_norms else ())
+        + (TIED_HEAD if model.tied else HEAD)
     )
+
+
+def _attention_of(model: ModelShape) -> tuple[Rule, ...]:
+    if model.latent is None:
+        return ATTENTION
+    return LATENT + (COMPRESSED_QUERY if model.latent.q_rank else PLAIN_QUERY)
+
+
+def _beside_experts(model: ModelShape) -> tuple[Rule, ...]:
+    if model.moe is None or not model.moe.shared_ffn_size:
+        return ()
+    return SIGMOID if model.moe.sigmoid else SHARED_EXPERT
 
 
 def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
@@ -241,6 +85,16 @@ def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
         "gate_and_up": 2 * model.ffn_size,
         "vocab": padded_vocab_size(model, tp_size),
     }
+    if model.latent:
+        latent = model.latent
+        plain = model.head_dim - latent.rope_dim
+        sizes |= {
+            "q_rank": latent.q_rank,
+            "kv_rank": latent.kv_rank,
+            "kv_down": latent.kv_rank + latent.rope_dim,
+            "kv_up": model.num_heads * (plain + latent.value_dim),
+            "values": model.num_heads * latent.value_dim,
+        }
     if model.moe:
         sizes |= {
             "experts": model.moe.num_experts,

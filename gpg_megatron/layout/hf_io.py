@@ -12,6 +12,7 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.layout.boxes import Shard
 from gpg_megatron.layout.families import pieces_of
 from gpg_megatron.layout.topology import hf_shapes
+from gpg_megatron.model.fp8 import SUFFIX, scale_shape
 from gpg_megatron.model.json_file import IS_POINTER, POINTER, plain, read_object, shown
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import ParallelPosition
@@ -19,6 +20,7 @@ from gpg_megatron.types import ParallelPosition
 BUFFER = ".rotary_emb.inv_freq"
 """End of the names that old Llama checkpoints have for what follows from rope_theta."""
 FLOATS = ("F64", "F32", "F16", "BF16")
+FP8 = "F8_E4M3"
 
 
 def load_hf(
@@ -43,8 +45,13 @@ def load_hf(
                 tensor[piece.local.slices].copy_(source[piece.hf.slices])
 
 
-def check_checkpoint(directory: str | Path, model: ModelShape) -> None:
+def check_checkpoint(
+    directory: str | Path, model: ModelShape, blocks: tuple[int, int] | None = None
+) -> None:
     """Both ways: every tensor that the model needs is there, in its shape, and nothing else.
+
+    Args:
+        blocks: of scales, where tensors may be in FP8.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape or of integers; a file cannot
@@ -52,8 +59,12 @@ def check_checkpoint(directory: str | Path, model: ModelShape) -> None:
     """
     files = index_of(directory)
     expected = hf_shapes(model)
+    scaled = _scales(files, expected, blocks) if blocks else {}
+    expected |= {name + SUFFIX: shape for name, shape in scaled.items()}
+    beyond = range(model.num_layers, model.num_layers + model.extra_layers)
+    extra = tuple(f"model.layers.{layer}." for layer in beyond)
     # Some exporters of tied models write the shared matrix under both names.
-    ignored = {name for name in files if name.endswith(BUFFER)}
+    ignored = {name for name in files if name.endswith(BUFFER) or name.startswith(extra)}
     if model.tied:
         ignored.add("lm_head.weight")
     for problem, wrong in (
@@ -68,7 +79,7 @@ def check_checkpoint(directory: str | Path, model: ModelShape) -> None:
             )
     for path in sorted(set(files.values())):
         for name, (shape, dtype) in _tensors_in(path).items():
-            if name in expected and dtype not in FLOATS:
+            if name in expected and dtype not in FLOATS and not (dtype == FP8 and name in scaled):
                 raise UserError(
                     f"{path}: {name} is of type {dtype}: quantised weights are not supported"
                 )
@@ -77,6 +88,17 @@ def check_checkpoint(directory: str | Path, model: ModelShape) -> None:
                     f"{path}: {name} has shape {list(shape)}; expected {list(expected[name])} "
                     f"by config.json"
                 )
+
+
+def _scales(
+    files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], blocks: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
+    """Matrices that have scales, and the shape of these."""
+    return {
+        name: scale_shape(shape, blocks)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name + SUFFIX in files
+    }
 
 
 def index_of(directory: str | Path) -> dict[str, Path]:

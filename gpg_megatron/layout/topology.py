@@ -13,11 +13,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from gpg_megatron.config.sections import PolicyConfig
 from gpg_megatron.layout.boxes import Box, Piece, Shard, replicated, split_dimension
-from gpg_megatron.layout.families import Rule, dimensions, numberings, rules_of
+from gpg_megatron.layout.families import dimensions, numberings, rules_of
+from gpg_megatron.layout.rows import Rule
 from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.shapes import ModelShape
 
@@ -186,12 +187,28 @@ def hf_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
 
     Layer by layer, so that what belongs together in an engine also arrives together.
     """
+    return dict(_hf_shapes(model))
+
+
+@lru_cache(maxsize=4)
+def _hf_shapes(model: ModelShape) -> Mapping[str, tuple[int, ...]]:
     alone = PolicyGrid(tp_size=1, dp_size=1, pp_size=1, stage_of_layer=(0,) * model.num_layers)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, rectangles in held_by_policy(model, alone).items():
         stops = (tuple(stop for _, stop in held.hf.ranges) for held in rectangles)
         shapes[name] = tuple(max(dimension) for dimension in zip(*stops, strict=True))
     return dict(sorted(shapes.items(), key=lambda item: _place(item[0])))
+
+
+def state_names(model: ModelShape) -> frozenset[str]:
+    """The Hugging Face tensors that are not trained, and are fp32 whatever the parameters are."""
+    return frozenset(
+        hf.format(*numbers)
+        for rule in rules_of(model)
+        if rule.is_state
+        for hf in rule.hf
+        for numbers in numberings(rule, model)
+    )
 
 
 def _place(hf_name: str) -> float:

@@ -1,4 +1,5 @@
-"""Every family: those of hf_keys.py, and here those that have gated delta nets."""
+"""Every family: those of hf_keys.py and routed_families.py, and here those that have gated delta
+nets."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from gpg_megatron.model.hf_keys import (
     Family,
     Key,
 )
+from gpg_megatron.model.routed_families import ROUTED_FAMILIES
 
 
 def _size(default: int) -> Key:
@@ -59,47 +61,51 @@ _HAS = frozenset({"qk_norm", "output_gate", "centred_norms"})
 # Angles by position in an image: of text they are all the same.
 _IMAGE_ANGLES = frozenset({"mrope_section", "mrope_interleaved"})
 
-FAMILIES = ATTENTION_FAMILIES | {
-    "Qwen3NextForCausalLM": Family(
-        model_type="qwen3_next",
-        declared=_DELTA
-        | EXPERTS
-        | _SHARED_EXPERT
-        | {
-            "num_key_value_heads": _size(2),
-            "norm_topk_prob": Key(types=BOOL, default=True),
-            # The engine's code has an output layer of its own in any case.
-            "tie_word_embeddings": NO_FLAG,
-        },
-        extra=_DELTA_EXTRA,
-        has=_HAS,
-        experts=True,
-        shared_expert=True,
-        delta=True,
-        fused_delta=True,
-        rotary_part=0.25,
-    ),
-    "Qwen3_5ForCausalLM": Family(
-        model_type="qwen3_5_text",
-        declared=_DELTA,
-        extra=_DELTA_EXTRA,
-        has=_HAS,
-        delta=True,
-        rotary_part=0.25,
-        unused_angles=_IMAGE_ANGLES,
-    ),
-    "Qwen3_5MoeForCausalLM": Family(
-        model_type="qwen3_5_moe_text",
-        declared={key: row for key, row in _DELTA.items() if key != "intermediate_size"}
-        | _EVERY_LAYER
-        | _SHARED_EXPERT
-        | {"num_key_value_heads": _size(2)},
-        extra=_DELTA_EXTRA | {"norm_topk_prob": Key(types=BOOL, only=(True,))},
-        has=_HAS,
-        experts=True,
-        shared_expert=True,
-        delta=True,
-        rotary_part=0.25,
-        unused_angles=_IMAGE_ANGLES,
-    ),
-}
+FAMILIES = (
+    ATTENTION_FAMILIES
+    | ROUTED_FAMILIES
+    | {
+        "Qwen3NextForCausalLM": Family(
+            model_type="qwen3_next",
+            declared=_DELTA
+            | EXPERTS
+            | _SHARED_EXPERT
+            | {
+                "num_key_value_heads": _size(2),
+                "norm_topk_prob": Key(types=BOOL, default=True),
+                # The engine's code has an output layer of its own in any case.
+                "tie_word_embeddings": NO_FLAG,
+            },
+            extra=_DELTA_EXTRA,
+            has=_HAS,
+            experts=True,
+            shared_expert=True,
+            delta=True,
+            fused_delta=True,
+            rotary_part=0.25,
+        ),
+        "Qwen3_5ForCausalLM": Family(
+            model_type="qwen3_5_text",
+            declared=_DELTA,
+            extra=_DELTA_EXTRA,
+            has=_HAS,
+            delta=True,
+            rotary_part=0.25,
+            unused_angles=_IMAGE_ANGLES,
+        ),
+        "Qwen3_5MoeForCausalLM": Family(
+            model_type="qwen3_5_moe_text",
+            declared={key: row for key, row in _DELTA.items() if key != "intermediate_size"}
+            | _EVERY_LAYER
+            | _SHARED_EXPERT
+            | {"num_key_value_heads": _size(2)},
+            extra=_DELTA_EXTRA | {"norm_topk_prob": Key(types=BOOL, only=(True,))},
+            has=_HAS,
+            experts=True,
+            shared_expert=True,
+            delta=True,
+            rotary_part=0.25,
+            unused_angles=_IMAGE_ANGLES,
+        ),
+    }
+)

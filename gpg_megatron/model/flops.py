@@ -49,12 +49,9 @@ def _sum_to(n: int) -> int:
 
 def token_costs(shape: ModelShape) -> TokenCosts:
     """The costs of a model."""
-    q_width = shape.num_heads * shape.head_dim
-    kv_width = shape.num_kv_heads * shape.head_dim
     n_attention = shape.num_layers - len(shape.delta_layers)
-    attention = n_attention * shape.hidden_size * (
-        (2 + shape.output_gate) * q_width + 2 * kv_width
-    ) + len(shape.delta_layers) * _delta_net(shape)
+    projections, pair = _attention(shape)
+    attention = n_attention * projections + len(shape.delta_layers) * _delta_net(shape)
     n_dense = len(shape.dense_layers)
     mlps = n_dense * 3 * shape.hidden_size * shape.ffn_size
     if shape.moe is not None:
@@ -65,7 +62,7 @@ def token_costs(shape: ModelShape) -> TokenCosts:
     return TokenCosts(
         per_token=per_multiply_add * (attention + mlps),
         per_loss_token=per_multiply_add * shape.hidden_size * shape.vocab_size,
-        per_pair=per_multiply_add * n_attention * 2 * q_width,
+        per_pair=per_multiply_add * n_attention * pair,
         window=shape.window,
     )
 
@@ -79,3 +76,15 @@ def _delta_net(shape: ModelShape) -> int:
     keys, values, heads = delta.key_width, delta.value_width, delta.value_heads
     projections = shape.hidden_size * (2 * keys + 3 * values + 2 * heads)
     return projections + delta.kernel * (2 * keys + values) + 3 * values * delta.key_dim
+
+
+def _attention(shape: ModelShape) -> tuple[int, int]:
+    """Multiply-adds of a layer's projections of a token, and of a pair of tokens."""
+    hidden, heads, d = shape.hidden_size, shape.num_heads, shape.head_dim
+    if shape.latent is None:
+        queries = (2 + shape.output_gate) * heads
+        return hidden * (queries + 2 * shape.num_kv_heads) * d, 2 * heads * d
+    x = shape.latent
+    query = x.q_rank * (hidden + heads * d) if x.q_rank else hidden * heads * d
+    down, up = hidden * (x.kv_rank + x.rope_dim), x.kv_rank * heads * (d - x.rope_dim + x.value_dim)
+    return query + down + up + heads * x.value_dim * hidden, heads * (d + x.value_dim)

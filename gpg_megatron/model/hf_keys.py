@@ -28,7 +28,8 @@ class Key:
     types: tuple[type, ...]
     """Exactly these: JSON's true is no int and 4 is no float."""
     default: object = None
-    """Missing: transformers has a default, which is no model that anybody has."""
+    """Missing: transformers has a default, which is no model that anybody has; or an engine reads
+    it and transformers does not."""
     only: tuple[object, ...] = ()
     """The values with which the model computes what we compute; empty: all."""
     most: int = 0
@@ -208,8 +209,8 @@ class Family:
     slides: Callable[[int, int], bool] | None = None
     """(layer, max_window_layers) -> whether the layer has the window, where the file has no
     layer_types; None: all have."""
-    biases: Mapping[str, str] = field(default_factory=dict)
-    """Field of ModelShape -> the key that says it, for biases that a model may have."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Field of ModelShape -> the key that says it, for biases and norms that a model may have."""
     experts: bool = False
     """In every layer, or in some: decoder_sparse_step, mlp_only_layers."""
     shared_expert: bool = False
@@ -219,6 +220,12 @@ class Family:
     """With its input projections in two tensors, by key head."""
     unused_angles: frozenset[str] = frozenset()
     """Keys about the rotary angles of what is not text."""
+    routing: bool = False
+    """Experts in all layers but the first few, chosen as DeepSeek-V3 does."""
+    latent: bool = False
+    """Attention over compressed keys and values."""
+    other_types: tuple[str, ...] = ()
+    """Further model_types of the same code."""
 
 
 def _last_layers_slide(layer: int, max_window_layers: int) -> bool:
@@ -261,7 +268,7 @@ ATTENTION_FAMILIES = {
             "pretraining_tp": _free(int, NoneType, default=1),
         },
         extra=EXTRA | LLAMA_ENGINE,
-        biases={
+        flags={
             "qkv_bias": "attention_bias",
             "output_bias": "attention_bias",
             "mlp_bias": "mlp_bias",
@@ -291,7 +298,7 @@ ATTENTION_FAMILIES = {
         extra=EXTRA | {"partial_rotary_factor": FREE, "qkv_bias": FREE, "sliding_window": NULL},
         has=frozenset({"post_norms", "fused_gate_up", "rotary_neighbours"}),
         rotary_part=0.5,
-        biases={"qkv_bias": "attention_bias"},
+        flags={"qkv_bias": "attention_bias"},
     ),
     "Qwen2MoeForCausalLM": Family(
         model_type="qwen2_moe",
@@ -321,7 +328,11 @@ ATTENTION_FAMILIES = {
         },
         # The class's other name for num_experts, and the one that it writes.
         extra=EXTRA
-        | {"num_local_experts": COUNT, "qkv_bias": FREE, "shared_expert_intermediate_size": FREE},
+        | {
+            "num_local_experts": Key(types=INT, most=MAX_COUNT),
+            "qkv_bias": FREE,
+            "shared_expert_intermediate_size": FREE,
+        },
         has=frozenset({"qk_norm"}),
         experts=True,
     ),

@@ -134,6 +134,26 @@ def read_rotary_dim(raw: Mapping[str, Any], usual: float | None, head_dim: int) 
     return int(head_dim * part)
 
 
+def read_score_scale(raw: Mapping[str, Any]) -> float:
+    """What latent attention multiplies its scores by, as transformers' yarn_apply_mscale.
+
+    Raises:
+        Refusal: a kind, or a key of yarn, that the engine's latent attention reads otherwise.
+    """
+    name, rope = _rope(raw)
+    kind = _kind(rope)
+    if kind == "default":
+        return 1.0
+    if kind != "yarn":
+        raise Refusal(f"rope type {kind} with latent attention is not supported")
+    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
+        raise Refusal(f"{name}.attention_factor or truncate with latent attention is not supported")
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if bool(mscale) != bool(all_dim):
+        raise Refusal(f"{name} has only one of mscale and mscale_all_dim; expected both or none")
+    return _mscale(rope["factor"], all_dim) ** 2 if all_dim else 1.0
+
+
 def _rope(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(key, value) of what describes the rotary embedding: the older name goes first.
 

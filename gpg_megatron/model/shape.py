@@ -17,9 +17,12 @@ from typing import Any
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.delta import read_delta
 from gpg_megatron.model.families import FAMILIES
+from gpg_megatron.model.fp8 import blocks_of
 from gpg_megatron.model.hf_keys import LENGTHS, Family, Key, Missing
 from gpg_megatron.model.json_file import Refusal, plain, read_object, shown
+from gpg_megatron.model.latent import latent_head_dim, read_latent
 from gpg_megatron.model.rope import read_rope, read_rotary_dim, unread, without
+from gpg_megatron.model.routing import read_extra_layers, read_routed_experts
 from gpg_megatron.model.windows import read_window
 from gpg_megatron.shapes import ModelShape, MoEShape
 
@@ -34,17 +37,20 @@ _TYPE_WORDS: dict[type, str] = {
 }
 
 
-def load_model_shape(path: str | Path, *, need_weights: bool = True) -> ModelShape:
+def load_model_shape(
+    path: str | Path, *, need_weights: bool = True, may_be_fp8: bool = False
+) -> ModelShape:
     """The shape of the model in a Hugging Face directory.
 
     Args:
         need_weights: whether there must be *.safetensors files.
+        may_be_fp8: its weights may be in FP8 with scales of blocks, which conversion reads.
 
     Raises:
         UserError: the directory or its files are missing, or the architecture (or one of its
             options) is not supported.
     """
-    shape, _ = _resolve(path)
+    shape, _ = _resolve(path, may_be_fp8=may_be_fp8)
     if need_weights and not any(Path(path).glob("*.safetensors")):
         raise UserError(f"model.path: {path} has no *.safetensors files")
     return shape
@@ -56,14 +62,19 @@ def shape_warnings(path: str | Path) -> list[str]:
     Raises:
         UserError: it does not take it.
     """
-    _, unknown = _resolve(path)
+    _, unknown = _resolve(path, may_be_fp8=True)
     if not unknown:
         return []
     names = ", ".join(map(plain, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
     return [f"{Path(path) / 'config.json'}: unknown keys, which have no effect here: {names}"]
 
 
-def _resolve(path: str | Path) -> tuple[ModelShape, list[str]]:
+def fp8_blocks(path: str | Path) -> tuple[int, int] | None:
+    """Rows and columns of the blocks of a model in FP8; None: it is not in FP8."""
+    return blocks_of(read_object(Path(path) / "config.json").get("quantization_config"))
+
+
+def _resolve(path: str | Path, *, may_be_fp8: bool = False) -> tuple[ModelShape, list[str]]:
     """The shape, and the keys that nothing is known of. Raises UserError."""
     directory = Path(path)
     if not directory.is_dir():
@@ -75,7 +86,9 @@ def _resolve(path: str | Path) -> tuple[ModelShape, list[str]]:
         raise UserError(
             f"{directory / 'hf_quant_config.json'}: quantised weights are not supported"
         )
-    raw: Mapping[str, Any] = read_object(where)
+    raw = read_object(where)
+    if may_be_fp8 and blocks_of(raw.get("quantization_config")):
+        del raw["quantization_config"]
     try:
         architecture, family = _family_of(raw)
         known = family.declared.keys() | family.extra.keys() | LENGTHS
@@ -97,7 +110,7 @@ def _family_of(raw: Mapping[str, Any]) -> tuple[str, Family]:
             f"architecture {plain(architecture)} is not supported; known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
-    if raw.get("model_type") != family.model_type:
+    if raw.get("model_type") not in (family.model_type, *family.other_types):
         found = shown(raw["model_type"]) if "model_type" in raw else "missing"
         raise Refusal(f'model_type is {found}; expected "{family.model_type}" for {architecture}')
     return architecture, family
@@ -106,6 +119,7 @@ def _family_of(raw: Mapping[str, Any]) -> tuple[str, Family]:
 def _values(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """All keys, with the defaults of those that are absent, checked. Raises Refusal."""
     values: dict[str, Any] = {name: key.default for name, key in family.declared.items()}
+    values |= {name: Missing for name, key in family.extra.items() if key.default is Missing}
     if "num_local_experts" in family.extra and "num_local_experts" in raw:
         values["num_experts"] = raw["num_local_experts"]
     values.update(raw)
@@ -158,9 +172,12 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
     if family.model_type == "llama" and hidden % heads:
         raise Refusal(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
     head_dim = values.get("head_dim") or hidden // heads
+    latent = read_latent(raw, values) if family.latent else None
+    if latent is not None:
+        head_dim = latent_head_dim(values)
     if head_dim == 0 or head_dim % 2:
         raise Refusal(f"the size of a head is {head_dim}; rotary embeddings need an even number")
-    kv_heads = values["num_key_value_heads"] or heads
+    kv_heads = heads if latent else values["num_key_value_heads"] or heads
     if heads % kv_heads:
         default = "" if "num_key_value_heads" in raw else " (the family's default)"
         raise Refusal(
@@ -168,8 +185,9 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         )
     if not 0 < (eps := values["rms_norm_eps"]) < 1:
         raise Refusal(f"rms_norm_eps is {shown(eps)}; expected a number between 0 and 1")
-    moe = _experts(family, values) if family.experts else None
+    moe = _experts(family, values)
     dense = values["intermediate_size"] if "intermediate_size" in family.declared else None
+    rotary_dim = read_rotary_dim(raw, family.rotary_part, head_dim)
     theta, scaling = read_rope(raw, values["max_position_embeddings"])
     return ModelShape(
         architecture=architecture,
@@ -181,9 +199,9 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         head_dim=head_dim,
         vocab_size=values["vocab_size"],
         tied=values["tie_word_embeddings"],
-        rotary_dim=read_rotary_dim(raw, family.rotary_part, head_dim),
+        rotary_dim=latent.rope_dim if latent else rotary_dim,
         **dict.fromkeys(family.has, True),
-        **_biases(family, raw, values),
+        **_flags(family, raw, values),
         window=None if family.delta else read_window(family, values),
         delta=read_delta(family, values) if family.delta else None,
         rope_theta=theta,
@@ -191,20 +209,26 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         rms_norm_eps=eps,
         max_position_embeddings=values["max_position_embeddings"],
         moe=moe,
+        latent=latent,
+        extra_layers=read_extra_layers(values) if family.routing else 0,
     )
 
 
-def _biases(family: Family, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, bool]:
+def _flags(family: Family, raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, bool]:
     """Fields of ModelShape. Raises Refusal."""
-    found = {name: values[key] for name, key in family.biases.items()}
+    found = {name: values[key] for name, key in family.flags.items()}
     if found.get("output_bias") and "qkv_bias" in raw:
         # Of q, k and v the engine goes by the one, transformers by the other.
         raise Refusal("qkv_bias beside attention_bias is not supported")
     return found
 
 
-def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
-    """Raises Refusal."""
+def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape | None:
+    """None: the family has none. Raises Refusal."""
+    if family.routing:
+        return read_routed_experts(values)
+    if not family.experts:
+        return None
     number = values["num_experts"]
     if "num_local_experts" in family.extra:
         number = values.get("num_local_experts", number)

@@ -188,6 +188,9 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
     norms = (2 * item * h + FP32) if fused else ((FP32 + item) * h + FP32)
     norms *= 4 if shape.post_norms else 2
     whole = (norms + 2 * item * h + 4 * item * d) // sequence_shares(config)
+    if shape.latent is not None:
+        # Before and after their norms; keys, values and queries are counted as every head's own.
+        whole += 3 * item * (shape.latent.q_rank + shape.latent.kv_rank) // sequence_shares(config)
     kept_heads = 4.0 * heads + 3 * kv_heads
     if fused and config.policy.share_prompts:
         kept_heads = 2 * (heads + _copies_of_keys(config) * kv_heads)
@@ -257,7 +260,9 @@ def engine_memory(
         device_bytes: of its GPU; None: on CPU, where the cache has a size of its own.
     """
     t, item = config.rollout.tensor_model_parallel_size, DTYPES[config.rollout.dtype].itemsize
-    kv_heads = max(1, shape.num_kv_heads // t)
+    kept = 2 * max(1, shape.num_kv_heads // t) * shape.head_dim
+    if shape.latent is not None:  # what is compressed, on every worker
+        kept = shape.latent.kv_rank + shape.latent.rope_dim
     cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
     cache_item = 1 if cache.startswith("fp8") else item
     parameters = n_parameters * item
@@ -272,11 +277,7 @@ def engine_memory(
         parameters=parameters,
         kv_cache=kv_cache,
         # A gated delta net keeps a state for each sequence instead.
-        kv_bytes_per_token=2
-        * (shape.num_layers - len(shape.delta_layers))
-        * kv_heads
-        * shape.head_dim
-        * cache_item,
+        kv_bytes_per_token=(shape.num_layers - len(shape.delta_layers)) * kept * cache_item,
     )
 
 

@@ -26,6 +26,7 @@ from gpg_megatron.policy.attention import SegmentParams
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 from gpg_megatron.policy.modules import layer_spec
 from gpg_megatron.policy.rope import inverse_frequencies
+from gpg_megatron.policy.routing import keep_fp32, router_options
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.shapes import ModelShape, YarnScaling
 
@@ -134,6 +135,7 @@ def build_model(
     model.temperature = temperature
     model.logits_chunk_bytes = config.logits_chunk_mb * MIB
     model.to(device=device, dtype=dtype)
+    keep_fp32(model)
     # calculate_per_token_loss makes DDP sum gradients over replicas: the loss weights already
     # hold the global denominator.
     ddp_config = DistributedDataParallelConfig(
@@ -245,14 +247,7 @@ def _expert_options(shape: ModelShape, config: PolicyConfig) -> dict[str, Any]:
         "num_moe_experts": shape.moe.num_experts,
         "moe_ffn_hidden_size": shape.moe.ffn_size,
         "moe_shared_expert_intermediate_size": shape.moe.shared_ffn_size or None,
-        "moe_shared_expert_gate": shape.moe.shared_ffn_size > 0,
-        "moe_router_topk": shape.moe.experts_per_token,
-        # Softmax over the chosen experts alone is the softmax over all, scaled to sum to 1.
-        "moe_router_pre_softmax": not shape.moe.renormalised,
-        # As transformers and vLLM, the router computes in the model's type. In bf16 its fp32 option
-        # takes log-probs further from theirs: on random models with 64 experts by 0.0087 instead
-        # of 0.0074 nats, on average.
-        "moe_router_dtype": None,
+        **router_options(shape.moe),
         # The only loss is GPG's.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

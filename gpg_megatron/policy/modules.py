@@ -1,7 +1,7 @@
 """The project's own modules inside Megatron's transformer layer, and the layer spec.
 
 Megatron's local spec has a norm that refuses sequence parallelism and an attention that knows
-no packed sequences. The norm is replaced here, the attention in attention.py. Transformer
+no packed sequences. Ours are in norm.py, attention.py and latent.py. Transformer
 Engine, where present, brings its own norms and matrix products.
 """
 
@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -40,33 +39,10 @@ from megatron.core.utils import get_pg_rank
 
 from gpg_megatron.policy.attention import PackedAttention
 from gpg_megatron.policy.delta import GatedDeltaNet
+from gpg_megatron.policy.latent import LatentAttention
+from gpg_megatron.policy.norm import RMSNorm
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.shapes import ModelShape
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467): on
-    CUDA one kernel, which keeps its input in the model's type.
-
-    The product with the weight is taken after the cast back, as Hugging Face and vLLM do, but not
-    where the factor is 1 + weight.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron then sums its gradient over the tensor-parallel ranks: each saw other tokens.
-        weight.sequence_parallel = config.sequence_parallel
-        self.weight: torch.nn.Parameter = weight
-        self.eps = eps
-        self.centred = config.layernorm_zero_centered_gamma
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.centred:
-            # The product in fp32 too: 1 + weight has more digits than the model's type.
-            factor = 1.0 + self.weight.float()
-            return F.rms_norm(x.float(), x.shape[-1:], factor, self.eps).to(x.dtype)
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Attention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
@@ -138,6 +114,10 @@ def _te_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
         moe_grouped_gemm=experts,
         qk_layernorm=shape.qk_norm,
     )
+    if shape.latent is not None:
+        layer.submodules.self_attention = _latent(shape)
+        layer.submodules.input_layernorm = RMSNorm
+        return layer
     attention = layer.submodules.self_attention
     attention.module, attention.submodules.core_attention = Attention, PackedAttention
     attention.params |= {"output_bias": shape.output_bias}
@@ -150,6 +130,10 @@ def _te_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
 
 def _delta_net(shape: ModelShape) -> ModuleSpec:
     return ModuleSpec(module=GatedDeltaNet, params={"delta": shape.delta})
+
+
+def _latent(shape: ModelShape) -> ModuleSpec:
+    return ModuleSpec(module=LatentAttention, params={"shape": shape})
 
 
 def _layer_class(shape: ModelShape) -> type[TransformerLayer]:
@@ -177,32 +161,35 @@ _STORED_NORMS = (
 
 
 def _own_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
-    head_norm = RMSNorm if shape.qk_norm else IdentityOp
-    stored = _STORED_NORMS[delta : 1 if experts else 2]
+    stored = _STORED_NORMS[delta or shape.latent is not None : 1 if experts else 2]
     return ModuleSpec(
         module=_layer_class(shape),
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_delta_net(shape)
-            if delta
-            else ModuleSpec(
-                module=Attention,
-                params={
-                    "attn_mask_type": AttnMaskType.causal,
-                    "output_bias": shape.output_bias,
-                },
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
+            self_attention=_own_attention(shape, delta=delta),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=_EXPERTS if experts else _MLP,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(stored),
+        ),
+    )
+
+
+def _own_attention(shape: ModelShape, *, delta: bool) -> ModuleSpec:
+    if delta:
+        return _delta_net(shape)
+    if shape.latent is not None:
+        return _latent(shape)
+    head_norm = RMSNorm if shape.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=Attention,
+        params={"attn_mask_type": AttnMaskType.causal, "output_bias": shape.output_bias},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )

@@ -45,6 +45,7 @@ from gpg_megatron.policy.outputs import (
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.policy.rounding import rounded_elsewhere
+from gpg_megatron.policy.routing import parameters_and_state
 from gpg_megatron.policy.row import forward_arguments
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import (
@@ -120,15 +121,15 @@ class Policy:
         self._residence.load(parts)
 
     def named_shards(self) -> dict[str, torch.Tensor]:
-        """Every parameter shard of this rank under its global name (layer and expert numbers of
-        the whole model). The tensors alias the parameters: writing to them changes the model,
-        after which `weights_loaded` must be called."""
+        """Every parameter shard and router's bias of this rank under its global name (layer and
+        expert numbers of the whole model). The tensors alias the model's: writing to them changes
+        it, after which `weights_loaded` must be called."""
         model = self._ddp.module
         layers = [layer.layer_number - 1 for layer in model.decoder.layers]
         first_expert = self._n_local_experts * parallel_state.get_expert_model_parallel_rank()
         return {
-            _global_name(name, layers, first_expert): parameter.data
-            for name, parameter in model.named_parameters()
+            _global_name(name, layers, first_expert): tensor.data
+            for name, tensor in parameters_and_state(model)
         }
 
     def weights_loaded(self) -> None:
@@ -301,12 +302,7 @@ class Policy:
         return replace(result, is_held=True)
 
     def _result(
-        self,
-        *,
-        updated: bool,
-        loss: float,
-        grad_norm: float,
-        metrics: Mapping[str, float],
+        self, *, updated: bool, loss: float, grad_norm: float, metrics: Mapping[str, float]
     ) -> StepResult:
         return StepResult(
             version=self.version,

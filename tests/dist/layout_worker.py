@@ -125,7 +125,7 @@ def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> 
     logprobs = _logprobs(policy, samples, problem.share_prompts)
     verdict = Verdict(
         stored_otherwise=_stored_otherwise(policy, shape),
-        layers=sum(name.endswith("linear_qkv.weight") for name in policy.named_shards()),
+        layers=sum(name.endswith("linear_proj.weight") for name in policy.named_shards()),
         errors={"logprobs": _relative_error(logprobs, reference.logprobs)},
     )
     batches = _batches(policy, config, samples, shape)
@@ -245,8 +245,8 @@ class Comparison:
 
         Megatron clips in place, and clears gradients only when the next update begins.
         """
-        parameters = self._policy._ddp.module.parameters()
-        names = self._policy.named_shards()
+        parameters = list(self._policy._ddp.module.parameters())
+        names = list(self._policy.named_shards())[: len(parameters)]  # state comes after them
         return {name: p.main_grad for name, p in zip(names, parameters, strict=True)}
 
     def _errors(

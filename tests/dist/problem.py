@@ -142,6 +142,16 @@ DELTA: dict[str, Any] = {
     # What a head reads of a young state is nearly zero, and a norm of it would blow up rounding.
     "rms_norm_eps": 1e-2,
 }
+ROUTED = {
+    "n_routed_experts": N_EXPERTS,
+    "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.8,
+}
+"""Of DeepSeek-V3 and its kin."""
+
 PROBLEMS = (
     Problem(
         name="qwen2-tied",
@@ -299,6 +309,44 @@ PROBLEMS = (
         use_distributed_optimizer=True,
         experts=True,
     ),
+    Problem(
+        name="glm4moe-untied",
+        family="Glm4Moe",
+        tied=False,
+        vocab_size=131,
+        head_dim=8,
+        options=ROUTED | {"attention_bias": True, "use_qk_norm": True},
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        experts=True,
+        seed=66,
+    ),
+    Problem(
+        name="deepseekv3-untied",
+        family="DeepseekV3",
+        tied=False,
+        vocab_size=131,
+        head_dim=6,
+        options=ROUTED
+        | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
+        | {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 6}
+        | {"qk_nope_head_dim": 10, "v_head_dim": 12}
+        | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        rope={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 16,
+        },
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        recompute="attention",
+        experts=True,
+        seed=106,
+    ),
 )
 _LAYOUTS_WITH_EXPERTS = {
     Layout(),
@@ -323,6 +371,8 @@ def _is_solved(problem: Problem, layout: Layout) -> bool:
         return layout in (Layout(), Layout(tp=2))
     if problem.family == "Qwen3Next":
         return layout == Layout()
+    if problem.family in ("Glm4Moe", "DeepseekV3"):
+        return layout in (Layout(), Layout(tp=2), Layout(dp=2, ep=2))
     if problem.experts:
         every = layout.world_size < 4 or (layout.tp > 1 and layout.ep > 1)
         return layout in _LAYOUTS_WITH_EXPERTS and (every or problem.tied)
@@ -437,6 +487,7 @@ def make_model(problem: Problem, directory: Path) -> None:
     import torch
     import transformers
 
+    has_softmax = problem.experts and "n_routed_experts" not in problem.options
     experts = {
         "num_experts": N_EXPERTS,
         "num_experts_per_tok": EXPERTS_PER_TOKEN,
@@ -453,13 +504,17 @@ def make_model(problem: Problem, directory: Path) -> None:
         intermediate_size=96,
         num_hidden_layers=N_LAYERS,
         num_attention_heads=8,
-        num_key_value_heads=2,
         head_dim=problem.head_dim,
         max_position_embeddings=64,
         tie_word_embeddings=problem.tied,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **problem.rope},
         pad_token_id=None,
-        **{"sliding_window": None, **(experts if problem.experts else {}), **problem.options},
+        **{
+            "sliding_window": None,
+            "num_key_value_heads": 2,
+            **(experts if has_softmax else {}),
+            **problem.options,
+        },
     )
     torch.manual_seed(problem.seed)
     model = getattr(transformers, f"{problem.family}ForCausalLM")(config).float()
@@ -472,4 +527,7 @@ def make_model(problem: Problem, directory: Path) -> None:
             parameter.data *= 5.0  # values that are nearly zero teach nothing
         if name.endswith("mlp.gate.weight"):
             parameter.data *= 2.0  # experts that are nearly equal teach their router nothing
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.05)
     model.save_pretrained(directory)

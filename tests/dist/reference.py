@@ -65,7 +65,9 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
         if hasattr(module, "A_log"):
             code: Any = sys.modules[type(module).__module__]
             code.torch_chunk_gated_delta_rule = _delta_rule
-        if hasattr(module, "norm_topk_prob"):
+        if hasattr(module, "e_score_correction_bias"):
+            module.forward = partial(_route_by_sigmoid, module, margins)
+        elif hasattr(module, "norm_topk_prob"):
             module.forward = partial(_route, module, margins)
     optimizer = _optimizer(model, config.policy)
     with torch.no_grad():
@@ -129,6 +131,31 @@ def _route(
     return logits, weights, chosen
 
 
+def _route_by_sigmoid(
+    module: Any, margins: list[float], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as arXiv 2412.19437, section 2.1.2, has it; with groups their own choice is in the
+    margin too."""
+    logits = F.linear(x.flatten(0, -2), module.weight)
+    scores, n_groups = logits.sigmoid(), module.num_group
+    biased = (scores + module.e_score_correction_bias).detach()
+    groups = biased.unflatten(-1, (n_groups, -1))
+    sums = groups.topk(2).values.sum(-1)
+    kept = sums.topk(module.topk_group).indices
+    outside = torch.ones_like(sums, dtype=torch.bool).scatter(-1, kept, False)
+    biased = groups.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
+    best, chosen = biased.topk(module.top_k)
+    rest = biased.scatter(-1, chosen, -math.inf).amax(-1)
+    gaps = [(best[:, -1] - rest).min()]
+    if module.topk_group < n_groups:
+        others = sums.masked_fill(~outside, -math.inf).amax(-1)
+        gaps.append((sums.gather(-1, kept).amin(-1) - others).min())
+    margins.append(torch.stack(gaps).min().item())
+    weights = scores.gather(-1, chosen)
+    weights = weights / weights.sum(-1, keepdim=True) * module.routed_scaling_factor
+    return logits, weights, chosen
+
+
 def _optimizer(model: torch.nn.Module, config: PolicyConfig) -> torch.optim.AdamW:
     """Norms and biases do not decay, as in Megatron."""
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -155,6 +182,7 @@ def _update(
     optimizer.zero_grad()
     loss.backward()
     parameters = dict(model.named_parameters())
+    state = {n: x.clone() for n, x in model.named_buffers() if n.endswith("correction_bias")}
     alpha, in_step = _weighed(config, samples).alpha, config.algorithm.alpha_apply == "step"
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     scale = (alpha if in_step else 1.0) * _ess(model, config, samples, start)
@@ -172,7 +200,7 @@ def _update(
         loss=loss.item(),
         grad_norm=norm.item(),
         grads=_as_saved({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}),
-        weights=_as_saved({name: p.detach().clone() for name, p in parameters.items()}),
+        weights=_as_saved({name: p.detach().clone() for name, p in parameters.items()} | state),
         alpha_effective=effective,
     )
 

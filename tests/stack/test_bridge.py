@@ -57,7 +57,7 @@ class Case:
 
     @property
     def has_experts(self) -> bool:
-        return self.family.endswith("moe") or self.family == "qwen3_next"
+        return self.family.endswith(("moe", "v3")) or self.family == "qwen3_next"
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
@@ -91,6 +91,10 @@ SLOW_CASES = (
     Case("qwen2_moe", False, 1),
     # On a CPU the engine has gated delta nets in bf16 only.
     Case("qwen3_next", False, 1, dtype="bf16"),
+    Case("glm4_moe", False, 1),
+    Case("glm4_moe", False, 2),
+    Case("deepseek_v3", False, 1),
+    Case("deepseek_v3", False, 2),
     Case("mistral", False, 1, num_engines=2),
     Case("qwen2", True, 1, num_engines=2, transport="gloo"),
     Case("qwen2", True, 1, dtype="bf16"),

@@ -28,9 +28,9 @@ _HF_NAMES = (
     (r"\.self_attention\.conv_weight$", ".linear_attn.conv1d.weight"),
     (r"\.self_attention\.norm_weight$", ".linear_attn.norm.weight"),
     (r"\.self_attention\.(A_log|dt_bias|out_proj)", r".linear_attn.\1"),
+    (r"\.mlp\.router\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
     (r"\.mlp\.router\.", ".mlp.gate."),
     (r"\.shared_experts\.gate_weight$", ".shared_expert_gate.weight"),
-    (r"\.shared_experts\.", ".shared_expert."),
     (r"\.local_experts\.", "."),
     (r"\.linear_fc1\.", ".{}_proj."),
     (r"\.linear_fc2\.", ".down_proj."),
@@ -56,6 +56,8 @@ def _shard(
     hf_name = name
     for pattern, replacement in _HF_NAMES:
         hf_name = re.sub(pattern, replacement, hf_name)
+    if model.moe and not model.moe.sigmoid:
+        hf_name = hf_name.replace(".shared_experts.", ".shared_expert.")
     if hf_name == "lm_head.weight" and model.tied:
         hf_name = "model.embed_tokens.weight"
     if "linear_attn" in hf_name and not name.endswith(("norm_weight", "out_proj.weight")):

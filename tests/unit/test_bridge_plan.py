@@ -40,7 +40,7 @@ from gpg_megatron.bridge.plan import (
 )
 from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import Held, PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
+from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape, SigmoidRouting
 from tests.unit import policy_layout
 from tests.unit.engine_weights import PADDING, weights
 
@@ -124,6 +124,7 @@ def cases(draw: st.DrawFn) -> Case:
         dense_layers=tuple(
             sorted(draw(st.sets(st.sampled_from(layers))) - {draw(st.sampled_from(layers))})
         ),
+        sigmoid=draw(st.sampled_from([None, SigmoidRouting(n_groups=1, chosen_groups=1, scale=1)])),
     )
     moe = draw(st.sampled_from([None, experts]))
     key_heads = math.lcm(tp, engine_tp) * draw(st.integers(1, 2))

@@ -27,7 +27,13 @@ from gpg_megatron.layout.topology import (
     local_shapes,
 )
 from gpg_megatron.model.layout_rules import pipeline_stages
-from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
+from gpg_megatron.shapes import (
+    DeltaShape,
+    LatentShape,
+    ModelShape,
+    MoEShape,
+    SigmoidRouting,
+)
 
 LAYERS = 5
 DENSE = ModelShape(
@@ -69,6 +75,31 @@ MODELS = {
         architecture="Qwen3MoeForCausalLM",
         qk_norm=True,
         moe=replace(EXPERTS, dense_layers=(1, 4)),
+    ),
+    "sigmoid": replace(
+        DENSE,
+        architecture="Glm4MoeForCausalLM",
+        qkv_bias=True,
+        qk_norm=True,
+        moe=replace(
+            EXPERTS,
+            shared_ffn_size=24,
+            dense_layers=(0, 1),
+            sigmoid=SigmoidRouting(n_groups=1, chosen_groups=1, scale=1.0),
+        ),
+    ),
+    "latent": replace(
+        DENSE,
+        architecture="DeepseekV3ForCausalLM",
+        num_kv_heads=4,
+        rotary_dim=4,
+        latent=LatentShape(q_rank=20, kv_rank=12, rope_dim=4, value_dim=6, score_scale=1.0),
+        moe=replace(
+            EXPERTS,
+            shared_ffn_size=12,
+            dense_layers=(0,),
+            sigmoid=SigmoidRouting(n_groups=1, chosen_groups=1, scale=1.0),
+        ),
     ),
     "all_biases": replace(DENSE, qkv_bias=True, output_bias=True, mlp_bias=True),
     "post_norms": replace(
@@ -301,8 +332,16 @@ def written_by_transformers(model: ModelShape, directory: Path) -> Mapping[str, 
 
     family = model.architecture.removesuffix("ForCausalLM")
     options: dict[str, Any] = {"pad_token_id": None}
-    if family in ("Llama", "Glm4"):
+    if family in ("Llama", "Glm4", "Glm4Moe"):
         options["attention_bias"], options["mlp_bias"] = model.qkv_bias, model.mlp_bias
+    if model.latent:
+        options |= {
+            "q_lora_rank": model.latent.q_rank,
+            "kv_lora_rank": model.latent.kv_rank,
+            "qk_rope_head_dim": model.latent.rope_dim,
+            "qk_nope_head_dim": model.head_dim - model.latent.rope_dim,
+            "v_head_dim": model.latent.value_dim,
+        }
     if model.moe:
         options |= {
             "num_experts": model.moe.num_experts,
@@ -310,7 +349,14 @@ def written_by_transformers(model: ModelShape, directory: Path) -> Mapping[str, 
             "decoder_sparse_step": 1,
             "mlp_only_layers": list(model.moe.dense_layers),
         }
-        if model.moe.shared_ffn_size:
+        if model.moe.sigmoid:
+            options |= {
+                "n_routed_experts": options.pop("num_experts"),
+                "n_shared_experts": model.moe.shared_ffn_size // model.moe.ffn_size,
+                "first_k_dense_replace": len(model.moe.dense_layers),
+                "use_qk_norm": model.qk_norm,
+            }
+        elif model.moe.shared_ffn_size:
             options["shared_expert_intermediate_size"] = model.moe.shared_ffn_size
     if delta := model.delta:
         types = ["full_attention", "linear_attention"]

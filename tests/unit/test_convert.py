@@ -22,7 +22,9 @@ from gpg_megatron.checkpoint.store import relative_files
 from gpg_megatron.checkpoint.to_hf import megatron_to_hf
 from gpg_megatron.checkpoint.to_megatron import hf_to_megatron
 from gpg_megatron.checkpoint.torch_dist import read_index
+from gpg_megatron.errors import UserError
 from gpg_megatron.layout.topology import PolicyGrid
+from gpg_megatron.model.shape import load_model_shape
 from tests.tiny import Family, make_tiny_model
 
 FAMILIES: list[tuple[Family, bool]] = [
@@ -37,6 +39,8 @@ FAMILIES: list[tuple[Family, bool]] = [
     ("qwen3_5_text", True),
     ("qwen3_5_moe_text", False),
     ("qwen3_next", False),
+    ("glm4_moe", False),
+    ("deepseek_v3", False),
 ]
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 2, 1)]
 
@@ -81,7 +85,7 @@ def test_there_and_back_gives_the_same_bytes(
 ) -> None:
     tp, pp, ep = layout
     source = models[key]
-    has_experts = "moe" in key[0] or key[0] == "qwen3_next"
+    has_experts = key[0].endswith(("moe", "v3", "moe_text", "next"))
     hf_to_megatron(source, tmp_path / "m", grid=grid(tp, pp, ep if has_experts else 1))
     megatron_to_hf(tmp_path / "m", tmp_path / "h")
     right, found = tensors(source), tensors(tmp_path / "h")
@@ -133,6 +137,49 @@ def changed(model: Path, directory: Path, **added: torch.Tensor) -> Path:
     copy = copy_of(model, directory)
     save_file(tensors(model) | added, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
+
+
+def test_block_fp8_becomes_numbers(
+    models: dict[tuple[Family, bool], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As DeepSeek-V3 is published: matrices in FP8 with a scale for each block, here of 48 rows and
+    40 columns, which divide no matrix; a router, its bias and a layer of further tokens."""
+    source, fp8 = (
+        models["deepseek_v3", False],
+        copy_of(models["deepseek_v3", False], tmp_path / "q"),
+    )
+    rows, columns = 48, 40
+    right = tensors(source)
+    stored: dict[str, torch.Tensor] = {}
+    for name, value in right.items():
+        if value.dim() < 2 or "embed" in name or "head" in name or ".mlp.gate." in name:
+            stored[name] = value
+            continue
+        scales = torch.rand(-(-len(value) // rows), -(-value.shape[1] // columns)) + 0.5
+        wide = scales.repeat_interleave(rows, 0)[: len(value)]
+        wide = wide.repeat_interleave(columns, 1)[:, : value.shape[1]]
+        stored[name] = (value / wide).to(torch.float8_e4m3fn)
+        stored[name + "_scale_inv"] = scales
+        right[name] = (stored[name].float() * wide).bfloat16().float()
+    stored["model.layers.4.mlp.down_proj.weight"] = torch.ones(3, 3)
+    save_file(stored, fp8 / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [rows, columns],
+    }  # fmt: skip
+    (fp8 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantised weights"):
+        load_model_shape(fp8)
+    to, back = str(tmp_path / "m"), str(tmp_path / "h")
+    assert main(["hf-to-megatron", "--hf", str(fp8), "--megatron", to, "--tp", "2"]) == 0
+    assert main(["megatron-to-hf", "--megatron", to, "--hf", back]) == 0
+    found = tensors(tmp_path / "h")
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        assert torch.equal(found[name].float(), value), name
+    assert "quantization_config" not in json.loads((tmp_path / "h" / "config.json").read_text())
+    load_model_shape(tmp_path / "h")
+    assert all(compare(fp8, tmp_path / "m").values())
 
 
 def test_a_value_that_the_type_cannot_hold(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpg_megatron.host.peak import bf16_peak, peak_flops_per_s
 from gpg_megatron.model.flops import TokenCosts, token_costs
-from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
+from gpg_megatron.shapes import DeltaShape, LatentShape, ModelShape, MoEShape
 
 
 def shape(moe: MoEShape | None = None) -> ModelShape:
@@ -67,6 +67,18 @@ def test_gated_delta_nets_and_a_gate_of_attention() -> None:
     # 64 elements of all queries and of all keys, 256 of all values
     net = 576 * (64 + 64 + 256 + 256 + 8 + 8) + 256 * 576 + 4 * (64 + 64 + 256) + 3 * 8 * 16 * 32
     assert plain.per_token - found.per_token == 6 * 3 * (attention - net)
+
+
+def test_latent_attention() -> None:
+    """q: 576 -> 20 -> 9 * 64; k and v: 576 -> 12 and 8 of the key, 12 -> 9 * (56 + 32); out."""
+    latent = LatentShape(q_rank=20, kv_rank=12, rope_dim=8, value_dim=32, score_scale=1.0)
+    costs = token_costs(replace(shape(), num_kv_heads=9, latent=latent))
+    grouped = 576 * 64 * (9 + 3) * 2
+    own = 576 * 20 + 20 * 9 * 64 + 576 * (12 + 8) + 12 * 9 * (56 + 32) + 9 * 32 * 576
+    assert costs.per_token - token_costs(shape()).per_token == 6 * 30 * (own - grouped)
+    assert costs.per_pair == 6 * 30 * 9 * (64 + 32)
+    plain = token_costs(replace(shape(), num_kv_heads=9, latent=replace(latent, q_rank=0)))
+    assert plain.per_token - costs.per_token == 6 * 30 * (576 * 9 * 64 - 20 * (576 + 9 * 64))
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.none() | st.integers(1, 12))

@@ -12,7 +12,7 @@ import pytest
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.families import FAMILIES
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
-from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
+from gpg_megatron.shapes import DeltaShape, LatentShape, ModelShape, MoEShape, SigmoidRouting
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -67,6 +67,22 @@ NETS = DeltaShape(
 HYBRID = {"qk_norm": True, "output_gate": True, "centred_norms": True, "rotary_dim": 4} | {
     "delta": NETS
 }
+ROUTED_KEYS = {
+    "n_routed_experts": 12,
+    "n_shared_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+    "n_group": 3,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+ROUTED = dataclasses.replace(
+    EXPERTS,
+    shared_ffn_size=72,
+    dense_layers=(0,),
+    sigmoid=SigmoidRouting(n_groups=3, chosen_groups=1, scale=1.5),
+)
 FLAGS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
@@ -94,6 +110,17 @@ FLAGS: dict[str, dict[str, Any]] = {
     "Qwen3_5ForCausalLM": HYBRID,
     "Qwen3_5MoeForCausalLM": HYBRID
     | {"ffn_size": 24, "moe": dataclasses.replace(EXPERTS, shared_ffn_size=72)},
+    "Glm4MoeForCausalLM": {"qk_norm": True, "rotary_dim": 8, "moe": ROUTED, "extra_layers": 1},
+    "DeepseekV3ForCausalLM": {
+        "qk_norm": False,
+        "num_kv_heads": 4,
+        "head_dim": 24,
+        "rotary_dim": 8,
+        "rotary_neighbours": True,
+        "latent": LatentShape(q_rank=20, kv_rank=12, rope_dim=8, value_dim=14, score_scale=1.0),
+        "moe": ROUTED,
+        "extra_layers": 1,
+    },
 }
 # What a family's configuration has besides the common keys.
 OWN_KEYS: dict[str, dict[str, Any]] = {
@@ -103,6 +130,19 @@ OWN_KEYS: dict[str, dict[str, Any]] = {
     "Qwen3NextForCausalLM": HYBRID_KEYS | EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
     "Qwen3_5ForCausalLM": HYBRID_KEYS,
     "Qwen3_5MoeForCausalLM": HYBRID_KEYS | EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
+    "Glm4MoeForCausalLM": ROUTED_KEYS | {"use_qk_norm": True},
+    "DeepseekV3ForCausalLM": ROUTED_KEYS
+    | {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 14,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
 }
 
 
@@ -123,6 +163,8 @@ SOME_LAYERS = (
     "a sliding window in some layers only (use_sliding_window, max_window_layers, layer_types)"
 )
 QWEN3_5, QWEN3_NEXT = of_family("Qwen3_5ForCausalLM"), of_family("Qwen3NextForCausalLM")
+DEEPSEEK = of_family("DeepseekV3ForCausalLM")
+GLM4_MOE = of_family("Glm4MoeForCausalLM")
 QWEN2_MOE, QWEN3_MOE = of_family("Qwen2MoeForCausalLM"), of_family("Qwen3MoeForCausalLM")
 
 
@@ -165,14 +207,12 @@ def test_what_transformers_writes(tmp_path: Path, architecture: Any, tied: Any) 
         hidden_size=48,
         intermediate_size=80,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
         vocab_size=500,
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         rms_norm_eps=1e-6,
         max_position_embeddings=4096,
-        **OWN_KEYS.get(architecture, {}),
+        **{"num_key_value_heads": 2, "head_dim": 16} | OWN_KEYS.get(architecture, {}),
     )
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
@@ -375,6 +415,85 @@ def test_heads_of_gated_delta_nets_that_cannot_be(tmp_path: Path) -> None:
 def test_layers_without_experts_that_cannot_be(tmp_path: Path, change: Any, words: Any) -> None:
     raw = {key: value for key, value in (QWEN3_MOE | change).items() if value is not ...}
     assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"first_k_dense_replace": 3}, "first_k_dense_replace is 3; expected 0 to 2"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0; expected a number above 0"),
+        (
+            {"n_group": 12},
+            "n_group 12 does not divide n_routed_experts 12 into groups of 2 or more",
+        ),
+        (
+            {"topk_group": 4},
+            "topk_group is 4; expected at most n_group 3, and groups with at least "
+            "num_experts_per_tok 2 experts",
+        ),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok 1 is not supported"),
+        (
+            {"num_experts_per_tok": 3},
+            "num_experts_per_tok other than 2 * topk_group is not supported",
+        ),
+        ({"norm_topk_prob": False}, "norm_topk_prob other than true is not supported"),
+        ({"num_nextn_predict_layers": -1}, "num_mtp_layers is -1; expected 0 to 10000"),
+        ({"head_dim": ...}, "key 'head_dim' is missing"),
+    ],
+)
+def test_routing_that_cannot_be(tmp_path: Path, change: Any, words: Any) -> None:
+    raw = {key: value for key, value in (GLM4_MOE | change).items() if value is not ...}
+    assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: {words}"
+
+
+YARN: dict[str, Any] = {
+    "type": "yarn",
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2; expected 4, those of q"),
+        (
+            {"v_head_dim": 25},
+            "v_head_dim is 25; expected at most qk_nope_head_dim + qk_rope_head_dim = 24",
+        ),
+        ({"head_dim": 16}, "head_dim is 16; expected 8, what rotates"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; rotary embeddings need an even number"),
+        ({"scoring_func": ...}, "key 'scoring_func' is missing"),
+        ({"topk_method": "greedy"}, "topk_method other than noaux_tc is not supported"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps other than 1e-06 is not supported"),
+        ({"topk_group": None}, "topk_group is null; expected a whole number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope type linear with latent attention is not supported",
+        ),
+        (
+            {"rope_scaling": {**YARN, "mscale_all_dim": None}},
+            "rope_scaling has only one of mscale and mscale_all_dim; expected both or none",
+        ),
+        (
+            {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+            "rope_scaling.attention_factor or truncate with latent attention is not supported",
+        ),
+    ],
+)
+def test_latent_attention_that_cannot_be(tmp_path: Path, change: Any, words: Any) -> None:
+    raw = {key: value for key, value in (DEEPSEEK | change).items() if value is not ...}
+    assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: {words}"
+
+
+def test_the_scores_of_latent_attention_are_scaled_by_yarn(tmp_path: Path) -> None:
+    """(0.1 ln 40 + 1) ** 2, and Kimi's name for the same model."""
+    raw = DEEPSEEK | {"rope_scaling": YARN, "q_lora_rank": None, "model_type": "kimi_k2"}
+    shape = load_model_shape(write(tmp_path, raw))
+    assert shape.latent is not None and shape.latent.q_rank == 0
+    assert shape.latent.score_scale == pytest.approx(1.8738, abs=1e-4)
 
 
 def test_mistral_slides_unless_told_not_to(tmp_path: Path) -> None:

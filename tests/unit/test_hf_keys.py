@@ -20,11 +20,13 @@ from gpg_megatron.model.hf_keys import Family, Key, Missing
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
 from gpg_megatron.shapes import (
     DeltaShape,
+    LatentShape,
     LinearScaling,
     Llama3Scaling,
     ModelShape,
     MoEShape,
     RopeScaling,
+    SigmoidRouting,
     YarnScaling,
 )
 
@@ -38,6 +40,29 @@ HEAD = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096,
 }
+ROUTED = {
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rms_norm_eps": 1e-6,
+    "head_dim": 8,
+}
 MOE = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ARCHITECTURES = pytest.mark.parametrize("architecture", FAMILIES)
 
@@ -45,9 +70,13 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", FAMILIES)
 def base(architecture: str) -> dict[str, Any]:
     """A config.json of a family with what it must have."""
     family = FAMILIES[architecture]
-    raw = HEAD | {"architectures": [architecture], "model_type": family.model_type}
+    raw: dict[str, Any] = HEAD | {"architectures": [architecture], "model_type": family.model_type}
     if family.experts:
         raw |= MOE
+    if family.routing:
+        raw |= ROUTED
+    if family.latent:
+        raw |= LATENT
     if family.shared_expert:
         raw["shared_expert_intermediate_size"] = 72
     if family.delta:
@@ -82,6 +111,8 @@ def theirs(directory: Path) -> Any:
 
 def as_shape(config: Any, architecture: str) -> ModelShape:
     """transformers' object, as its model's code reads it."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
+
     family = FAMILIES[architecture]
     moe = None
     if family.experts:
@@ -98,10 +129,39 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
                 and (i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step)
             ),
         )
+    if family.routing:
+        moe = MoEShape(
+            num_experts=config.n_routed_experts,
+            experts_per_token=config.num_experts_per_tok,
+            ffn_size=config.moe_intermediate_size,
+            shared_ffn_size=config.n_shared_experts * config.moe_intermediate_size,
+            renormalised=config.norm_topk_prob,
+            dense_layers=tuple(range(config.first_k_dense_replace)),
+            sigmoid=SigmoidRouting(
+                n_groups=config.n_group,
+                chosen_groups=config.topk_group,
+                scale=config.routed_scaling_factor,
+            ),
+        )
+    glm_moe = family.model_type == "glm4_moe"
     llama, glm = family.model_type == "llama", family.model_type == "glm4"
-    qkv_bias = config.attention_bias if llama or glm else family.model_type.startswith("qwen2")
+    says_bias = llama or glm or glm_moe
+    qkv_bias = config.attention_bias if says_bias else family.model_type.startswith("qwen2")
     quotient = config.hidden_size // config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or quotient
+    rotary_dim = None
+    if family.rotary_part:
+        rotary_dim = int(head_dim * config.rope_parameters["partial_rotary_factor"])
+    latent = None
+    if family.latent:
+        head_dim, rotary_dim = config.qk_head_dim, config.qk_rope_head_dim
+        latent = LatentShape(
+            q_rank=config.q_lora_rank or 0,
+            kv_rank=config.kv_lora_rank,
+            rope_dim=config.qk_rope_head_dim,
+            value_dim=config.v_head_dim,
+            score_scale=yarn_apply_mscale(config.rope_parameters, 1.0),
+        )
     return ModelShape(
         architecture=config.architectures[0],
         num_layers=config.num_hidden_layers,
@@ -119,13 +179,11 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         qkv_bias=qkv_bias,
         output_bias=llama and config.attention_bias,
         mlp_bias=llama and config.mlp_bias,
-        qk_norm=family.model_type.startswith("qwen3"),
+        qk_norm=family.model_type.startswith("qwen3") or (glm_moe and config.use_qk_norm),
         post_norms=glm,
         fused_gate_up=glm,
-        rotary_neighbours=glm,
-        rotary_dim=int(head_dim * config.rope_parameters["partial_rotary_factor"])
-        if family.rotary_part
-        else None,
+        rotary_neighbours=glm or family.latent,
+        rotary_dim=rotary_dim,
         output_gate=family.delta,
         centred_norms=family.delta,
         delta=as_delta(config, architecture) if family.delta else None,
@@ -135,6 +193,8 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,
         moe=moe,
+        latent=latent,
+        extra_layers=config.num_mtp_layers if family.routing else 0,
     )
 
 
@@ -258,19 +318,33 @@ GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
         "": [["full_attention"] * 3, ["full_attention", "attention", "full_attention"]],
     },
     "linear_num_key_heads": {DELTA: [1, 8], "": []},
-    "num_key_value_heads": {"qwen2 qwen3 llama": [1, 2, 4, None], "": [1, 2, 4]},
-    "head_dim": {f"qwen3 glm4 {DELTA}": [16, 32], "": [16, 32, None]},
-    "partial_rotary_factor": {f"glm4 {DELTA}": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
+    "num_key_value_heads": {
+        "qwen2 qwen3 llama": [1, 2, 4, None],
+        "deepseek_v3": [None],
+        "": [1, 2, 4],
+    },
+    "head_dim": {
+        f"qwen3 glm4 glm4_moe {DELTA}": [16, 32],
+        "deepseek_v3": [8],
+        "": [16, 32, None],
+    },
+    "partial_rotary_factor": {f"glm4 glm4_moe {DELTA}": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
     "attention_bias": {
         "qwen2 qwen2_moe": [True, False, None],
-        "llama glm4": [True, False],
+        "llama glm4 glm4_moe": [True, False],
         "": [False],
     },
     "mlp_bias": {"llama": [True, False], "": [False]},
     "qkv_bias": {"qwen2_moe": [True], f"llama mistral {DELTA}": [False], "": [True, False]},
     "use_sliding_window": {"": [False]},
-    "sliding_window": {f"llama mistral glm4 {DELTA}": [None], "": [None, 64, 0]},
+    "sliding_window": {
+        f"llama mistral glm4 glm4_moe deepseek_v3 {DELTA}": [None],
+        "": [None, 64, 0],
+    },
     "max_window_layers": {"": [0, 2, 28]},
+    "use_qk_norm": {"glm4_moe": [True, False], "": [False]},
+    "rms_norm_eps": {"deepseek_v3": [1e-6], "": [1e-5, 1e-6]},
+    "rope_scaling": {"deepseek_v3": [None, {}, {"type": "default"}], "": GOOD["rope_scaling"]},
 }
 GOOD_OF_EXPERTS: dict[str, list[Any]] = {
     "norm_topk_prob": [True, False],
@@ -280,6 +354,14 @@ GOOD_OF_EXPERTS: dict[str, list[Any]] = {
     "mlp_only_layers": [None, [], [0]],
     "output_router_logits": [True, False],
     "router_aux_loss_coef": [0.0, 0.01],
+}
+GOOD_OF_ROUTED: dict[str, list[Any]] = {
+    "n_group": [1, 2, 6],
+    "n_routed_experts": [12, 24],
+    "n_shared_experts": [1, 3],
+    "first_k_dense_replace": [0, 2],
+    "routed_scaling_factor": [1.0, 2.5],
+    "num_nextn_predict_layers": [0, 2],
 }
 
 
@@ -293,6 +375,7 @@ def good_values(architecture: str) -> dict[str, list[Any]]:
     if family.model_type == "qwen3_5_moe_text":
         values |= GOOD_OF_EXPERTS | {"norm_topk_prob": [True]}
         return values
+    values |= GOOD_OF_ROUTED if family.routing else {}
     return values | (GOOD_OF_EXPERTS if family.experts else {})
 
 
@@ -402,7 +485,7 @@ def test_what_changes_the_function_is_refused_by_name(tmp_path: Path, architectu
     for name, key in {**family.extra, **family.declared}.items():
         if not key.only:
             continue
-        other = next(x for x in (True, False, 7, "gelu", [1], {"a": 1}) if _differs(x, key))
+        other = next(x for x in (True, False, 7, 0.5, "gelu", [1], {"a": 1}) if _differs(x, key))
         message = shape_of(write(tmp_path, raw | {name: other}))
         assert isinstance(message, str), name
         start = f"{tmp_path / 'config.json'}: {name} "

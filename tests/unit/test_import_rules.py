@@ -89,6 +89,7 @@ ONLY_LIBRARIES: dict[str, frozenset[str]] = {
     "placement": frozenset(),
     "layout.boxes": frozenset(),
     "layout.families": frozenset(),
+    "layout.rows": frozenset(),
     "layout.topology": frozenset(),
     "bridge.plan": frozenset(),
     "bridge.forecast": frozenset(),

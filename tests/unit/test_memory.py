@@ -28,7 +28,7 @@ from gpg_megatron.placement.memory import (
     micro_batches_per_update,
     policy_memory,
 )
-from gpg_megatron.shapes import ModelShape
+from gpg_megatron.shapes import LatentShape, ModelShape
 from tests.unit.meta_small import SMALL, megatron_says
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +150,10 @@ def test_an_engine_worker() -> None:
     # Keys and values of 28 layers, 2 heads of 128 in bf16 on each of two workers.
     assert gpu.kv_bytes_per_token == 2 * 28 * 2 * 128 * 2
     assert gpu.kv_tokens == gpu.kv_cache // gpu.kv_bytes_per_token
+    latent = LatentShape(q_rank=0, kv_rank=512, rope_dim=64, value_dim=128, score_scale=1.0)
+    shape = replace(QWEN2_7B, latent=latent)
+    compressed = engine_memory(config, shape, n_parameters=10**9, device_bytes=80 * 2**30)
+    assert compressed.kv_bytes_per_token == 28 * (512 + 64) * 2  # on each of the two workers
     cpu = engine_memory(config, QWEN2_7B, n_parameters=10**9, device_bytes=None)
     assert cpu.reserved == 2 * 10**9 + 2**30
     small = engine_memory(config, QWEN2_7B, n_parameters=10**9, device_bytes=2**30)
