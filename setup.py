@@ -62,7 +62,15 @@ setup(
         # its own on the public index (the one called "apex" is something else).
         "gpu": ["vllm==0.32.0", "nvidia-ml-py", "wandb"],
         "wandb": ["wandb"],
-        "dev": ["hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
     entry_points={
         "console_scripts": [

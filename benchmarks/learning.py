@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common += [f"trainer.total_training_steps={args.steps}"] if args.steps else []
     known = METHODS | OTHERS
     if args.scoreboard:
-        known = arms(load_config(args.config, common).trainer.train_batch_size)
+        known = arms(load_config(args.config, common).trainer)
     methods = (
         args.methods.split(",") if args.methods else [*(known if args.scoreboard else METHODS)]
     )

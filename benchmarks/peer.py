@@ -4,8 +4,9 @@
 
 All do the same work (benchmarks/peer_task.py) by turns, so that a busy machine slows all of them:
 with no group dead and with half of them dead, which TRL computes too. Medians over the steps after
-the first; memory is what all processes of a run hold at once (PSS), sampled twice a second. The
-bound of a step is vLLM alone plus the update's matrix products at the rate that a large one
+the first; memory is what all processes of a run hold at once (PSS), looked at so seldom that a core
+spends a twentieth of its time on it (the kernel walks all pages). The bound of a step is vLLM alone
+plus the update's matrix products at the rate that a large one
 reaches here. Last line: JSON.
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +38,8 @@ from gpg_megatron.types import DTYPES
 HERE = Path(__file__).resolve().parent
 TRL = "trl==1.16.0"
 N_WARM_UP = 1
-LOOK_S = 0.5
+LOOK_S, LOOKS = 0.5, 0.05
+"""The shortest time between two looks at the memory, and their share of the time."""
 RUN_LIMIT_S = 1800
 KV_CACHE_GB = 0.25
 SHARES = {"none dead": 0.0, "half dead": 0.5}
@@ -190,8 +193,11 @@ def watched(command: Sequence[str]) -> tuple[str, float]:
         done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(LOOK_S):
+            spent = 0.0
+            while not done.wait(max(LOOK_S, spent / LOOKS)):
+                begin = time.perf_counter()
                 peak[0] = max(peak[0], held_gb(process.pid))
+                spent = time.perf_counter() - begin
 
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gpg_megatron.config.algorithm import PRESETS
+from gpg_megatron.config.sections import TrainerConfig
 
 T_95 = (inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided, by degrees of freedom; beyond the last 1.96 will do."""
@@ -27,29 +28,41 @@ COLLAPSED = 0.5
 """A run whose last held-out accuracy is below this share of its best has collapsed."""
 
 
-def arms(batch_size: int) -> dict[str, tuple[str, ...]]:
-    """Name -> what it changes. batch_size: prompts of a rollout batch.
+def arms(config: TrainerConfig) -> dict[str, tuple[str, ...]]:
+    """Name -> what it changes. config: what the arms have in common.
 
-    Every preset with one update for each batch and with 4 ("x4"); the paper's objective without a
-    correction, with the default one and with ess_lr also with 16 ("x16") and with batches that are
-    one and three steps old ("old1", "old3"), where GRPO is beside it; and redraws with each
-    curriculum, for data of few enough prompts that they come again.
+    Every preset with one update for each batch and with 4 ("x4"). The paper's objective also with
+    16 ("x16") and with batches that are one and three steps old ("old1", "old3"), where GRPO is
+    beside it: with what is the default there, without a correction ("none"), with a correction
+    alone ("weighed"), and with that and ess_lr ("ess"). Batches of a fourth and of a sixteenth,
+    with one update each ("small4", "small16"), take as many updates of as many prompts as x4 and
+    x16, all of them on-policy: what these lose beyond is what off-policyness costs. And redraws
+    with each curriculum, for data of few enough prompts that they come again.
     """
+    batch_size = config.train_batch_size
+    parts = [n for n in (4, 16) if batch_size % n == 0]
     presets = {name: (f"algorithm.preset={name}",) for name in PRESETS}
-    ways = {
-        f"x{n}": (f"trainer.mini_batch_size={batch_size // n}",)
-        for n in (4, 16)
-        if batch_size % n == 0
-    } | {f"old{n}": (f"trainer.max_staleness={n}",) for n in (1, 3)}
+    ways = {f"x{n}": (f"trainer.mini_batch_size={batch_size // n}",) for n in parts} | {
+        f"old{n}": (f"trainer.max_staleness={n}",) for n in (1, 3)
+    }
     kinds = {
         "-none": ("algorithm.correction=none",),
+        "-weighed": ("algorithm.target_kl=0",),
         "": (),
-        "-ess": ("algorithm.ess_lr=true",),
+        "-ess": ("algorithm.target_kl=0", "algorithm.ess_lr=true"),
     }
     paper = {
         f"paper-{way}{kind}": (*keys, *more)
         for way, keys in ways.items()
         for kind, more in kinds.items()
+    }
+    small = {
+        f"paper-small{n}": (
+            f"trainer.train_batch_size={batch_size // n}",
+            f"trainer.total_training_steps={n * config.total_training_steps}",
+            f"trainer.test_freq={n * config.test_freq}",
+        )
+        for n in parts
     }
     others = {
         f"{name}-{way}": (*keys, *ways[way])
@@ -61,7 +74,7 @@ def arms(batch_size: int) -> dict[str, tuple[str, ...]]:
         f"paper-redraw-{kind}": ("algorithm.beta_th=0.6", f"data.curriculum={kind}")
         for kind in ("none", "thompson", "pools")
     }
-    return presets | others | paper | redraws
+    return presets | others | small | paper | redraws
 
 
 def held_out_at(result: Mapping[str, Any], budget: float) -> float:

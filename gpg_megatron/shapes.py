@@ -22,6 +22,34 @@ class MoEShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaShape:
+    """The gated delta net that some layers have instead of attention (arXiv 2412.06464)."""
+
+    layers: tuple[int, ...]
+    """Those that have it, ascending."""
+    key_heads: int
+    """Of queries and of keys; each serves value_heads / key_heads heads of values."""
+    value_heads: int
+    key_dim: int
+    """Elements of one head of queries or keys."""
+    value_dim: int
+    kernel: int
+    """Tokens that the convolution sees, the present one included."""
+    fused: bool
+    """The checkpoint has its input projections in two tensors, by key head; else in four."""
+
+    @property
+    def key_width(self) -> int:
+        """Elements of all queries, or of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        """Elements of all values, or of all output gates."""
+        return self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
     """Every rotary angle is divided by the factor."""
 
@@ -80,6 +108,10 @@ class ModelShape:
     """Of both projections of the MLP; output_bias: of the attention's last one."""
     qk_norm: bool = False
     """RMSNorm over each head of q and k (Qwen3)."""
+    output_gate: bool = False
+    """The query projection has twice the rows: of each head the query and a gate of its output."""
+    centred_norms: bool = False
+    """Norms multiply with 1 + weight, but for that inside of a gated delta net."""
     window: int | None = None
     """Tokens that a token attends to, itself included; None: all before it."""
     post_norms: bool = False
@@ -95,6 +127,7 @@ class ModelShape:
     rms_norm_eps: float
     max_position_embeddings: int
     moe: MoEShape | None = None
+    delta: DeltaShape | None = None
 
     @property
     def num_experts(self) -> int:
@@ -105,3 +138,13 @@ class ModelShape:
     def dense_layers(self) -> tuple[int, ...]:
         """Those with an MLP, ascending; the others have experts."""
         return self.moe.dense_layers if self.moe else tuple(range(self.num_layers))
+
+    @property
+    def delta_layers(self) -> tuple[int, ...]:
+        """Those with a gated delta net, ascending; the others have attention."""
+        return self.delta.layers if self.delta else ()
+
+    @property
+    def layers_alike(self) -> bool:
+        """Every layer has the same parameters."""
+        return not self.delta_layers and len(self.dense_layers) in (0, self.num_layers)

@@ -223,12 +223,14 @@ class StepResult:
     version: int
     """Optimizer steps done so far, this one included."""
     updated: bool
-    """False when the step was skipped (no live sample, or a non-finite gradient)."""
+    """False when the step was skipped (no live sample, a non-finite gradient, or is_held)."""
     loss: float
     grad_norm: float
     lr: float
     metrics: Mapping[str, float]
     """Further metrics under their names in metrics.jsonl."""
+    is_held: bool = False
+    """The policy had moved too far from what sampled the answers (algorithm.target_kl)."""
 
     @property
     def is_bad(self) -> bool:

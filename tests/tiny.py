@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["qwen2", "qwen3", "llama", "mistral", "glm4", "qwen3_moe", "qwen2_moe"]
+Family = Literal[
+    "qwen2", "qwen3", "llama", "mistral", "glm4", "qwen3_moe", "qwen2_moe",
+    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+]  # fmt: skip
+DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Every second layer of theirs has attention, the others a gated delta net."""
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -62,7 +67,8 @@ def make_tiny_model(
         **_family_options(family, hidden_size),
     )
     model = AutoModelForCausalLM.from_config(config).float()
-    model.model.norm.weight.data *= sharpness
+    centre = float(family in DELTA)  # of the norm's factor
+    model.model.norm.weight.data = sharpness * (model.model.norm.weight.data + centre) - centre
     for name, parameter in model.named_parameters():
         if family in ("llama", "glm4") and name.endswith(
             "bias"
@@ -106,12 +112,17 @@ def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
         options |= {"attention_bias": True, "mlp_bias": True}
     if family == "mistral":
         options["sliding_window"] = 6  # fewer than the tokens of a sequence
-    if family.endswith("_moe"):
+    if family in DELTA:
+        options |= {"full_attention_interval": 2, "linear_num_key_heads": 4}
+        options |= {"linear_num_value_heads": 8}
+        options |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    if family.endswith("_moe") or family in ("qwen3_next", "qwen3_5_moe_text"):
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
         options |= {"moe_intermediate_size": hidden_size // 2}
-        options["norm_topk_prob"] = family == "qwen3_moe"
+        options["norm_topk_prob"] = family != "qwen2_moe"
     if family == "qwen2_moe":
         options["mlp_only_layers"] = [1]
+    if family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):
         options["shared_expert_intermediate_size"] = hidden_size
     return options
 

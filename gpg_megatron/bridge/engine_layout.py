@@ -1,9 +1,11 @@
-"""Where vLLM's workers keep the tensors of Qwen and Llama models, without an engine to ask.
+"""Where vLLM's workers keep the tensors of each family, without an engine to ask.
 
 The bridge itself records what an engine's loaders really do (install.py). This description is for
 plans of engines that do not run: dry runs and benchmarks. Per worker of t:
 
     qkv_proj        [heads/t of q; k; v]; with more workers than key-value heads, copies of them
+    linear_attn     in_proj_qkvz [q; k; v; gate], in_proj_ba [b; a] and conv1d [q; k; v], each part
+                    of this worker's heads; those that the checkpoint has by key head as they are
     gate_up_proj    [rows of gate; rows of up]
     o_proj, down    columns
     embeddings      rows of a vocabulary padded to a multiple of 64
@@ -80,6 +82,10 @@ def _places(
                 first = part * whole[0] // 2 + worker * n
                 yield name, *_cut(name, whole, first, n, at=part * n, of=2 * n)
             continue
+        if ".linear_attn." in name:
+            for place in _delta_net(engine, name, whole, worker):
+                yield name, *place
+            continue
         place = _expert if EXPERT.fullmatch(name) else _dense
         if found := place(engine, name, whole, worker):
             yield name, *found
@@ -107,7 +113,8 @@ def _dense(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Pla
         return _cut(name, whole, first, stop - first, of=rows)
     if found := re.search(r"\.([qkv])_proj\.", name):
         d, letter = engine.model.head_dim, found[1]
-        q, kv = engine.model.num_heads // tp * d, engine.kv_heads * d
+        q = engine.model.num_heads * (1 + engine.model.output_gate) // tp * d
+        kv = engine.kv_heads * d
         first, n = (worker * q, q) if letter == "q" else (engine.first_kv_head(worker) * d, kv)
         at = {"q": 0, "k": q, "v": q + kv}[letter]
         parameter = name.replace(f".{letter}_proj.", ".qkv_proj.")
@@ -120,6 +127,37 @@ def _dense(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Pla
         n = whole[1] // tp
         return _cut(name, whole, worker * n, n, dimension=1)
     return _cut(name, whole, 0, whole[0])
+
+
+def _delta_net(engine: Engine, name: str, whole: Sequence[int], worker: int) -> Iterator[_Place]:
+    delta, tp = engine.model.delta, engine.tp_size
+    assert delta
+    keys, values = delta.key_width, delta.value_width
+    prefix, _, kind = name.rpartition(".linear_attn.")
+    if kind == "norm.weight":
+        yield _cut(name, whole, 0, whole[0])
+        return
+    if kind == "out_proj.weight":
+        n = whole[1] // tp
+        yield _cut(name, whole, worker * n, n, dimension=1)
+        return
+    parameter, parts, at, of = {
+        "conv1d.weight": (kind, (keys, keys, values), 0, 2 * keys + values),
+        "in_proj_qkv.weight": ("in_proj_qkvz.weight", (keys, keys, values), 0, 2 * (keys + values)),
+        "in_proj_z.weight": (
+            "in_proj_qkvz.weight", (values,), 2 * keys + values, 2 * (keys + values)
+        ),
+        "in_proj_b.weight": ("in_proj_ba.weight", whole[:1], 0, 2 * whole[0]),
+        "in_proj_a.weight": ("in_proj_ba.weight", whole[:1], whole[0], 2 * whole[0]),
+    }.get(kind, (kind, whole[:1], 0, whole[0]))  # fmt: skip
+    first = 0
+    for rows in parts:
+        n = rows // tp
+        yield _cut(
+            f"{prefix}.linear_attn.{parameter}", whole, first + worker * n, n,
+            at=(at + first) // tp, of=of // tp,
+        )  # fmt: skip
+        first += rows
 
 
 def _expert(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Place | None:

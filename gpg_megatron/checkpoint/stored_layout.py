@@ -2,7 +2,7 @@
 
 Megatron stores the parameters of all layers (and experts) under one key, as one tensor with
 leading dimensions for layer and expert, in the order that a single tensor-parallel rank has. Where
-some layers have experts and others have not, each layer has keys of its own. Names are those of
+layers differ, each has keys of its own. Names are those of
 Transformer Engine's modules, whatever the layer spec.
 """
 
@@ -58,7 +58,7 @@ def stored_parameters(model: ModelShape, tp_size: int) -> Iterator[StoredParamet
         stage_of_layer=(0,) * model.num_layers,
         transformer_engine=True,
     )
-    alike = len(model.dense_layers) in (0, model.num_layers)
+    alike = model.layers_alike
     for parameter in parameters(model, grid, padded_for_tp=tp_size):
         rule = parameter.rule
         layers = (model.num_layers,) * (rule.per_layer and alike)

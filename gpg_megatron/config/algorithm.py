@@ -106,6 +106,10 @@ class AlgorithmConfig:
     """Largest weight (truncate-*), or largest ratio that is kept (the others)."""
     ess_lr: bool = False
     """The learning rate of an optimizer step is multiplied by correction/ess."""
+    target_kl: float | None = ranged(None, at_least=0)
+    """Nats per token: the first update of a rollout batch whose answers the policy has left farther
+    behind than this (mismatch/kl_k3), and those after it, are not made; 0: all are; null: by
+    off_policy.py."""
 
     kl_coef: float = ranged(0.0, at_least=0)
     """Of the KL term to the model that training began with; 0: off."""
@@ -193,6 +197,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     | {
         "correction": "truncate-token",
         "correction_max": 5.0,
+        "target_kl": 0.0,
         "f_norm": "std",
         "loss_aggregation": "token-mean",
     },

@@ -1,5 +1,5 @@
-"""How answers that other weights sampled are weighed: algorithm.correction and old_logprobs, where
-they are left to auto, and what does not fit together in them.
+"""How answers that other weights sampled are weighed, and which are left: algorithm.correction,
+old_logprobs and target_kl, where they are left to auto, and what does not fit together in them.
 
 | loss | the answers are | correction | old_logprobs |
 |---|---|---|---|
@@ -12,7 +12,10 @@ they are left to auto, and what does not fit together in them.
 | clip | learned from twice | none | policy |
 | clip | older, no top_p or top_k | none | rollout |
 
-With top_p or top_k the engine's log-probs are those of a cut distribution: no ratio can be made.
+target_kl, left to auto, is TARGET_KL where a correction stands beside loss=gpg; else 0.
+
+With top_p or top_k the engine's log-probs are those of a cut distribution: no ratio can be made,
+and target_kl is 0.
 "Learned from twice": a rollout batch makes several updates, so the second one is off-policy.
 "Older": trainer.max_staleness, or groups carried from one batch to the next.
 """
@@ -27,6 +30,8 @@ from gpg_megatron.config.algorithm import AlgorithmConfig
 
 Correction = Literal["none", "truncate-token"]
 Old = Literal["current", "policy", "rollout"]
+TARGET_KL = 0.05
+"""Nats per token. docs/gpg.md has what it was chosen by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,9 @@ def settled(a: AlgorithmConfig, s: Sampled) -> AlgorithmConfig:
     """The section with nothing left to auto. What the user set stays."""
     correction = _correction(a, s) if a.correction == "auto" else a.correction
     a = replace(a, correction=correction)
+    if a.target_kl is None:
+        off_policy = bool(s.why) and not (a.clips or s.truncated or correction == "none")
+        a = replace(a, target_kl=TARGET_KL if off_policy else 0.0)
     return replace(a, old_logprobs=_old(a, s)) if a.old_logprobs == "auto" else a
 
 
@@ -95,7 +103,8 @@ def summary(a: AlgorithmConfig, s: Sampled) -> str:
         "rollout": " against the engines' log-probs",
     }[a.old_logprobs]
     what = "clipped ratio" if a.clips and a.correction == "none" else a.correction
-    return f"off-policy correction: {what}{over} ({s.why or 'asked for'})"
+    limit = f", no update beyond {a.target_kl:g} nats" if a.target_kl else ""
+    return f"off-policy correction: {what}{over}{limit} ({s.why or 'asked for'})"
 
 
 def rules(a: AlgorithmConfig, s: Sampled) -> Iterator[tuple[bool, str]]:
@@ -122,6 +131,12 @@ def rules(a: AlgorithmConfig, s: Sampled) -> Iterator[tuple[bool, str]]:
         if a.clips
         else f"correction={a.correction} has nothing to divide by with algorithm.old_logprobs="
         "current; expected rollout (the engine's) or policy (one more forward pass)",
+    )
+    yield (
+        bool(a.target_kl) and s.truncated,
+        f"target_kl={a.target_kl} measures how far the policy is from the engine's log-probs, but "
+        "rollout.top_p or rollout.top_k cut the distribution that they belong to; expected "
+        "top_p=1 and top_k=-1, or target_kl=0",
     )
     yield (
         a.correction_min > a.correction_max,

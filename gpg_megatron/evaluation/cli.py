@@ -131,6 +131,7 @@ def _run(
         max_model_len=config.data.max_prompt_length + longest,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        has_states=shape.delta is not None,
         worker_extension=RECEIVER,
         scratch=scratch_directory(run_id),
     )
@@ -224,14 +225,21 @@ def _table(sets: dict[str, Any]) -> list[str]:
 def _prompts(args: argparse.Namespace, config: Config) -> tuple[Prompt, ...]:
     """Of all data sets. Raises UserError: the model, the data or the lengths do not fit."""
     from gpg_megatron.data.tokenizer import check_stop, load_tokenizer
-    from gpg_megatron.model.layout_rules import check_engines
+    from gpg_megatron.host.device import resolve_device
+    from gpg_megatron.model.layout_rules import (
+        check_engine_packages,
+        check_engine_type,
+        check_engines,
+    )
     from gpg_megatron.model.shape import load_model_shape, shape_warnings
     from gpg_megatron.rollout.engine_args import check_engine_args
 
     directory = local_directory(config.model)
     shape = load_model_shape(directory)
     check_engines(config, shape)
+    check_engine_type(config, shape, resolve_device(config.trainer.device))
     check_engine_args(config.rollout)
+    check_engine_packages(shape)
     for line in shape_warnings(directory):
         print(f"warning: {line}", file=sys.stderr)
     problems = _problems(args.data, args.source, args.max_rows, config.data.custom_class)

@@ -150,23 +150,72 @@ def gated_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Pi
     return pieces
 
 
+def rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Equal runs of rows."""
+    return _slice_rows([(names[0], 0, shard.shape[0] * shard.tp_size)], shard)
+
+
+Segment = tuple[str, int, int]
+"""Consecutive rows of a Hugging Face tensor: its name, the first row, how many."""
+
+
 def qkv_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
-    """Rows of the fused projection: per key-value group [its q heads; k; v].
+    """Rows of the fused projection: per key-value group [its q heads; their gates; k; v].
 
     Tensor parallelism cuts raw rows, so with more ranks than groups a rank may hold q rows
-    alone. names = (q, k, v).
+    alone. names = (q, k, v); with an output gate q has [query; gate] of each head.
     """
     q, k, v = names
-    d = model.head_dim
-    q_rows = model.num_heads // model.num_kv_heads * d
-    segments = []
+    d, n = model.head_dim, model.num_heads // model.num_kv_heads
+    segments: list[Segment] = []
     for group in range(model.num_kv_heads):
-        segments += [(q, group * q_rows, q_rows), (k, group * d, d), (v, group * d, d)]
+        heads = range(group * n, (group + 1) * n)
+        if model.output_gate:
+            segments += [(q, (2 * head + gate) * d, d) for gate in range(2) for head in heads]
+        else:
+            segments.append((q, group * n * d, n * d))
+        segments += [(k, group * d, d), (v, group * d, d)]
     return _slice_rows(segments, shard)
 
 
-def _slice_rows(segments: Sequence[tuple[str, int, int]], shard: Shard) -> list[Piece]:
-    """The part of stacked segments (hf name, first hf row, rows) that one rank's rows cover."""
+def delta_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Rows of a gated delta net's input projection: per key head [q; k; its v; z; b; a].
+
+    names = (qkvz, ba), by key head themselves, or (qkv, z, b, a).
+    """
+    delta = model.delta
+    assert delta
+    n = delta.value_heads // delta.key_heads
+    values = n * delta.value_dim
+    segments: list[Segment] = []
+    widths = [2 * delta.key_dim + 2 * values, 2 * n] if delta.fused else [values, n, n]
+    for head in range(delta.key_heads):
+        if not delta.fused:
+            segments += _delta_qkv(names[0], head, model)
+        segments += [(x, head * w, w) for x, w in zip(names[-len(widths) :], widths, strict=True)]
+    return _slice_rows(segments, shard)
+
+
+def convolution_rows(names: Sequence[str], shard: Shard, model: ModelShape) -> list[Piece]:
+    """Rows of a gated delta net's convolution: per key head [q; k; its v], of one tensor that has
+    all q, all k, all v."""
+    assert model.delta
+    heads = range(model.delta.key_heads)
+    return _slice_rows([x for head in heads for x in _delta_qkv(names[0], head, model)], shard)
+
+
+def _delta_qkv(name: str, head: int, model: ModelShape) -> list[Segment]:
+    """[q; k; its v] of a key head, in a tensor that has all q, all k, all v."""
+    delta = model.delta
+    assert delta
+    d, keys = delta.key_dim, delta.key_width
+    values = delta.value_width // delta.key_heads
+    first = 2 * keys + head * values
+    return [(name, head * d, d), (name, keys + head * d, d), (name, first, values)]
+
+
+def _slice_rows(segments: Sequence[Segment], shard: Shard) -> list[Piece]:
+    """The part of stacked segments that one rank's rows cover."""
     count = shard.shape[0]
     first = shard.tp_rank * count
     pieces = []

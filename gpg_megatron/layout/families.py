@@ -19,16 +19,19 @@ from gpg_megatron.layout.boxes import (
     Piece,
     Shard,
     columns,
+    convolution_rows,
+    delta_rows,
     gated_rows,
     qkv_rows,
     replicated,
+    rows,
     vocab_rows,
 )
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.shapes import ModelShape
 
-Layers = Literal["all", "dense", "sparse"]
-"""dense: with an MLP; sparse: with experts."""
+Layers = Literal["all", "dense", "sparse", "attention", "delta"]
+"""dense: with an MLP; sparse: with experts; delta: with a gated delta net in attention's place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,14 @@ _layer = partial(_row, prefixes=("decoder.layers.{}.", "model.layers.{}."))
 _dense = partial(_layer, layers="dense")
 _sparse = partial(_layer, layers="sparse")
 _attention = partial(
-    _row, prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.self_attn.")
+    _row,
+    prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.self_attn."),
+    layers="attention",
+)
+_delta = partial(
+    _row,
+    prefixes=("decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."),
+    layers="delta",
 )
 _shared = partial(
     _row,
@@ -103,7 +113,7 @@ _COMMON = (
     _once("decoder.final_layernorm.weight", "model.norm.weight", replicated, "hidden"),
     _layer(
         "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
-        "input_layernorm.weight", replicated, "hidden",
+        "input_layernorm.weight", replicated, "hidden", layers="attention",
     ),
     _attention(
         "linear_qkv.weight", "q_proj.weight k_proj.weight v_proj.weight", qkv_rows, "qkv hidden"
@@ -123,6 +133,28 @@ _POST_NORMS = (
     ),
     _layer("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", replicated, "hidden"),
 )  # fmt: skip
+_DELTA_PROJECTIONS = (
+    _delta(
+        "in_proj.weight",
+        "in_proj_qkv.weight in_proj_z.weight in_proj_b.weight in_proj_a.weight",
+        delta_rows, "delta_in hidden",
+    ),
+)  # fmt: skip
+_DELTA_FUSED = (
+    _delta(
+        "in_proj.weight", "in_proj_qkvz.weight in_proj_ba.weight", delta_rows, "delta_in hidden"
+    ),
+)  # fmt: skip
+_DELTA = (
+    _layer(
+        "input_layernorm.weight", "input_layernorm.weight", replicated, "hidden", layers="delta"
+    ),
+    _delta("conv_weight", "conv1d.weight", convolution_rows, "delta_qkv one delta_kernel"),
+    _delta("dt_bias", "dt_bias", rows, "delta_heads"),
+    _delta("A_log", "A_log", rows, "delta_heads"),
+    _delta("norm_weight", "norm.weight", replicated, "delta_head"),
+    _delta("out_proj.weight", "out_proj.weight", columns, "hidden delta_values"),
+)
 _DENSE_NORM = (
     _dense(
         "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
@@ -178,8 +210,12 @@ _HEAD = (_once("output_layer.weight", "lm_head.weight", vocab_rows, "vocab hidde
 def rules_of(model: ModelShape) -> tuple[Rule, ...]:
     """The rows of the table that a model uses."""
     dense = _DENSE_NORM + (_GATE_UP if model.fused_gate_up else _GATE_AND_UP) + _DOWN
+    delta: tuple[Rule, ...] = ()
+    if model.delta:
+        delta = _DELTA + (_DELTA_FUSED if model.delta.fused else _DELTA_PROJECTIONS)
     return (
         _COMMON
+        + delta
         + (dense if model.dense_layers else ())
         + (_MOE_MLP if model.moe else ())
         + (_SHARED_EXPERT if model.moe and model.moe.shared_ffn_size else ())
@@ -199,7 +235,8 @@ def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
         "hidden": model.hidden_size,
         "head": model.head_dim,
         "q": model.num_heads * model.head_dim,
-        "qkv": (model.num_heads + 2 * model.num_kv_heads) * model.head_dim,
+        "qkv": (model.num_heads * (1 + model.output_gate) + 2 * model.num_kv_heads)
+        * model.head_dim,
         "ffn": model.ffn_size,
         "gate_and_up": 2 * model.ffn_size,
         "vocab": padded_vocab_size(model, tp_size),
@@ -211,6 +248,15 @@ def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:
             "expert_gate_and_up": 2 * model.moe.ffn_size,
             "shared_ffn": model.moe.shared_ffn_size,
             "shared_gate_and_up": 2 * model.moe.shared_ffn_size,
+        }
+    if delta := model.delta:
+        sizes |= {
+            "delta_in": 2 * (delta.key_width + delta.value_width + delta.value_heads),
+            "delta_qkv": 2 * delta.key_width + delta.value_width,
+            "delta_kernel": delta.kernel,
+            "delta_heads": delta.value_heads,
+            "delta_head": delta.value_dim,
+            "delta_values": delta.value_width,
         }
     return sizes
 
@@ -240,10 +286,13 @@ def pieces_of(name: str, shard: Shard, model: ModelShape) -> list[Piece]:
 
 def numberings(rule: Rule, model: ModelShape) -> Iterator[tuple[int, ...]]:
     """The layer and expert numbers under which a row of the table exists."""
+    every = range(model.num_layers)
     kinds = {
-        "all": range(model.num_layers),
+        "all": every,
         "dense": model.dense_layers,
-        "sparse": [i for i in range(model.num_layers) if i not in model.dense_layers],
+        "sparse": [i for i in every if i not in model.dense_layers],
+        "attention": [i for i in every if i not in model.delta_layers],
+        "delta": model.delta_layers,
     }
     layers = [kinds[rule.layers]] if rule.per_layer else []
     experts = [range(model.num_experts)] if rule.per_expert else []

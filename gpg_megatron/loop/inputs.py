@@ -13,7 +13,7 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.host.lock import check_free
 from gpg_megatron.layout.hf_io import check_checkpoint
 from gpg_megatron.model.hub import local_directory
-from gpg_megatron.model.layout_rules import check_layout
+from gpg_megatron.model.layout_rules import check_engine_packages, check_engine_type, check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.observe.loggers import check_logging
 from gpg_megatron.reward.sources import check_prompts
@@ -70,10 +70,14 @@ def check_model(config: Config) -> ModelShape:
     Raises:
         UserError
     """
+    from gpg_megatron.host.device import resolve_device
+
     path, converted = local_directory(config.model), is_converted(config)
     shape = load_model_shape(model_files(config), need_weights=not converted)
     check_layout(config, shape)
+    check_engine_type(config, shape, resolve_device(config.trainer.device))
     check_engine_args(config.rollout)
+    check_engine_packages(shape)
     if converted:
         check_marker(path, shape)
     else:

@@ -32,6 +32,7 @@ def step_metrics(
         "policy/lr": results[-1].lr,
         "policy/updates_skipped": len(results) - len(updated),
         "policy/updates_bad": sum(r.is_bad for r in results),
+        "policy/updates_held": sum(r.is_held for r in results),
         "policy/tokens": sum(b.n_computed_tokens for b in batches),
         "policy/tokens_skipped": sum(b.n_skipped_tokens for b in batches),
         "policy/tokens_shared": sum(b.n_shared_tokens for b in batches),

@@ -51,7 +51,10 @@ def token_costs(shape: ModelShape) -> TokenCosts:
     """The costs of a model."""
     q_width = shape.num_heads * shape.head_dim
     kv_width = shape.num_kv_heads * shape.head_dim
-    attention = 2 * shape.hidden_size * (q_width + kv_width)
+    n_attention = shape.num_layers - len(shape.delta_layers)
+    attention = n_attention * shape.hidden_size * (
+        (2 + shape.output_gate) * q_width + 2 * kv_width
+    ) + len(shape.delta_layers) * _delta_net(shape)
     n_dense = len(shape.dense_layers)
     mlps = n_dense * 3 * shape.hidden_size * shape.ffn_size
     if shape.moe is not None:
@@ -60,8 +63,19 @@ def token_costs(shape: ModelShape) -> TokenCosts:
         mlps += (shape.num_layers - n_dense) * experts
     per_multiply_add = 2.0 * _FORWARD_AND_BACKWARD
     return TokenCosts(
-        per_token=per_multiply_add * (shape.num_layers * attention + mlps),
+        per_token=per_multiply_add * (attention + mlps),
         per_loss_token=per_multiply_add * shape.hidden_size * shape.vocab_size,
-        per_pair=per_multiply_add * shape.num_layers * 2 * q_width,
+        per_pair=per_multiply_add * n_attention * 2 * q_width,
         window=shape.window,
     )
+
+
+def _delta_net(shape: ModelShape) -> int:
+    """Multiply-adds for one token in one layer: projections, convolution, and of each head's state
+    what it predicts of the value, what is written and what is read."""
+    delta = shape.delta
+    if delta is None:
+        return 0
+    keys, values, heads = delta.key_width, delta.value_width, delta.value_heads
+    projections = shape.hidden_size * (2 * keys + 3 * values + 2 * heads)
+    return projections + delta.kernel * (2 * keys + values) + 3 * values * delta.key_dim

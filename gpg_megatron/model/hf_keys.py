@@ -33,6 +33,8 @@ class Key:
     """The values with which the model computes what we compute; empty: all."""
     most: int = 0
     """0: not a size. Otherwise sizes are 1 to this."""
+    of: tuple[type, ...] = ()
+    """What a list may have in it; empty: anything."""
     what: str = ""
     """What the key asks for, where its name does not say it."""
 
@@ -97,7 +99,7 @@ COMMON: dict[str, Key] = {
     "attention_dropout": _free(float, int, default=0.0),
     "pad_token_id": _free(int, NoneType),
     "bos_token_id": _free(int, NoneType),
-    "eos_token_id": _free(int, list, NoneType),
+    "eos_token_id": Key(types=(int, list, NoneType), of=INT),
 }
 WINDOWS = {
     "use_sliding_window": FLAG,
@@ -109,7 +111,7 @@ LAYER_WINDOWS = WINDOWS | {
 }
 LAST_TOKENS = {
     "bos_token_id": _free(int, NoneType, default=1),
-    "eos_token_id": _free(int, list, NoneType, default=2),
+    "eos_token_id": Key(types=(int, list, NoneType), default=2, of=INT),
 }
 EXPERTS = {
     "decoder_sparse_step": Key(types=INT, default=1, most=MAX_COUNT),
@@ -211,6 +213,12 @@ class Family:
     experts: bool = False
     """In every layer, or in some: decoder_sparse_step, mlp_only_layers."""
     shared_expert: bool = False
+    delta: bool = False
+    """A gated delta net in most layers."""
+    fused_delta: bool = False
+    """With its input projections in two tensors, by key head."""
+    unused_angles: frozenset[str] = frozenset()
+    """Keys about the rotary angles of what is not text."""
 
 
 def _last_layers_slide(layer: int, max_window_layers: int) -> bool:
@@ -221,8 +229,8 @@ def _every_second_slides(layer: int, max_window_layers: int) -> bool:
     return layer % 2 == 0 and layer < max_window_layers
 
 
-# A further family also needs its rows in layout/families.py.
-FAMILIES = {
+# A further family also needs its rows in layout/families.py; families.py has the others.
+ATTENTION_FAMILIES = {
     "Qwen2ForCausalLM": Family(
         model_type="qwen2",
         declared=COMMON | LAYER_WINDOWS,

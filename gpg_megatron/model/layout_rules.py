@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.shapes import ModelShape
 
+WITH_IMAGES = ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+"""Whose code in vLLM is that of the models of images too."""
 QUOTIENT_HEADS = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
 
 
@@ -35,7 +39,30 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
     """The policy's parallel sizes alone. Raises UserError with the legal values."""
     _check_tensor_parallel("policy", config.policy.tensor_model_parallel_size, shape, engine=False)
     _check_expert_parallel(config.policy, shape)
+    if shape.delta and (n := config.policy.context_parallel_size) > 1:
+        raise UserError(
+            f"policy.context_parallel_size={n}, but the state of a gated delta net "
+            f"({shape.architecture}) goes through the tokens one by one; expected 1"
+        )
     pipeline_stages(config.policy, shape.num_layers)
+
+
+def check_engine_type(config: Config, shape: ModelShape, device: str) -> None:
+    """On a CPU vLLM has gated delta nets in bf16 alone. Raises UserError."""
+    if shape.delta and device == "cpu" and config.rollout.dtype != "bf16":
+        raise UserError(
+            f"rollout.dtype is {config.rollout.dtype}, but on CPU the engine computes the gated "
+            f"delta nets of {shape.architecture} in bf16 only; expected bf16"
+        )
+
+
+def check_engine_packages(shape: ModelShape) -> None:
+    """What vLLM's code of a model imports, that it does not bring. Raises UserError."""
+    if shape.architecture in WITH_IMAGES and find_spec("torchvision") is None:
+        raise UserError(
+            f"model.path: vLLM's code of {shape.architecture} needs torchvision, which is not "
+            "installed; expected the build for this torch"
+        )
 
 
 def _check_engine_heads(shape: ModelShape) -> None:
@@ -69,9 +96,12 @@ def _tensor_parallel_problem(shape: ModelShape, size: int, *, engine: bool) -> s
             f"fits neither way into the model's {kv_heads} key-value heads; one must divide the "
             f"other"
         )
+    if shape.delta and shape.delta.key_heads % size:
+        return f"does not divide the model's linear_num_key_heads {shape.delta.key_heads}"
     # The engine copies key-value heads; Megatron cuts the rows of the fused projection.
-    if not engine and (heads + 2 * kv_heads) * shape.head_dim % size:
-        return f"does not divide the {(heads + 2 * kv_heads) * shape.head_dim} rows of q, k and v"
+    rows = (heads * (1 + shape.output_gate) + 2 * kv_heads) * shape.head_dim
+    if not engine and rows % size:
+        return f"does not divide the {rows} rows of q, k and v"
     if engine and shape.moe and size > shape.num_experts:
         return f"is more than the model's {shape.num_experts} experts"
     for key, width in _ffn_sizes(shape).items():

@@ -68,6 +68,17 @@ def unread(raw: Mapping[str, Any]) -> list[str]:
     return [f"{name}.{key}" for key in sorted(rope.keys() - known)]
 
 
+def without(raw: Mapping[str, Any], keys: frozenset[str]) -> Mapping[str, Any]:
+    """The file without some keys of the object that describes the rotary embedding.
+
+    Raises:
+        Refusal: it is no object.
+    """
+    name, rope = _rope(raw)
+    kept = {key: value for key, value in rope.items() if key not in keys}
+    return raw if kept == rope else {**raw, name: kept}
+
+
 def read_rope(
     raw: Mapping[str, Any], max_position_embeddings: int
 ) -> tuple[float, RopeScaling | None]:

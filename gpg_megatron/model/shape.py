@@ -15,9 +15,11 @@ from types import NoneType
 from typing import Any
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.hf_keys import FAMILIES, LENGTHS, Family, Key, Missing
+from gpg_megatron.model.delta import read_delta
+from gpg_megatron.model.families import FAMILIES
+from gpg_megatron.model.hf_keys import LENGTHS, Family, Key, Missing
 from gpg_megatron.model.json_file import Refusal, plain, read_object, shown
-from gpg_megatron.model.rope import read_rope, read_rotary_dim, unread
+from gpg_megatron.model.rope import read_rope, read_rotary_dim, unread, without
 from gpg_megatron.model.windows import read_window
 from gpg_megatron.shapes import ModelShape, MoEShape
 
@@ -73,10 +75,11 @@ def _resolve(path: str | Path) -> tuple[ModelShape, list[str]]:
         raise UserError(
             f"{directory / 'hf_quant_config.json'}: quantised weights are not supported"
         )
-    raw = read_object(where)
+    raw: Mapping[str, Any] = read_object(where)
     try:
         architecture, family = _family_of(raw)
         known = family.declared.keys() | family.extra.keys() | LENGTHS
+        raw = without(raw, family.unused_angles)
         shape = _shape(architecture, family, raw)
     except Refusal as refusal:
         raise UserError(f"{where}: {refusal}") from None
@@ -125,6 +128,13 @@ def _check_value(name: str, value: Any, key: Key) -> None:
     if type(value) not in key.types:
         words = " or ".join(_TYPE_WORDS[t] for t in key.types)
         raise Refusal(f"{name} is {shown(value)}; expected {words}")
+    if (
+        key.of
+        and isinstance(value, list)
+        and (wrong := [x for x in value if type(x) not in key.of])
+    ):
+        words = " or ".join(_TYPE_WORDS[t] for t in key.of)
+        raise Refusal(f"{name} has {shown(wrong[0])} in it; expected {words}")
     if key.most and value is not None and not 1 <= value <= key.most:
         raise Refusal(f"{name} is {shown(value)}; expected 1 to {key.most}")
     if key.only and not any(_same(value, x) for x in key.only):
@@ -159,12 +169,13 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
     if not 0 < (eps := values["rms_norm_eps"]) < 1:
         raise Refusal(f"rms_norm_eps is {shown(eps)}; expected a number between 0 and 1")
     moe = _experts(family, values) if family.experts else None
+    dense = values["intermediate_size"] if "intermediate_size" in family.declared else None
     theta, scaling = read_rope(raw, values["max_position_embeddings"])
     return ModelShape(
         architecture=architecture,
         num_layers=values["num_hidden_layers"],
         hidden_size=hidden,
-        ffn_size=values["intermediate_size"] or (moe.ffn_size if moe else 0),
+        ffn_size=dense or (moe.ffn_size if moe else 0),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -173,7 +184,8 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         rotary_dim=read_rotary_dim(raw, family.rotary_part, head_dim),
         **dict.fromkeys(family.has, True),
         **_biases(family, raw, values),
-        window=read_window(family, values),
+        window=None if family.delta else read_window(family, values),
+        delta=read_delta(family, values) if family.delta else None,
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=eps,
@@ -201,8 +213,8 @@ def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape:
         experts_per_token=values["num_experts_per_tok"],
         ffn_size=values["moe_intermediate_size"],
         shared_ffn_size=values["shared_expert_intermediate_size"] if family.shared_expert else 0,
-        renormalised=values["norm_topk_prob"],
-        dense_layers=_dense_layers(values),
+        renormalised=values.get("norm_topk_prob", True),
+        dense_layers=_dense_layers(values) if "mlp_only_layers" in family.declared else (),
     )
     if shape.experts_per_token > shape.num_experts:
         raise Refusal(

@@ -26,15 +26,15 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     completions = [completion for group in groups for completion in group.completions]
     assert rewards and len(rewards) == len(completions), "a rollout batch has completions"
     metrics = {
-        f"reward/{part}": fmean(reward.parts.get(part, 0.0) for reward in rewards)
+        f"reward/{part}": fmean([reward.parts.get(part, 0.0) for reward in rewards])
         for part in sorted({part for reward in rewards for part in reward.parts})
     }
     return metrics | {
-        "reward/mean": fmean(reward.score for reward in rewards),
-        "reward/accuracy": fmean(reward.accuracy for reward in rewards),
-        "response/length_mean": fmean(len(c.token_ids) for c in completions),
+        "reward/mean": fmean([reward.score for reward in rewards]),
+        "reward/accuracy": fmean([reward.accuracy for reward in rewards]),
+        "response/length_mean": fmean([len(c.token_ids) for c in completions]),
         "response/tokens": sum(len(c.token_ids) for c in completions),
-        "response/clipped_fraction": fmean(c.finish_reason == "length" for c in completions),
+        "response/clipped_fraction": fmean([c.finish_reason == "length" for c in completions]),
     }
 
 

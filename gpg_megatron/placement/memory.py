@@ -14,6 +14,7 @@ from gpg_megatron.config.sections import GIB, MIB, Config
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.layout_rules import pipeline_stages
 from gpg_megatron.model.shape import padded_vocab_size
+from gpg_megatron.placement.delta import kept_bytes
 from gpg_megatron.placement.states import RESIDENT, Mode, State
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import DTYPES
@@ -173,7 +174,8 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
 
     In the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), without dropout and
     without the score matrix. With experts f is what a token visits, and each visit keeps a
-    copy of the token; where only some layers have experts, the layer that keeps more is meant.
+    copy of the token; where layers differ, in experts or by gated delta nets, the one that keeps
+    more is meant. A gate of attention's output adds 2 b H d / t, itself and what it multiplies.
     Transformer Engine's layer keeps less. The first two rows and the tables of sines and cosines
     are divided by t under sequence parallelism.
 
@@ -191,7 +193,10 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
         kept_heads = 2 * (heads + _copies_of_keys(config) * kv_heads)
     elif fused:
         kept_heads = 3 * (heads + kv_heads)
+    kept_heads += 2 * heads * shape.output_gate
     attention = math.ceil(item * kept_heads * d) + FP32 * heads
+    if shape.delta:
+        attention = max(attention, kept_bytes(shape.delta, item))
     kept = 3 if fused else 5
     mlp = kept * shape.ffn_size if shape.dense_layers else 0
     if shape.moe is not None:
@@ -266,7 +271,12 @@ def engine_memory(
         reserved=reserved,
         parameters=parameters,
         kv_cache=kv_cache,
-        kv_bytes_per_token=2 * shape.num_layers * kv_heads * shape.head_dim * cache_item,
+        # A gated delta net keeps a state for each sequence instead.
+        kv_bytes_per_token=2
+        * (shape.num_layers - len(shape.delta_layers))
+        * kv_heads
+        * shape.head_dim
+        * cache_item,
     )
 
 

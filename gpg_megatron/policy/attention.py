@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpg_megatron.host.device import Device
+from gpg_megatron.policy.chunks import Chunks
 from gpg_megatron.policy.spans import Span, Varlen, ranges_of
 
 
@@ -65,7 +66,8 @@ class RowShare:
 
 @dataclass(kw_only=True)
 class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
-    """What Megatron hands through its layers to PackedAttention, and PolicyModel to itself.
+    """What Megatron hands through its layers to PackedAttention and GatedDeltaNet, and PolicyModel
+    to itself.
 
     With this qkv_format Megatron takes the row for one sequence and applies rotary embeddings
     token by token, from the positions that PolicyModel chose.
@@ -78,6 +80,8 @@ class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no t
     share: RowShare | None
     """None: the rank holds the whole row."""
     loss: LossPositions
+    chunks: Chunks | None = None
+    """On the device; None: no layer has a recurrence."""
 
 
 def own_positions(n_tokens: int, rank: int, size: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,22 +20,14 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpg_megatron.config.sections import MIB, PolicyConfig
-from gpg_megatron.host.device import Device, send
+from gpg_megatron.host.device import Device
 from gpg_megatron.model.shape import padded_vocab_size
-from gpg_megatron.policy.attention import (
-    LossPositions,
-    RowShare,
-    SegmentParams,
-    own_positions,
-    row_order,
-)
+from gpg_megatron.policy.attention import SegmentParams
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 from gpg_megatron.policy.modules import layer_spec
 from gpg_megatron.policy.rope import inverse_frequencies
-from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.shapes import ModelShape, YarnScaling
-from gpg_megatron.types import MicroBatch
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
@@ -199,6 +190,12 @@ def _transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         qk_layernorm=shape.qk_norm,
+        layernorm_zero_centered_gamma=shape.centred_norms,
+        attention_output_gate=shape.output_gate,
+        # Where it is a list, Megatron stores each layer under keys of its own.
+        linear_attention_freq=(
+            [int(i in shape.delta_layers) for i in range(shape.num_layers)] if shape.delta else None
+        ),
         rotary_interleaved=shape.rotary_neighbours,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -268,78 +265,3 @@ def _expert_options(shape: ModelShape, config: PolicyConfig) -> dict[str, Any]:
         "moe_grouped_gemm": has_transformer_engine(),
         "expert_model_parallel_size": config.expert_model_parallel_size,
     }
-
-
-def forward_arguments(
-    batch: MicroBatch, device: Device, *, multiple: int, flash: bool
-) -> dict[str, object]:
-    """The keyword arguments of PolicyModel.forward for one packed micro-batch. All of it is laid
-    out on the host and sent; nothing waits for the device.
-
-    Args:
-        multiple: the row is filled up to a multiple of it with a sequence of tokens without
-            loss, because sequence and context parallelism divide the tokens among ranks.
-        flash: attention is one call for the row; see attention.flash_takes.
-    """
-    n_filler = -len(batch.input_ids_T) % multiple
-    n_tokens = len(batch.input_ids_T) + n_filler
-    group = parallel_state.get_context_parallel_group()
-    own_T = own_positions(n_tokens, group.rank(), group.size())
-
-    def own_row(values_T: torch.Tensor) -> torch.Tensor:
-        return send(F.pad(values_T, (0, n_filler))[own_T].unsqueeze(0), device)
-
-    return {
-        "input_ids": own_row(batch.input_ids_T),
-        "position_ids": own_row(batch.position_ids_T),
-        "attention_mask": None,
-        "packed_seq_params": _segment_params(batch, device, n_filler, own_T, flash),
-    }
-
-
-def _segment_params(
-    batch: MicroBatch, device: Device, n_filler: int, own_T: torch.Tensor, flash: bool
-) -> SegmentParams:
-    """Where the segments and the positions with loss lie."""
-    bounds, prompts = batch.cu_seqlens_S1, batch.prompt_S
-    if n_filler:
-        bounds = F.pad(bounds, (0, 1), value=int(bounds[-1]) + n_filler)
-        prompts = F.pad(prompts, (0, 1), value=-1)
-    n_tokens, n_positions = int(bounds[-1]), int(batch.position_ids_T.max()) + 1
-    group = parallel_state.get_context_parallel_group()
-    ranges = ranges_of(n_tokens, group.rank(), group.size())
-    spans = spans_of(bounds.tolist(), prompts.tolist(), ranges)
-    share = None
-    if group.size() > 1:
-        share = RowShare(order_T=send(row_order(n_tokens, group.size()), device), group=group)
-    return SegmentParams(
-        spans=spans,
-        varlen=_sent(varlen_of(spans, n_tokens), device) if flash else None,
-        share=share,
-        loss=_loss_positions(batch, device, n_filler, own_T),
-        max_seqlen_q=n_positions,
-        max_seqlen_kv=n_positions,
-    )
-
-
-def _loss_positions(
-    batch: MicroBatch, device: Device, n_filler: int, own_T: torch.Tensor
-) -> LossPositions:
-    mask_T = F.pad(batch.loss_mask_T, (0, n_filler))
-    (own_N,) = mask_T[own_T].nonzero(as_tuple=True)
-    return LossPositions(
-        row_N=send(mask_T.nonzero().squeeze(1), device),
-        own_N=send(own_N, device),
-        labels_N=send(batch.labels_T[own_T[own_N]], device),
-    )
-
-
-def _sent(varlen: Varlen, device: Device) -> Varlen:
-    return replace(
-        varlen,
-        cu_q_B1=send(varlen.cu_q_B1, device),
-        cu_k_B1=send(varlen.cu_k_B1, device),
-        keys_M=None if varlen.keys_M is None else send(varlen.keys_M, device),
-        copies_M=send(varlen.copies_M, device),
-        first_copy_T1=send(varlen.first_copy_T1, device),
-    )

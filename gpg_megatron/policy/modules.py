@@ -36,8 +36,10 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import get_pg_rank
 
 from gpg_megatron.policy.attention import PackedAttention
+from gpg_megatron.policy.delta import GatedDeltaNet
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.shapes import ModelShape
 
@@ -46,7 +48,8 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv 1910.07467): on
     CUDA one kernel, which keeps its input in the model's type.
 
-    The product with the weight is taken after the cast back, as Hugging Face and vLLM do.
+    The product with the weight is taken after the cast back, as Hugging Face and vLLM do, but not
+    where the factor is 1 + weight.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -56,8 +59,13 @@ class RMSNorm(torch.nn.Module):
         weight.sequence_parallel = config.sequence_parallel
         self.weight: torch.nn.Parameter = weight
         self.eps = eps
+        self.centred = config.layernorm_zero_centered_gamma
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.centred:
+            # The product in fp32 too: 1 + weight has more digits than the model's type.
+            factor = 1.0 + self.weight.float()
+            return F.rms_norm(x.float(), x.shape[-1:], factor, self.eps).to(x.dtype)
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -71,6 +79,17 @@ class Attention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
         own = copy.copy(config)
         own.add_bias_linear = output_bias
         super().__init__(own, *args, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the gates those of this rank's heads: where several ranks have the heads of one group,
+        Megatron chooses among the queries only."""
+        parts = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.config.attention_output_gate:
+            query, key, value, gate = parts
+            n, rank = query.shape[2], get_pg_rank(self.pg_collection.tp)
+            shares = gate.shape[2] // n
+            return query, key, value, gate[:, :, rank % shares * n :][:, :, :n]
+        return parts
 
 
 class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # Megatron has no types
@@ -106,14 +125,14 @@ def layer_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlock
     layer = _te_layer if has_te else _own_layer
     return TransformerBlockSubmodules(
         layer_specs=[
-            layer(shape, experts=i not in shape.dense_layers)
+            layer(shape, experts=i not in shape.dense_layers, delta=i in shape.delta_layers)
             for i in range(first, first + get_num_layers_to_build(config))
         ],
         layer_norm=LayerNormImpl if has_te else RMSNorm,
     )
 
 
-def _te_layer(shape: ModelShape, *, experts: bool) -> ModuleSpec:
+def _te_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=shape.num_experts if experts else None,
         moe_grouped_gemm=experts,
@@ -122,8 +141,15 @@ def _te_layer(shape: ModelShape, *, experts: bool) -> ModuleSpec:
     attention = layer.submodules.self_attention
     attention.module, attention.submodules.core_attention = Attention, PackedAttention
     attention.params |= {"output_bias": shape.output_bias}
+    if delta:
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.self_attention = _delta_net(shape)
     layer.module = _layer_class(shape)
     return layer
+
+
+def _delta_net(shape: ModelShape) -> ModuleSpec:
+    return ModuleSpec(module=GatedDeltaNet, params={"delta": shape.delta})
 
 
 def _layer_class(shape: ModelShape) -> type[TransformerLayer]:
@@ -150,13 +176,16 @@ _STORED_NORMS = (
 )
 
 
-def _own_layer(shape: ModelShape, *, experts: bool) -> ModuleSpec:
+def _own_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
     head_norm = RMSNorm if shape.qk_norm else IdentityOp
+    stored = _STORED_NORMS[delta : 1 if experts else 2]
     return ModuleSpec(
         module=_layer_class(shape),
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
+            self_attention=_delta_net(shape)
+            if delta
+            else ModuleSpec(
                 module=Attention,
                 params={
                     "attn_mask_type": AttnMaskType.causal,
@@ -174,6 +203,6 @@ def _own_layer(shape: ModelShape, *, experts: bool) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=_EXPERTS if experts else _MLP,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(_STORED_NORMS[: 1 if experts else 2]),
+            sharded_state_dict_keys_map=dict(stored),
         ),
     )

@@ -26,7 +26,7 @@ from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device
 from gpg_megatron.policy.attention import flash_takes
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
-from gpg_megatron.policy.model import build_model, forward_arguments
+from gpg_megatron.policy.model import build_model
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
 from gpg_megatron.policy.optimizer import (
     adam_norm,
@@ -45,6 +45,7 @@ from gpg_megatron.policy.outputs import (
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.policy.rounding import rounded_elsewhere
+from gpg_megatron.policy.row import forward_arguments
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import (
     DTYPES,
@@ -84,25 +85,25 @@ class Policy:
         self.position = _position()
         self.version = 0
         dtype = DTYPES[config.model.dtype]
-        self._flash = flash_takes(device, dtype, shape.head_dim)
         if device == "cuda":
             # For heads that flash does not take. cuDNN builds a graph for every new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._ddp = build_model(
-            shape,
-            p,
-            dtype=dtype,
-            device=device,
-            temperature=config.rollout.temperature,
+            shape, p, dtype=dtype, device=device, temperature=config.rollout.temperature
         )
         self._algorithm = config.objective
         self._ddp.module.with_entropy = config.algorithm.entropy_coef > 0.0
         self._reference: FrozenShards | None = None
         megatron_config = get_model_config(self._ddp)
         self._n_local_experts = shape.num_experts // p.expert_model_parallel_size
-        self._row_multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
+        multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
         if p.context_parallel_size > 1:
-            self._row_multiple *= 2 * p.context_parallel_size
+            multiple *= 2 * p.context_parallel_size
+        self._row_form: dict[str, Any] = {
+            "multiple": multiple,
+            "flash": flash_takes(device, dtype, shape.head_dim),
+            "kernel": shape.delta.kernel if shape.delta else 0,
+        }
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
         self._optimizer = build_optimizer(p, self._ddp, dtype, device)
@@ -166,8 +167,13 @@ class Policy:
         self._reference = FrozenShards(self.named_shards())
 
     def learn(self, batches: Sequence[TrainBatch]) -> list[StepResult]:
-        """The optimizer steps of one rollout batch, in order; see train. Collective."""
-        return [self.train(b, a) for b, a in zip(batches, self.anchors(batches), strict=True)]
+        """The optimizer steps of one rollout batch, in order; see train. Collective. The first that
+        is held back is the last that is computed."""
+        results: list[StepResult] = []
+        for batch, anchors in zip(batches, self.anchors(batches), strict=True):
+            held = bool(results) and results[-1].is_held
+            results.append(self._held({}) if held else self.train(batch, anchors))
+        return results
 
     def anchors(self, batches: Sequence[TrainBatch]) -> list[Anchors]:
         """The log-probs that the updates of one rollout batch are held against; to be called
@@ -187,8 +193,8 @@ class Policy:
         return tuple(self.logprobs(batch.micro_batches)) if batch.micro_batches else ()
 
     def train(self, batch: TrainBatch, anchors: Anchors = NO_ANCHORS) -> StepResult:
-        """One optimizer step. Without a sample that has a gradient, or with a loss or gradient
-        that is not finite, nothing changes.
+        """One optimizer step. Without a sample that has a gradient, with a loss or gradient that
+        is not finite, or beyond target_kl nothing changes.
 
         Args:
             anchors: those of the batch, from `anchors`; GPG without a KL term needs none.
@@ -211,8 +217,10 @@ class Policy:
         result = self._result(updated=True, loss=loss, grad_norm=grad_norm, metrics=metrics)
         if result.is_bad:
             return replace(result, updated=False)
-        metrics = metrics | self._alpha_effective(batch.whole_alpha)
         a = self._algorithm
+        if a.target_kl and metrics["mismatch/kl_k3"] > a.target_kl:
+            return self._held(metrics)
+        metrics = metrics | self._alpha_effective(batch.whole_alpha)
         by_alpha = batch.whole_alpha if a.alpha_apply == "step" else 1.0
         scale_step(self._optimizer, by_alpha * (metrics["correction/ess"] if a.ess_lr else 1.0))
         lr = current_lr(self._optimizer)
@@ -271,9 +279,7 @@ class Policy:
             batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Output]]:
             number, batch = next(batches)
-            arguments = forward_arguments(
-                batch, self.device, multiple=self._row_multiple, flash=self._flash
-            )
+            arguments = forward_arguments(batch, self.device, **self._row_form)
             old = anchors.old[number] if anchors.old else None
             reference = anchors.reference[number] if anchors.reference else None
             return model(**arguments), partial(output, batch, old, reference)
@@ -289,6 +295,10 @@ class Policy:
             forward_only=forward_only,
         )
         return outputs
+
+    def _held(self, metrics: Mapping[str, float]) -> StepResult:
+        result = self._result(updated=False, loss=0.0, grad_norm=0.0, metrics=metrics)
+        return replace(result, is_held=True)
 
     def _result(
         self,

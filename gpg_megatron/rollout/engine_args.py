@@ -123,6 +123,8 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         # A prompt cut in two makes vLLM rewind the request's random generator, and torch's CPU
         # generators cannot: the engine core would die.
         args["enable_chunked_prefill"] = False
+        # vLLM keeps states for prompts that come again only where it may cut prompts.
+        args["enable_prefix_caching"] = not spec.has_states
         in_core = r.tensor_model_parallel_size == 1
         args["distributed_executor_backend"] = "uni" if in_core else "mp"
     else:

@@ -25,6 +25,8 @@ class EngineSpec:
     """Sequences that an engine decodes at once."""
     max_num_batched_tokens: int
     """Prompt and decode tokens of one engine step."""
+    has_states: bool = False
+    """Some layers of the model keep a state of each sequence instead of keys and values."""
     gives_memory_back: bool = False
     """It will be put to sleep; a GPU's workers have to know."""
     replaces_lost: bool = False

@@ -21,7 +21,7 @@ from gpg_megatron.bridge.links import Links, Seat
 from gpg_megatron.config.sections import GIB, Config
 from gpg_megatron.layout.topology import PolicyGrid, hf_shapes, local_shapes, policy_grid
 from gpg_megatron.loop.inputs import model_files
-from gpg_megatron.model.layout_rules import check_layout
+from gpg_megatron.model.layout_rules import check_engine_type, check_layout
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.placement.devices import first_engine_device
 from gpg_megatron.placement.memory import (
@@ -153,6 +153,7 @@ def plan_run(config: Config, *, device: str, machine: Machine | None = None) -> 
     """
     shape = load_model_shape(model_files(config), need_weights=False)
     check_layout(config, shape)
+    check_engine_type(config, shape, device)
     check_engine_args(config.rollout)
     r = config.rollout
     grid = policy_grid(config.policy, shape)

@@ -73,6 +73,8 @@ class Verdict:
     """Shards that differ after the log-probs that the updates are held against were computed."""
     changed_by_bad: list[str] = field(default_factory=list)
     """What an update with a loss that is no number changed, before the others."""
+    changed_by_held: list[str] = field(default_factory=list)
+    """The same of two updates of answers that the policy has left behind."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     """Of each update."""
     padding: float = 0.0
@@ -132,6 +134,7 @@ def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> 
     now = policy.named_shards()
     verdict.changed_by_looking = [n for n in now if _differs(now, before, n)]
     verdict.changed_by_bad = _train_badly(policy, config, samples, shape)
+    verdict.changed_by_held = _train_too_far(policy, batches[0])
     for step, (batch, fixed) in enumerate(zip(batches, anchors, strict=True)):
         before = {name: shard.clone() for name, shard in policy.named_shards().items()}
         result = policy.train(batch, fixed)
@@ -173,6 +176,20 @@ def _train_badly(
     now = policy.named_shards()
     told = result.is_bad and not result.updated and result.version == policy.version == 0
     return [*(["what it says"] if not told else []), *(n for n in now if _differs(now, before, n))]
+
+
+def _train_too_far(policy: Policy, batch: TrainBatch) -> list[str]:
+    """Names of what two updates change that target_kl holds back: the second is not computed."""
+    before = {name: shard.clone() for name, shard in policy.named_shards().items()}
+    algorithm = policy._algorithm
+    policy._algorithm = replace(algorithm, target_kl=1e-9)
+    results = policy.learn([batch, batch])
+    policy._algorithm = algorithm
+    now = policy.named_shards()
+    told = [(r.is_held, r.updated, r.is_bad, bool(r.metrics)) for r in results]
+    right = told == [(True, False, False, True), (True, False, False, False)]
+    unmoved = right and policy.version == 0
+    return [*([] if unmoved else ["what it says"]), *(n for n in now if _differs(now, before, n))]
 
 
 def _differs(

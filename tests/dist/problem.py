@@ -129,9 +129,19 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of config.json."""
     seed: int = 14
-    """Of the weights. With experts one where every expert is chosen, and never by a hair."""
+    """Of the weights. With more experts than a token visits one where every expert is chosen, and
+    never by a hair."""
 
 
+DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    # What a head reads of a young state is nearly zero, and a norm of it would blow up rounding.
+    "rms_norm_eps": 1e-2,
+}
 PROBLEMS = (
     Problem(
         name="qwen2-tied",
@@ -236,6 +246,18 @@ PROBLEMS = (
         sequence_parallel=True,
     ),
     Problem(
+        name="qwen35-tied",
+        family="Qwen3_5",
+        tied=True,
+        vocab_size=131,
+        head_dim=16,
+        options=DELTA,
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        recompute="attention",
+    ),
+    Problem(
         name="qwen3moe-tied",
         family="Qwen3Moe",
         tied=True,
@@ -263,6 +285,20 @@ PROBLEMS = (
         experts=True,
         seed=55,
     ),
+    Problem(
+        name="qwen3next-untied",
+        family="Qwen3Next",
+        tied=False,
+        vocab_size=131,
+        head_dim=16,
+        options=DELTA | {"mlp_only_layers": [1], "num_experts": EXPERTS_PER_TOKEN},
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        recompute="layers",
+        use_distributed_optimizer=True,
+        experts=True,
+    ),
 )
 _LAYOUTS_WITH_EXPERTS = {
     Layout(),
@@ -283,8 +319,10 @@ def problems_of(layout: Layout) -> list[Problem]:
 def _is_solved(problem: Problem, layout: Layout) -> bool:
     if problem.family == "Mistral":
         return layout in (Layout(), Layout(cp=2))  # beside the window it has Llama's parts
-    if problem.family == "Glm4":
+    if problem.family in ("Glm4", "Qwen3_5"):
         return layout in (Layout(), Layout(tp=2))
+    if problem.family == "Qwen3Next":
+        return layout == Layout()
     if problem.experts:
         every = layout.world_size < 4 or (layout.tp > 1 and layout.ep > 1)
         return layout in _LAYOUTS_WITH_EXPERTS and (every or problem.tied)
@@ -404,9 +442,12 @@ def make_model(problem: Problem, directory: Path) -> None:
         "num_experts_per_tok": EXPERTS_PER_TOKEN,
         "moe_intermediate_size": 40,
         "shared_expert_intermediate_size": 56,
-        "norm_topk_prob": problem.family == "Qwen3Moe",
+        "norm_topk_prob": problem.family != "Qwen2Moe",
     }
-    config = getattr(transformers, f"{problem.family}Config")(
+    # Of a model of images and text, the part for text.
+    name = f"{problem.family}TextConfig"
+    config_class = getattr(transformers, name, getattr(transformers, f"{problem.family}Config"))
+    config = config_class(
         vocab_size=problem.vocab_size,
         hidden_size=64,
         intermediate_size=96,
@@ -424,7 +465,11 @@ def make_model(problem: Problem, directory: Path) -> None:
     model = getattr(transformers, f"{problem.family}ForCausalLM")(config).float()
     for name, parameter in model.named_parameters():
         # Norms of one and biases of zero, as transformers makes them, would hide a mix-up.
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+        is_factor = "norm" in name and "linear_num_key_heads" not in problem.options
+        is_factor |= "linear_attn.norm" in name
+        torch.nn.init.normal_(parameter, mean=float(is_factor), std=0.1)
+        if "conv1d" in name:
+            parameter.data *= 5.0  # values that are nearly zero teach nothing
         if name.endswith("mlp.gate.weight"):
             parameter.data *= 2.0  # experts that are nearly equal teach their router nothing
     model.save_pretrained(directory)

@@ -5,6 +5,7 @@ time: no packing, no parallel layout, no sample left out.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -59,8 +60,11 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
     margins: list[float] = []
     for module in model.modules():
         # The norms and routers of transformers work in float32, whatever they are given.
-        if hasattr(module, "variance_epsilon"):
+        if type(module).__name__.endswith(("RMSNorm", "RMSNormGated")):
             module.forward = partial(_rms_norm, module)
+        if hasattr(module, "A_log"):
+            code: Any = sys.modules[type(module).__module__]
+            code.torch_chunk_gated_delta_rule = _delta_rule
         if hasattr(module, "norm_topk_prob"):
             module.forward = partial(_route, module, margins)
     optimizer = _optimizer(model, config.policy)
@@ -79,8 +83,36 @@ def _key(sample: TrainSample) -> tuple[int, int]:
     return sample.group, sample.index
 
 
-def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+def _rms_norm(module: Any, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """A norm that has eps multiplies with 1 + weight."""
+    weight, eps = module.weight, getattr(module, "eps", None)
+    if eps is None:
+        eps = module.variance_epsilon
+    else:
+        weight = 1.0 + weight
+    normed = F.rms_norm(x, weight.shape, weight, eps)
+    return normed if gate is None else normed * F.silu(gate)
+
+
+def _delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Token by token, [1, T, heads, ...]; that of transformers works in float32."""
+    query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
+    state = value.new_zeros(value.shape[2], key.shape[3], value.shape[3])
+    outputs = []
+    for q, k, v, decay, rate in zip(query[0], key[0], value[0], g[0], beta[0], strict=True):
+        state = state * decay.exp()[:, None, None]
+        error = rate[:, None] * (v - torch.einsum("hkv,hk->hv", state, k))
+        state = state + torch.einsum("hk,hv->hkv", k, error)
+        outputs.append(torch.einsum("hkv,hk->hv", state, q) / k.shape[1] ** 0.5)
+    return torch.stack(outputs).unsqueeze(0), None
 
 
 def _route(
@@ -91,8 +123,9 @@ def _route(
     weights, chosen = logits.softmax(-1).topk(module.top_k)
     if module.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    best = logits.detach().topk(module.top_k + 1).values
-    margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
+    if module.top_k < logits.shape[1]:
+        best = logits.detach().topk(module.top_k + 1).values
+        margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
     return logits, weights, chosen
 
 
@@ -282,7 +315,7 @@ def _distribution(
     distributions that they were drawn from."""
     prompt, response = sample.prompt_token_ids, sample.response_token_ids
     tokens = torch.tensor([[*prompt.tolist(), *response.tolist()]])
-    logits = model(tokens).logits[0, len(prompt) - 1 : -1] / temperature
+    logits = model(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
     every = torch.log_softmax(logits, dim=-1)
     chosen = torch.tensor(response.tolist(), dtype=torch.int64).unsqueeze(1)
     return every.gather(1, chosen).squeeze(1), -(every.exp() * every).sum(-1)

@@ -42,8 +42,8 @@ from gpg_megatron.config.loading import load_config  # noqa: E402
 from gpg_megatron.config.sections import GIB, Config  # noqa: E402
 from gpg_megatron.model.hub import SHAPES  # noqa: E402
 from gpg_megatron.placement.memory import micro_batches_per_update  # noqa: E402
-from gpg_megatron.policy.model import forward_arguments  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
+from gpg_megatron.policy.row import forward_arguments  # noqa: E402
 from gpg_megatron.start.dry_run import Stage, plan_run  # noqa: E402
 from gpg_megatron.types import MicroBatch, TrainSample  # noqa: E402
 from tests.samples import float32, int32  # noqa: E402
@@ -189,10 +189,10 @@ def try_rank(case: str) -> dict[str, Any]:
     assert {x.device for x in (*parameters, *(p.main_grad for p in parameters), *masters)} == {GPU}
     row = full_row(config)
     n_tokens, n_layers = len(row.input_ids_T), len(stage.layers)
-    arguments = forward_arguments(row, "cpu", multiple=policy._row_multiple, flash=policy._flash)
+    arguments = forward_arguments(row, "cpu", **policy._row_form)
     with fake:
         if stage.number:
-            hidden = -(-n_tokens // policy._row_multiple), 1, plan.shape.hidden_size
+            hidden = -(-n_tokens // policy._row_form["multiple"]), 1, plan.shape.hidden_size
             model.set_input_tensor(torch.empty(hidden, dtype=torch.bfloat16, device=GPU))
         with Held(p.data for p in parameters) as forward:
             output = model(**on_gpu(arguments))  # keeps what the backward pass needs

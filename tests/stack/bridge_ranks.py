@@ -58,6 +58,8 @@ class Result:
     checkpoint: int
     gap: float
     """Largest |engine - policy| log-prob over the sampled tokens."""
+    mean_gap: float
+    """Of all of them."""
     versions: list[int]
     """With which the samples were stamped."""
     sent_bytes: int
@@ -100,6 +102,7 @@ class Fleets:
                 max_model_len=128,
                 max_num_seqs=16,
                 max_num_batched_tokens=8192,
+                has_states=bool(load_model_shape(job["checkpoints"][0]).delta),
                 replaces_lost=job.get("replaces_lost", False),
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,
@@ -193,12 +196,14 @@ def compare(
     pairs = fleet.generate(number)
     batch = pack([canary_sample(p, c) for p, c in pairs], [1.0] * len(pairs))
     (logprobs,) = policy.logprobs([batch])
+    gaps = (logprobs.cpu() - batch.rollout_logprobs_T[batch.loss_mask_T]).abs()
     total = torch.tensor([sent])
     dist.all_reduce(total)
     return Result(
         layout=name,
         checkpoint=number,
-        gap=(logprobs.cpu() - batch.rollout_logprobs_T[batch.loss_mask_T]).abs().max().item(),
+        gap=gaps.max().item(),
+        mean_gap=gaps.mean().item(),
         versions=sorted({span.version for _, c in pairs for span in c.versions}),
         sent_bytes=int(total),
         needed_bytes=needed,

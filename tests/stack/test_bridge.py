@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD = 4
 LIMIT_S = 500
 GAP = {"fp32": 1e-4, "bf16": 0.1}
+MEAN_GAP = 0.2
+"""In bf16 with experts: where two are nearly equal, rounding chooses another one for a token."""
 DENSE = {
     "tp1": {"data_parallel_size": 4},
     "tp2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
@@ -51,7 +53,11 @@ class Case:
 
     @property
     def layouts(self) -> dict[str, dict[str, int]]:
-        return DENSE | (EXPERTS if self.family.endswith("moe") else {})
+        return DENSE | (EXPERTS if self.has_experts else {})
+
+    @property
+    def has_experts(self) -> bool:
+        return self.family.endswith("moe") or self.family == "qwen3_next"
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
@@ -83,6 +89,8 @@ SLOW_CASES = (
     Case("qwen3_moe", False, 1),
     Case("qwen3_moe", False, 2),
     Case("qwen2_moe", False, 1),
+    # On a CPU the engine has gated delta nets in bf16 only.
+    Case("qwen3_next", False, 1, dtype="bf16"),
     Case("mistral", False, 1, num_engines=2),
     Case("qwen2", True, 1, num_engines=2, transport="gloo"),
     Case("qwen2", True, 1, dtype="bf16"),
@@ -148,7 +156,9 @@ def launch(
 def check(case: Case, results: list[dict[str, Any]]) -> None:
     assert {r["layout"] for r in results} == case.layouts.keys()
     for result in results:
-        assert result["gap"] <= GAP[case.dtype], result
+        by_mean = case.has_experts and case.dtype == "bf16"
+        limit = MEAN_GAP if by_mean else GAP[case.dtype]
+        assert result["mean_gap" if by_mean else "gap"] <= limit, result
         assert result["versions"] == [result["checkpoint"]], result
         assert result["sent_bytes"] == result["needed_bytes"], result
 

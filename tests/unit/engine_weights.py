@@ -28,6 +28,10 @@ def weights(engine: Engine, hf: Mapping[str, np.ndarray], worker: int) -> dict[s
             k, v = (_heads(engine, hf[name.replace(".q_", f".{x}_")], worker) for x in "kv")
             q = np.split(tensor, engine.tp_size)[worker]
             result[name.replace(".q_", ".qkv_")] = np.concatenate([q, k, v])
+        elif ".linear_attn." in name:
+            parameter, value = _delta_net(engine, hf, name, worker)
+            if parameter:
+                result[parameter] = value
         elif EXPERT.fullmatch(name):
             continue
         elif ".gate_up_proj." in name:
@@ -53,6 +57,33 @@ def _heads(engine: Engine, tensor: np.ndarray, worker: int) -> np.ndarray:
     heads = np.split(tensor, engine.model.num_kv_heads)
     first = engine.first_kv_head(worker)
     return np.concatenate(heads[first : first + engine.kv_heads])
+
+
+def _delta_net(
+    engine: Engine, hf: Mapping[str, np.ndarray], name: str, worker: int
+) -> tuple[str, np.ndarray]:
+    """The parameter that the tensor is first in, by its name; none: it is not the first."""
+    delta, tp = engine.model.delta, engine.tp_size
+    assert delta
+    borders = [delta.key_width, 2 * delta.key_width]
+
+    def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.split(part, tp)[worker] for part in parts])
+
+    if name.endswith(".norm.weight"):
+        return name, hf[name]
+    if name.endswith("out_proj.weight"):
+        return name, np.split(hf[name], tp, axis=1)[worker]
+    if name.endswith("conv1d.weight"):
+        return name, stacked(np.split(hf[name], borders))
+    if name.endswith("_qkv.weight"):
+        parts = [*np.split(hf[name], borders), hf[name.replace("_qkv", "_z")]]
+        return name.replace("_qkv", "_qkvz"), stacked(parts)
+    if name.endswith("_b.weight"):
+        return name.replace("_b.", "_ba."), stacked([hf[name], hf[name.replace("_b.", "_a.")]])
+    return (
+        ("", hf[name]) if name.endswith(("_z.weight", "_a.weight")) else (name, stacked([hf[name]]))
+    )
 
 
 def _gated(gate: np.ndarray, up: np.ndarray, parts: int, part: int) -> np.ndarray:

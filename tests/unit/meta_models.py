@@ -42,9 +42,10 @@ from gpg_megatron.batching.updates import pack  # noqa: E402
 from gpg_megatron.config.algorithm import AlgorithmConfig  # noqa: E402
 from gpg_megatron.config.sections import PolicyConfig  # noqa: E402
 from gpg_megatron.host.device import Device  # noqa: E402
-from gpg_megatron.policy.model import build_model, forward_arguments  # noqa: E402
+from gpg_megatron.policy.model import build_model  # noqa: E402
 from gpg_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from gpg_megatron.policy.outputs import objective_output  # noqa: E402
+from gpg_megatron.policy.row import forward_arguments  # noqa: E402
 from gpg_megatron.shapes import ModelShape  # noqa: E402
 from gpg_megatron.types import TrainSample  # noqa: E402
 from tests.samples import float32, int32  # noqa: E402

@@ -24,6 +24,10 @@ _HF_NAMES = (
     (r"\.self_attention\.([qk])_layernorm\.", r".self_attn.\1_norm."),
     (r"\.self_attention\.linear_proj\.", ".self_attn.o_proj."),
     (r"\.self_attention\.linear_qkv\.", ".self_attn.{}_proj."),
+    (r"\.self_attention\.in_proj\.", ".linear_attn.in_proj_{}."),
+    (r"\.self_attention\.conv_weight$", ".linear_attn.conv1d.weight"),
+    (r"\.self_attention\.norm_weight$", ".linear_attn.norm.weight"),
+    (r"\.self_attention\.(A_log|dt_bias|out_proj)", r".linear_attn.\1"),
     (r"\.mlp\.router\.", ".mlp.gate."),
     (r"\.shared_experts\.gate_weight$", ".shared_expert_gate.weight"),
     (r"\.shared_experts\.", ".shared_expert."),
@@ -54,8 +58,14 @@ def _shard(
         hf_name = re.sub(pattern, replacement, hf_name)
     if hf_name == "lm_head.weight" and model.tied:
         hf_name = "model.embed_tokens.weight"
+    if "linear_attn" in hf_name and not name.endswith(("norm_weight", "out_proj.weight")):
+        return np.split(_delta_net(hf_name, model, hf), tp_size)[tp]
     if "linear_qkv" in name:
-        groups = [np.split(hf[hf_name.format(letter)], model.num_kv_heads) for letter in "qkv"]
+        whole = [hf[hf_name.format(letter)] for letter in "qkv"]
+        if model.output_gate:  # [query; gate] of each head
+            heads = np.split(whole[0], 2 * model.num_heads)
+            whole[:1] = [np.concatenate(heads[i::2]) for i in range(2)]
+        groups = [np.split(part, model.num_kv_heads) for part in whole]
         fused = [part for group in zip(*groups, strict=True) for part in group]
         return np.split(np.concatenate(fused), tp_size)[tp]
     if "linear_fc1" in name:
@@ -65,10 +75,28 @@ def _shard(
         )
         return np.concatenate([np.split(half, tp_size)[tp] for half in halves])
     tensor = hf[hf_name]
-    if ("linear_fc2" in name or "linear_proj" in name) and not name.endswith("bias"):
+    if re.search("linear_fc2|linear_proj|out_proj", name) and not name.endswith("bias"):
         return np.split(tensor, tp_size, axis=1)[tp]
     if name.startswith(("embedding.", "output_layer.")):
         n_padding = -len(tensor) % (128 * tp_size)
         padding = np.full((n_padding, tensor.shape[1]), PADDING)
         return np.split(np.concatenate([tensor, padding]), tp_size)[tp]
     return tensor
+
+
+def _delta_net(hf_name: str, model: ModelShape, hf: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A parameter of which each rank has a part, by key head."""
+    delta = model.delta
+    assert delta
+    borders = [delta.key_width, 2 * delta.key_width]
+    if hf_name.endswith("conv1d.weight"):
+        parts = np.split(hf[hf_name], borders)
+    elif "{}" not in hf_name:
+        return hf[hf_name]
+    elif delta.fused:
+        parts = [hf[hf_name.format(kind)] for kind in ("qkvz", "ba")]
+    else:
+        parts = np.split(hf[hf_name.format("qkv")], borders)
+        parts += [hf[hf_name.format(kind)] for kind in "zba"]
+    heads = [np.split(part, delta.key_heads) for part in parts]
+    return np.concatenate([x for head in zip(*heads, strict=True) for x in head])

@@ -40,7 +40,7 @@ from gpg_megatron.bridge.plan import (
 )
 from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import Held, PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.shapes import ModelShape, MoEShape
+from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
 from tests.unit import policy_layout
 from tests.unit.engine_weights import PADDING, weights
 
@@ -93,7 +93,15 @@ class Case:
         }
 
 
-FLAGS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm", "post_norms", "fused_gate_up")
+FLAGS = (
+    "qkv_bias",
+    "output_bias",
+    "mlp_bias",
+    "qk_norm",
+    "post_norms",
+    "fused_gate_up",
+    "output_gate",
+)
 
 
 @st.composite
@@ -118,6 +126,17 @@ def cases(draw: st.DrawFn) -> Case:
         ),
     )
     moe = draw(st.sampled_from([None, experts]))
+    key_heads = math.lcm(tp, engine_tp) * draw(st.integers(1, 2))
+    nets = DeltaShape(
+        layers=tuple(sorted(draw(st.sets(st.sampled_from(layers), min_size=1)))),
+        key_heads=key_heads,
+        value_heads=key_heads * draw(st.integers(1, 2)),
+        key_dim=2,
+        value_dim=3,
+        kernel=2,
+        fused=draw(st.booleans()),
+    )
+    delta = draw(st.sampled_from([None, nets]))
     flags: dict[str, Any] = {flag: draw(st.booleans()) for flag in FLAGS}
     model = ModelShape(
         architecture="Any",
@@ -135,6 +154,7 @@ def cases(draw: st.DrawFn) -> Case:
         rms_norm_eps=1e-6,
         max_position_embeddings=16,
         moe=moe,
+        delta=delta,
     )
     whole_experts = moe is not None and moe.num_experts % engine_tp == 0 and draw(st.booleans())
     grid = PolicyGrid(
@@ -144,7 +164,7 @@ def cases(draw: st.DrawFn) -> Case:
         ep_size=ep if moe else 1,
         stage_of_layer=tuple(stage for stage, n in enumerate(stages) for _ in range(n)),
     )
-    widest = max(model.hidden_size, heads * head_dim, 24)
+    widest = max(model.hidden_size, heads * head_dim, 24, nets.value_width)
     return Case(
         grid=grid,
         engine=Engine(model=model, tp_size=engine_tp, expert_parallel=whole_experts),

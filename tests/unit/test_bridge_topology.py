@@ -27,7 +27,7 @@ from gpg_megatron.layout.topology import (
     local_shapes,
 )
 from gpg_megatron.model.layout_rules import pipeline_stages
-from gpg_megatron.shapes import ModelShape, MoEShape
+from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
 
 LAYERS = 5
 DENSE = ModelShape(
@@ -48,6 +48,9 @@ DENSE = ModelShape(
 )
 EXPERTS = MoEShape(
     num_experts=4, experts_per_token=2, ffn_size=12, shared_ffn_size=0, renormalised=True
+)
+NETS = DeltaShape(
+    layers=(0, 1, 3), key_heads=4, value_heads=8, key_dim=3, value_dim=5, kernel=4, fused=False
 )
 MODELS = {
     "untied": DENSE,
@@ -70,6 +73,17 @@ MODELS = {
     "all_biases": replace(DENSE, qkv_bias=True, output_bias=True, mlp_bias=True),
     "post_norms": replace(
         DENSE, architecture="Glm4ForCausalLM", qkv_bias=True, post_norms=True, fused_gate_up=True
+    ),
+    "delta": replace(
+        DENSE, architecture="Qwen3_5ForCausalLM", qk_norm=True, output_gate=True, delta=NETS
+    ),
+    "delta_experts": replace(
+        DENSE,
+        architecture="Qwen3NextForCausalLM",
+        qk_norm=True,
+        output_gate=True,
+        delta=replace(NETS, fused=True),
+        moe=replace(EXPERTS, shared_ffn_size=20, dense_layers=(2,)),
     ),
 }
 
@@ -262,6 +276,13 @@ def test_names_of_transformer_engine() -> None:
     dense = local_shapes(DENSE, grid, 0)
     assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in dense
     assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in dense
+    nets = local_shapes(MODELS["delta"], grid, 0)
+    norms = {
+        name for name in nets if name.endswith(("input_layernorm.weight", "qkv.layer_norm_weight"))
+    }
+    assert norms == {f"decoder.layers.{i}.input_layernorm.weight" for i in (0, 1, 3)} | {
+        f"decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight" for i in (2, 4)
+    }
     experts = local_shapes(MODELS["experts"], grid, grid.rank(tp=0, dp=1, pp=0))
     names = {name for name in experts if ".layers.4.mlp." in name}
     assert names == {"decoder.layers.4.mlp.router.weight"} | {
@@ -291,7 +312,17 @@ def written_by_transformers(model: ModelShape, directory: Path) -> Mapping[str, 
         }
         if model.moe.shared_ffn_size:
             options["shared_expert_intermediate_size"] = model.moe.shared_ffn_size
-    config = getattr(transformers, f"{family}Config")(
+    if delta := model.delta:
+        types = ["full_attention", "linear_attention"]
+        options |= {
+            "layer_types": [types[i in delta.layers] for i in range(model.num_layers)],
+            "linear_num_key_heads": delta.key_heads,
+            "linear_num_value_heads": delta.value_heads,
+            "linear_key_head_dim": delta.key_dim,
+            "linear_value_head_dim": delta.value_dim,
+        }
+    name = f"{family}TextConfig"
+    config = getattr(transformers, name, getattr(transformers, f"{family}Config"))(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_size,

@@ -50,6 +50,13 @@ def test_a_users_arguments_reach_vllm_as_they_are(device: Literal["cpu", "cuda"]
     assert (plain["max_num_seqs"], plain["max_num_batched_tokens"]) == (8, 128)
 
 
+def test_states_are_not_kept_for_prompts_that_are_not_cut() -> None:
+    for device, kept in (("cpu", False), ("cuda", True)):
+        spec = replace(spec_of(device), has_states=True)  # type: ignore[arg-type]
+        assert engine_args(spec)["enable_prefix_caching"] is kept
+        assert engine_args(replace(spec, has_states=False))["enable_prefix_caching"] is True
+
+
 def test_they_come_from_the_file_and_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpg_megatron.host.peak import bf16_peak, peak_flops_per_s
 from gpg_megatron.model.flops import TokenCosts, token_costs
-from gpg_megatron.shapes import ModelShape, MoEShape
+from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
 
 
 def shape(moe: MoEShape | None = None) -> ModelShape:
@@ -52,6 +52,21 @@ def test_a_token_pays_for_the_experts_that_it_visits() -> None:
     assert per_layer == 576 * (3 * 600 + 60) - 576 * 3 * 1536
     some = token_costs(shape(replace(moe, dense_layers=(0, 7, 8)))).per_token
     assert token_costs(shape(moe)).per_token - some == 6 * 3 * per_layer
+
+
+def test_gated_delta_nets_and_a_gate_of_attention() -> None:
+    nets = DeltaShape(
+        layers=(0, 1, 3), key_heads=4, value_heads=8, key_dim=16, value_dim=32, kernel=4,
+        fused=False,
+    )  # fmt: skip
+    plain, found = (token_costs(replace(shape(), delta=x, output_gate=True)) for x in (None, nets))
+    gates = (plain.per_token - token_costs(shape()).per_token) / 6
+    assert gates == 30 * 576 * 576
+    assert found.per_pair == 27 / 30 * plain.per_pair
+    attention = 576 * (3 * 9 + 2 * 3) * 64
+    # 64 elements of all queries and of all keys, 256 of all values
+    net = 576 * (64 + 64 + 256 + 256 + 8 + 8) + 256 * 576 + 4 * (64 + 64 + 256) + 3 * 8 * 16 * 32
+    assert plain.per_token - found.per_token == 6 * 3 * (attention - net)
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.none() | st.integers(1, 12))

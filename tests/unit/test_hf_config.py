@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.hf_keys import FAMILIES
-from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.shapes import ModelShape, MoEShape
+from gpg_megatron.model.families import FAMILIES
+from gpg_megatron.model.shape import load_model_shape, shape_warnings
+from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -54,6 +54,19 @@ EXPERT_KEYS = {
 EXPERTS = MoEShape(
     num_experts=12, experts_per_token=2, ffn_size=24, shared_ffn_size=0, renormalised=True
 )
+HYBRID_KEYS = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+NETS = DeltaShape(
+    layers=(0, 2), key_heads=2, value_heads=6, key_dim=8, value_dim=12, kernel=4, fused=False
+)
+HYBRID = {"qk_norm": True, "output_gate": True, "centred_norms": True, "rotary_dim": 4} | {
+    "delta": NETS
+}
 FLAGS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
@@ -73,13 +86,27 @@ FLAGS: dict[str, dict[str, Any]] = {
         "moe": dataclasses.replace(EXPERTS, shared_ffn_size=72),
     },
     "Qwen3MoeForCausalLM": {"qkv_bias": False, "qk_norm": True, "moe": EXPERTS},
+    "Qwen3NextForCausalLM": HYBRID
+    | {
+        "delta": dataclasses.replace(NETS, fused=True),
+        "moe": dataclasses.replace(EXPERTS, shared_ffn_size=72),
+    },
+    "Qwen3_5ForCausalLM": HYBRID,
+    "Qwen3_5MoeForCausalLM": HYBRID
+    | {"ffn_size": 24, "moe": dataclasses.replace(EXPERTS, shared_ffn_size=72)},
 }
 # What a family's configuration has besides the common keys.
 OWN_KEYS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": None},
     "Qwen2MoeForCausalLM": EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
     "Qwen3MoeForCausalLM": EXPERT_KEYS,
+    "Qwen3NextForCausalLM": HYBRID_KEYS | EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
+    "Qwen3_5ForCausalLM": HYBRID_KEYS,
+    "Qwen3_5MoeForCausalLM": HYBRID_KEYS | EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
 }
+
+
+OF_IMAGES = {"rope_theta": 5, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
 
 
 def of_family(architecture: str, **changes: Any) -> dict[str, Any]:
@@ -95,6 +122,7 @@ SLIDING = ["sliding_attention"] * 3
 SOME_LAYERS = (
     "a sliding window in some layers only (use_sliding_window, max_window_layers, layer_types)"
 )
+QWEN3_5, QWEN3_NEXT = of_family("Qwen3_5ForCausalLM"), of_family("Qwen3NextForCausalLM")
 QWEN2_MOE, QWEN3_MOE = of_family("Qwen2MoeForCausalLM"), of_family("Qwen3MoeForCausalLM")
 
 
@@ -117,13 +145,21 @@ def test_every_field(tmp_path: Path) -> None:
     assert load_model_shape(write(tmp_path, QWEN3)) == SHAPE
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", FLAGS)
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [
+        (x, tied)
+        for x in FLAGS
+        for tied in (True, False)
+        if (x, tied) != ("Qwen3NextForCausalLM", True)
+    ],
+)
 def test_what_transformers_writes(tmp_path: Path, architecture: Any, tied: Any) -> None:
     import transformers
 
     family = architecture.removesuffix("ForCausalLM")
-    config = getattr(transformers, f"{family}Config")(
+    name = f"{family}TextConfig"
+    config = getattr(transformers, name, getattr(transformers, f"{family}Config"))(
         architectures=[architecture],
         num_hidden_layers=3,
         hidden_size=48,
@@ -281,11 +317,46 @@ def test_an_unsupported_option_is_named(tmp_path: Path, change: Any, words: Any)
         (QWEN3 | WINDOW | {"layer_types": [*SLIDING[:2], "full_attention"]}, SOME_LAYERS),
         (QWEN3 | {"layer_types": SLIDING}, "layer_types other than full_attention"),
         (LLAMA | {"layer_types": SLIDING}, "layer_types other than full_attention"),
+        (
+            QWEN3_5 | {"layer_types": SLIDING},
+            "layer_types other than linear_attention and full_attention",
+        ),
+        (
+            QWEN3_5 | {"layer_types": None, "full_attention_interval": 4},
+            "layer_types without both of linear_attention and full_attention",
+        ),
+        (QWEN3_5 | {"attn_output_gate": False}, "attn_output_gate other than true"),
+        (QWEN3_NEXT, "tie_word_embeddings"),
+        (QWEN3 | {"rope_parameters": OF_IMAGES}, "rope_parameters.mrope_section"),
     ],
 )
 def test_an_unsupported_option_of_a_family(tmp_path: Path, raw: Any, words: Any) -> None:
     message = refusal(write(tmp_path, raw))
     assert message == f"{tmp_path / 'config.json'}: {words} is not supported"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"layer_types": None, "full_attention_interval": 2}, "layers", (0, 2)),
+        ({"layer_types": None, "full_attention_interval": 3}, "layers", (0, 1)),
+        ({"linear_conv_kernel_dim": 2}, "kernel", 2),
+        ({"rope_parameters": OF_IMAGES}, "kernel", 4),
+    ],
+)
+def test_variants_of_gated_delta_nets(tmp_path: Path, change: Any, field: Any, value: Any) -> None:
+    """Angles by position in an image are those of text where there is no image."""
+    shape = load_model_shape(write(tmp_path, QWEN3_5 | change))
+    assert shape.delta == dataclasses.replace(NETS, **{field: value})
+    assert shape.rope_theta == (5 if "rope_parameters" in change else 1e6)
+    assert shape_warnings(tmp_path) == []
+
+
+def test_heads_of_gated_delta_nets_that_cannot_be(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, QWEN3_5 | {"linear_num_value_heads": 5}))
+    assert message.endswith(": linear_num_key_heads 2 does not divide linear_num_value_heads 5")
+    message = refusal(write(tmp_path, QWEN3_5 | {"num_hidden_layers": 4}))
+    assert message.endswith(": layer_types has 3 entries; num_hidden_layers is 4")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.hf_keys import FAMILIES, Family, Key, Missing
+from gpg_megatron.model.families import FAMILIES
+from gpg_megatron.model.hf_keys import Family, Key, Missing
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
 from gpg_megatron.shapes import (
+    DeltaShape,
     LinearScaling,
     Llama3Scaling,
     ModelShape,
@@ -48,6 +50,8 @@ def base(architecture: str) -> dict[str, Any]:
         raw |= MOE
     if family.shared_expert:
         raw["shared_expert_intermediate_size"] = 72
+    if family.delta:
+        raw["layer_types"] = ["linear_attention", "full_attention", "linear_attention"]
     return raw | ({"sliding_window": None} if family.model_type == "mistral" else {})
 
 
@@ -86,11 +90,12 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
             experts_per_token=config.num_experts_per_tok,
             ffn_size=config.moe_intermediate_size,
             shared_ffn_size=config.shared_expert_intermediate_size if family.shared_expert else 0,
-            renormalised=config.norm_topk_prob,
+            renormalised=getattr(config, "norm_topk_prob", True),
             dense_layers=tuple(
                 i
                 for i in range(config.num_hidden_layers)
-                if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step
+                if "mlp_only_layers" in family.declared
+                and (i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step)
             ),
         )
     llama, glm = family.model_type == "llama", family.model_type == "glm4"
@@ -101,7 +106,11 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         architecture=config.architectures[0],
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_size=config.intermediate_size,
+        ffn_size=(
+            config.intermediate_size
+            if "intermediate_size" in family.declared
+            else config.moe_intermediate_size
+        ),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
@@ -114,7 +123,12 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         post_norms=glm,
         fused_gate_up=glm,
         rotary_neighbours=glm,
-        rotary_dim=int(head_dim * config.rope_parameters["partial_rotary_factor"]) if glm else None,
+        rotary_dim=int(head_dim * config.rope_parameters["partial_rotary_factor"])
+        if family.rotary_part
+        else None,
+        output_gate=family.delta,
+        centred_norms=family.delta,
+        delta=as_delta(config, architecture) if family.delta else None,
         window=as_window(config, family),
         rope_theta=config.rope_parameters["rope_theta"],
         rope_scaling=as_scaling(config.rope_parameters),
@@ -124,7 +138,22 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
     )
 
 
+def as_delta(config: Any, architecture: str) -> DeltaShape:
+    types = enumerate(config.layer_types)
+    return DeltaShape(
+        layers=tuple(i for i, kind in types if kind == "linear_attention"),
+        key_heads=config.linear_num_key_heads,
+        value_heads=config.linear_num_value_heads,
+        key_dim=config.linear_key_head_dim,
+        value_dim=config.linear_value_head_dim,
+        kernel=config.linear_conv_kernel_dim,
+        fused=architecture == "Qwen3NextForCausalLM",
+    )
+
+
 def as_window(config: Any, family: Family) -> int | None:
+    if family.delta:
+        return None
     if "layer_types" in family.declared and "sliding_attention" not in config.layer_types:
         return None
     window: int | None = config.sliding_window if "sliding_window" in family.declared else None
@@ -187,7 +216,6 @@ def test_the_table_has_every_declared_key(architecture: str) -> None:
 
 # What leaves a model that we support: each is drawn by itself, or the key stays away.
 GOOD: dict[str, list[Any]] = {
-    "tie_word_embeddings": [True, False],
     "hidden_size": [64, 96, 128],
     "num_attention_heads": [4, 8, 16],
     "rope_theta": [10000, 1e6, 500000.0, 1],
@@ -214,7 +242,6 @@ GOOD: dict[str, list[Any]] = {
     "eos_token_id": [None, 2, [1, 2]],
     "torch_dtype": ["bfloat16", "float32", None],
     "dtype": ["float16"],
-    "layer_types": [["full_attention"] * 3, ["full_attention", "attention", "full_attention"]],
     "pruned_heads": [{}],
     "is_encoder_decoder": [False],
     "quantization_config": [None],
@@ -223,19 +250,26 @@ GOOD: dict[str, list[Any]] = {
     "temperature": [0.7],
     "something_else": [None, 3, "x", {"a": [1]}],
 }  # fmt: skip
+DELTA = "qwen3_next qwen3_5_text qwen3_5_moe_text"
 GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
+    "tie_word_embeddings": {"qwen3_next": [False], "": [True, False]},
+    "layer_types": {
+        DELTA: [["linear_attention", "linear_attention", "full_attention"]],
+        "": [["full_attention"] * 3, ["full_attention", "attention", "full_attention"]],
+    },
+    "linear_num_key_heads": {DELTA: [1, 8], "": []},
     "num_key_value_heads": {"qwen2 qwen3 llama": [1, 2, 4, None], "": [1, 2, 4]},
-    "head_dim": {"qwen3 glm4": [16, 32], "": [16, 32, None]},
-    "partial_rotary_factor": {"glm4": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
+    "head_dim": {f"qwen3 glm4 {DELTA}": [16, 32], "": [16, 32, None]},
+    "partial_rotary_factor": {f"glm4 {DELTA}": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
     "attention_bias": {
         "qwen2 qwen2_moe": [True, False, None],
         "llama glm4": [True, False],
         "": [False],
     },
     "mlp_bias": {"llama": [True, False], "": [False]},
-    "qkv_bias": {"qwen2_moe": [True], "llama mistral": [False], "": [True, False]},
+    "qkv_bias": {"qwen2_moe": [True], f"llama mistral {DELTA}": [False], "": [True, False]},
     "use_sliding_window": {"": [False]},
-    "sliding_window": {"llama mistral glm4": [None], "": [None, 64, 0]},
+    "sliding_window": {f"llama mistral glm4 {DELTA}": [None], "": [None, 64, 0]},
     "max_window_layers": {"": [0, 2, 28]},
 }
 GOOD_OF_EXPERTS: dict[str, list[Any]] = {
@@ -255,6 +289,10 @@ def good_values(architecture: str) -> dict[str, list[Any]]:
     for name, rows in GOOD_OF_SOME.items():
         own = (x for models, x in rows.items() if family.model_type in models.split())
         values[name] = next(own, rows[""])
+    values = {name: rows for name, rows in values.items() if rows}
+    if family.model_type == "qwen3_5_moe_text":
+        values |= GOOD_OF_EXPERTS | {"norm_topk_prob": [True]}
+        return values
     return values | (GOOD_OF_EXPERTS if family.experts else {})
 
 
@@ -285,8 +323,12 @@ def test_a_good_file_has_the_shape_of_transformers(tmp_path: Path, architecture:
         assert shape == as_shape(config, architecture), raw
         thetas.add(shape.rope_theta)
         expected = {"something_else"} & raw.keys()
-        if FAMILIES[architecture].model_type == "qwen2_moe":
+        family = FAMILIES[architecture]
+        if family.experts and family.model_type != "qwen3_moe":
             expected |= {"num_local_experts"} & raw.keys()  # Qwen3-MoE's word
+        if family.experts and "mlp_only_layers" not in family.declared:
+            others = {"decoder_sparse_step", "mlp_only_layers", "intermediate_size"}
+            expected |= others & raw.keys()
         assert shape_warnings(tmp_path) == [
             f"{tmp_path / 'config.json'}: unknown keys, which have no effect here: {names}"
             for names in [", ".join(sorted(expected))]

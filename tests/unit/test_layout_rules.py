@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import sys
 from itertools import product
 from typing import Any
 
@@ -12,10 +13,14 @@ import pytest
 
 from gpg_megatron.config.sections import Config, DataConfig, PolicyConfig, RolloutConfig
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.layout_rules import check_layout
+from gpg_megatron.model.layout_rules import (
+    check_engine_packages,
+    check_engine_type,
+    check_layout,
+)
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.shapes import ModelShape
-from tests.unit.test_hf_config import EXPERTS, SHAPE
+from tests.unit.test_hf_config import EXPERTS, NETS, SHAPE
 
 
 def layout(
@@ -262,3 +267,36 @@ def test_heads_of_a_size_that_the_engine_does_not_read(architecture: Any) -> Non
         f"model.path: head_dim in config.json is 16; for {architecture} the engine knows only "
         f"hidden_size / num_attention_heads = 12"
     )
+
+
+HYBRID = model(architecture="Qwen3_5ForCausalLM", num_layers=3, output_gate=True, delta=NETS)
+
+
+def test_gated_delta_nets_are_cut_by_key_head_and_never_along_a_sequence() -> None:
+    """Two key heads, four heads of attention."""
+    assert problem(layout(tp=2, engine_tp=2), HYBRID) is None
+    for section in ("policy", "rollout"):
+        message = problem(tp_config(section, 4), HYBRID)
+        assert message == (
+            f"{section}.tensor_model_parallel_size=4 does not divide the model's "
+            "linear_num_key_heads 2; legal: [1, 2]"
+        )
+    message = problem(layout(cp=2), HYBRID)
+    assert message is not None and message.startswith("policy.context_parallel_size=2, but ")
+
+
+def test_a_package_that_the_engine_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    check_engine_packages(SHAPE)
+    with pytest.raises(UserError, match="vLLM's code of Qwen3_5ForCausalLM needs torchvision"):
+        check_engine_packages(HYBRID)
+
+
+def test_the_engine_has_gated_delta_nets_on_a_cpu_in_bf16_only() -> None:
+    config = layout()
+    fp32 = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, dtype="fp32"))
+    check_engine_type(fp32, HYBRID, "cuda")
+    check_engine_type(fp32, SHAPE, "cpu")
+    check_engine_type(config, HYBRID, "cpu")
+    with pytest.raises(UserError, match="in bf16 only; expected bf16"):
+        check_engine_type(fp32, HYBRID, "cpu")

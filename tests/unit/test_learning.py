@@ -158,9 +158,9 @@ def test_the_interval_is_students() -> None:
 def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(MINIMAL)
-    found = arms(64)
-    assert {"paper", "verl-x4", "paper-x4-none", "paper-x16-ess", "paper-old1", "grpo-old1"} <= {
-        *found
-    }
+    found = arms(load_config(file, ["trainer.train_batch_size=64"]).trainer)
+    some = {"paper", "verl-x4", "paper-x4-none", "paper-x16-ess", "paper-old1-weighed", "grpo-old1"}
+    assert some <= {*found}
+    assert "trainer.train_batch_size=4" in found["paper-small16"]
     for overrides in found.values():
         load_config(file, overrides)

@@ -7,7 +7,14 @@ import itertools
 import pytest
 
 from gpg_megatron.config.algorithm import PRESETS, AlgorithmConfig
-from gpg_megatron.config.off_policy import Sampled, rules, settled, summary, warnings_about
+from gpg_megatron.config.off_policy import (
+    TARGET_KL,
+    Sampled,
+    rules,
+    settled,
+    summary,
+    warnings_about,
+)
 from tests.presets import ON_POLICY, as_written
 
 EVERY = [
@@ -46,6 +53,16 @@ def facts(**changes: bool | int) -> Sampled:
 def test_the_table(loss: str, changes: dict[str, bool | int], correction: str, old: str) -> None:
     config = settled(AlgorithmConfig(loss=loss), facts(**changes))  # type: ignore[arg-type]
     assert (config.correction, config.old_logprobs) == (correction, old)
+    limits_kl = correction != "none" and not changes.get("truncated")
+    assert config.target_kl == (TARGET_KL if limits_kl else 0.0)
+
+
+def test_a_target_kl_that_is_asked_for_is_kept_where_it_can_be_measured() -> None:
+    for sampled in EVERY:
+        config = settled(AlgorithmConfig(target_kl=0.2), sampled)
+        assert config.target_kl == 0.2
+        broken = [message for is_broken, message in rules(config, sampled) if is_broken]
+        assert [x.partition("=")[0] for x in broken] == ["target_kl"] * sampled.truncated
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -88,8 +105,8 @@ def test_the_summary_says_which_and_why() -> None:
 
     assert said() == "off-policy correction: none, every answer is of the present weights"
     assert said(n_updates=4) == (
-        "off-policy correction: truncate-token against the engines' log-probs (4 updates for each "
-        "rollout batch)"
+        "off-policy correction: truncate-token against the engines' log-probs, no update beyond "
+        "0.05 nats (4 updates for each rollout batch)"
     )
     assert said(n_updates=2, truncated=True, carried=True) == (
         "off-policy correction: truncate-token against the policy's log-probs before the batch "

@@ -1,0 +1,103 @@
+"""A packed micro-batch as the model's keyword arguments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+
+from gpg_megatron.host.device import Device, send
+from gpg_megatron.policy.attention import (
+    LossPositions,
+    RowShare,
+    SegmentParams,
+    own_positions,
+    row_order,
+)
+from gpg_megatron.policy.chunks import chunks_of, sent
+from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
+from gpg_megatron.types import MicroBatch
+
+
+def forward_arguments(
+    batch: MicroBatch, device: Device, *, multiple: int, flash: bool, kernel: int = 0
+) -> dict[str, object]:
+    """The keyword arguments of PolicyModel.forward for one packed micro-batch. All of it is laid
+    out on the host and sent; nothing waits for the device.
+
+    Args:
+        multiple: the row is filled up to a multiple of it with a sequence of tokens without
+            loss, because sequence and context parallelism divide the tokens among ranks.
+        flash: attention is one call for the row; see attention.flash_takes.
+        kernel: tokens that the convolution of a gated delta net sees; 0: the model has none.
+    """
+    n_filler = -len(batch.input_ids_T) % multiple
+    n_tokens = len(batch.input_ids_T) + n_filler
+    group = parallel_state.get_context_parallel_group()
+    own_T = own_positions(n_tokens, group.rank(), group.size())
+
+    def own_row(values_T: torch.Tensor) -> torch.Tensor:
+        return send(F.pad(values_T, (0, n_filler))[own_T].unsqueeze(0), device)
+
+    return {
+        "input_ids": own_row(batch.input_ids_T),
+        "position_ids": own_row(batch.position_ids_T),
+        "attention_mask": None,
+        "packed_seq_params": _segment_params(batch, device, n_filler, own_T, flash, kernel),
+    }
+
+
+def _segment_params(
+    batch: MicroBatch,
+    device: Device,
+    n_filler: int,
+    own_T: torch.Tensor,
+    flash: bool,
+    kernel: int,
+) -> SegmentParams:
+    """Where the segments and the positions with loss lie."""
+    bounds, prompts = batch.cu_seqlens_S1, batch.prompt_S
+    if n_filler:
+        bounds = F.pad(bounds, (0, 1), value=int(bounds[-1]) + n_filler)
+        prompts = F.pad(prompts, (0, 1), value=-1)
+    n_tokens, n_positions = int(bounds[-1]), int(batch.position_ids_T.max()) + 1
+    group = parallel_state.get_context_parallel_group()
+    ranges = ranges_of(n_tokens, group.rank(), group.size())
+    spans = spans_of(bounds.tolist(), prompts.tolist(), ranges)
+    share = None
+    if group.size() > 1:
+        share = RowShare(order_T=send(row_order(n_tokens, group.size()), device), group=group)
+    return SegmentParams(
+        spans=spans,
+        varlen=_sent(varlen_of(spans, n_tokens), device) if flash else None,
+        share=share,
+        chunks=sent(chunks_of(spans, n_tokens, kernel), device) if kernel else None,
+        loss=_loss_positions(batch, device, n_filler, own_T),
+        max_seqlen_q=n_positions,
+        max_seqlen_kv=n_positions,
+    )
+
+
+def _loss_positions(
+    batch: MicroBatch, device: Device, n_filler: int, own_T: torch.Tensor
+) -> LossPositions:
+    mask_T = F.pad(batch.loss_mask_T, (0, n_filler))
+    (own_N,) = mask_T[own_T].nonzero(as_tuple=True)
+    return LossPositions(
+        row_N=send(mask_T.nonzero().squeeze(1), device),
+        own_N=send(own_N, device),
+        labels_N=send(batch.labels_T[own_T[own_N]], device),
+    )
+
+
+def _sent(varlen: Varlen, device: Device) -> Varlen:
+    return replace(
+        varlen,
+        cu_q_B1=send(varlen.cu_q_B1, device),
+        cu_k_B1=send(varlen.cu_k_B1, device),
+        keys_M=None if varlen.keys_M is None else send(varlen.keys_M, device),
+        copies_M=send(varlen.copies_M, device),
+        first_copy_T1=send(varlen.first_copy_T1, device),
+    )
