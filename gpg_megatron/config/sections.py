@@ -111,7 +111,8 @@ class PolicyConfig:
     clip_grad: float = ranged(1.0, at_least=0)
     """Global gradient-norm limit; 0 turns clipping off."""
     timeout_s: int = ranged(1800, at_least=1)
-    """Limit of every collective among the policy ranks, in seconds."""
+    """Limit of every collective among the policy ranks, and of a rank without a sign of life, in
+    seconds."""
     num_threads: Optional[int] = ranged(None, at_least=1)
     """CPU threads of each rank; None: the machine's cores shared among its ranks."""
 

@@ -26,9 +26,17 @@ class Beats:
         """What the other ranks told last; "" of one that has told nothing yet."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
-            return {
-                rank: self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
-                for rank in others
-            }
+            return {rank: self._told(rank) for rank in others}
         except dist.DistError:
             return {}
+
+    def hear_one(self) -> tuple[int, str]:
+        """As hear, of the rank before this one, so that each is heard by one other."""
+        rank = (self._rank - 1) % self._world_size
+        try:
+            return rank, self._told(rank)
+        except dist.DistError:
+            return rank, ""
+
+    def _told(self, rank: int) -> str:
+        return self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""

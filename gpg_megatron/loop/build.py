@@ -30,6 +30,7 @@ from gpg_megatron.host.collectives import OnRank0, broadcast, kept_on_rank0, on_
 from gpg_megatron.host.device import Device
 from gpg_megatron.host.leaving import LeaveRequest
 from gpg_megatron.host.peak import peak_flops_per_s
+from gpg_megatron.host.words import end_with_words
 from gpg_megatron.layout.hf_io import load_hf
 from gpg_megatron.layout.topology import policy_grid
 from gpg_megatron.loop.checkpoints import (
@@ -76,7 +77,7 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
     group = dist.new_group(timeout=_rank0_limit(config), backend="gloo")
     ask_rank0: OnRank0 = partial(on_rank0, group=group)
     with ExitStack() as ends:
-        watchdog = ends.enter_context(closing(_watchdog()))
+        watchdog = ends.enter_context(closing(_watchdog(config.policy.timeout_s)))
         fleet = kept_on_rank0(
             lambda: ends.enter_context(closing(start_engines(config, shape, device, run_id))),
             ask_rank0,
@@ -246,10 +247,15 @@ def open_rollouts(
     )
 
 
-def _watchdog() -> Watchdog:
+def _watchdog(silent_s: float) -> Watchdog:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    beats = Beats(rank, world_size) if world_size > 1 else None
-    return Watchdog(rank=rank, limit_s=WATCHDOG_LIMIT_S, ranks=beats)
+    return Watchdog(
+        rank=rank,
+        limit_s=WATCHDOG_LIMIT_S,
+        ranks=Beats(rank, world_size) if world_size > 1 else None,
+        silent_s=silent_s,
+        give_up=end_with_words,
+    )
 
 
 def _pids() -> list[int]:

@@ -1,13 +1,14 @@
 """Names the phase that is running, times it, and says so when it takes too long, and which rank the
-others wait for."""
+others wait for. A rank that gives no sign ends the run."""
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
@@ -25,6 +26,9 @@ class Ranks(Protocol):
     def hear(self) -> dict[int, str]:
         """Of the other ranks."""
 
+    def hear_one(self) -> tuple[int, str]:
+        """Of one other rank, always the same: its number and its text, "" before it has told."""
+
 
 @dataclass(slots=True)
 class _Phases:
@@ -40,7 +44,7 @@ class _Phases:
 
 
 class Watchdog:
-    """Phase timer with an alarm that prints one line and stops nothing.
+    """Phase timer with an alarm that prints one line.
 
         with closing(Watchdog(rank=rank, limit_s=300)) as watchdog:
             with watchdog.phase("rollout"):
@@ -55,6 +59,8 @@ class Watchdog:
         limit_s: seconds without progress before the line.
         ranks: the line also names ranks that are elsewhere than this one, or give no sign; None:
             it does not.
+        silent_s: seconds without a sign of the rank that this one hears.
+        give_up: called with one line then; such a process is stopped, or cannot run.
         stream: where the line goes; None: stderr.
     """
 
@@ -64,6 +70,8 @@ class Watchdog:
         rank: int,
         limit_s: float,
         ranks: Ranks | None = None,
+        silent_s: float = math.inf,
+        give_up: Callable[[str], None] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self._rank = rank
@@ -71,7 +79,10 @@ class Watchdog:
         self._loop = threading.get_ident()
         """The thread whose phases the others hear of."""
         self._number = 0
-        self._limit_s = limit_s
+        self._limit_s, self._silent_s = limit_s, silent_s
+        self._give_up = give_up
+        self._sign = ("", time.monotonic())
+        """What the rank that this one hears told last, and since when."""
         self._stream = stream
         self._threads: defaultdict[int, _Phases] = defaultdict(_Phases)
         self._closed = threading.Event()
@@ -109,6 +120,7 @@ class Watchdog:
             if self._ranks is not None and time.monotonic() - told >= BEAT_S:
                 told = time.monotonic()
                 self._tell(self._ranks)
+                self._listen(self._ranks)
             for thread, phases in list(self._threads.items()):
                 now, running = time.monotonic(), phases.open
                 if not running or now - max(phases.said, phases.progress) < self._limit_s:
@@ -126,6 +138,14 @@ class Watchdog:
         running = self._threads[self._loop].open
         name, start = running[-1] if running else ("", time.monotonic())
         ranks.tell(f"{self._number} {time.monotonic() - start:.0f} {name}")
+
+    def _listen(self, ranks: Ranks) -> None:
+        now = time.monotonic()
+        rank, text = ranks.hear_one()
+        if not text or text != self._sign[0]:
+            self._sign = text, now
+        elif now - self._sign[1] > self._silent_s and self._give_up is not None:
+            self._give_up(f"policy rank {rank} has given no sign for {now - self._sign[1]:.0f} s")
 
     def _others(self, ranks: Ranks, name: str) -> str:
         """Which ranks are elsewhere, or tell nothing new for two beats."""

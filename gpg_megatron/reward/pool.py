@@ -167,10 +167,13 @@ class RewardPool:
             for completion in completions
         ]
         silent_before = not self._error
-        rewards = iter(self._retries(self._judged, questions))
+        rewards = self._retries(self._judged, questions)
         if silent_before and self._error:
-            _say(f"a scorer failed, its answer scores 0: {self._error}")
-        return [self._group(prompt, completions, rewards) for prompt, completions in items]
+            is_final = any("crash" in reward.parts for reward in rewards)
+            then = "its answer scores 0" if is_final else "its answer was judged again"
+            _say(f"a scorer failed, {then}: {self._error}")
+        of_all = iter(rewards)
+        return [self._group(prompt, completions, of_all) for prompt, completions in items]
 
     def attempt(self, prompt: Prompt, response: str) -> tuple[Reward, str]:
         """The reward of one answer, and what its scorer raised or ended with; "": nothing."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import EXIT_STOPPED, RunError, UserError, reason_of
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, new_run_id, start_reaper
-from gpg_megatron.start.world import leave_words
+from gpg_megatron.host.words import leave_words
 
 if TYPE_CHECKING:
     from gpg_megatron.host.device import Device

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpg_megatron.config.sections import Config
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
 
 SHUTDOWN_S = 10
 """Ranks do not answer SIGTERM, they end by it."""
-WORDS_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Torch's agent names one to each rank, and reads it when the rank has ended."""
 _NO_FILE = "<N/A>"
 _FOLLOWS = (signal.SIGTERM, signal.SIGABRT)
 """By which ranks end when others have: the agent sends one, NCCL's watchdog the other."""
@@ -123,13 +118,6 @@ def run_ranks(config: Config, world: LaunchConfig, arguments: Sequence[str]) -> 
     except ChildFailedError as failed:
         return what_ended(failed.failures)
     return None
-
-
-def leave_words(reason: str) -> None:
-    """In a rank that knows why the run ends: one line, which the launcher prints last."""
-    if path := os.environ.get(WORDS_FILE):
-        words = {"message": reason, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps(words), encoding="utf-8")
 
 
 def what_ended(failures: Mapping[int, ProcessFailure]) -> Failure:

@@ -24,9 +24,10 @@ from gpg_megatron.host.leaving import (
     forget_request,
 )
 from gpg_megatron.host.lock import locked
+from gpg_megatron.host.words import WORDS_FILE, leave_words
 from gpg_megatron.start.leaving import leaving_in_order
 from gpg_megatron.start.preflight import may_start
-from gpg_megatron.start.world import WORDS_FILE, Failure, leave_words, what_ended
+from gpg_megatron.start.world import Failure, what_ended
 
 
 def config(folder: Path, *, save_freq: int = 1, grace_s: int = 60) -> Config:

@@ -133,6 +133,9 @@ class Others:
         n = len(self.told)
         return {1: f"{n} 7 sync", 2: f"{n} 5 policy", 3: "4 2 policy", 4: ""}
 
+    def hear_one(self) -> tuple[int, str]:
+        return 3, self.hear()[3]
+
 
 def test_the_watchdog_names_the_ranks_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpg_megatron.observe.watchdog.BEAT_S", 0.05)
@@ -146,6 +149,22 @@ def test_the_watchdog_names_the_ranks_that_are_late(monkeypatch: pytest.MonkeyPa
     assert others.told[0].endswith(" policy")
     late = "rank 1 is in sync for 7 s; rank 3 gives no sign, last in policy; rank 4 gives no sign"
     assert stream.getvalue().splitlines()[0].endswith(f" s; {late}")
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_rank_without_a_sign_is_given_up(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Whatever this one is in. One that works, and one that has not begun, are waited for."""
+    monkeypatch.setattr("gpg_megatron.observe.watchdog.BEAT_S", 0.05)
+    others, said = Others(), list[str]()
+    monkeypatch.setattr(others, "hear_one", lambda: (rank, others.hear()[rank]))
+    watchdog = Watchdog(
+        rank=0, limit_s=0.2, ranks=others, silent_s=0.4, give_up=said.append, stream=io.StringIO()
+    )
+    with closing(watchdog):
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            time.sleep(0.05)
+    assert set(said[:1]) == ({"policy rank 3 has given no sign for 0 s"} if rank == 3 else set())
 
 
 def test_the_watchdog_says_nothing_while_phases_change() -> None:
