@@ -86,12 +86,12 @@ def _places(
                 yield name, *_cut(name, whole, first, n, at=part * n, of=2 * n)
             continue
         if ".linear_attn." in name:
-            for place in _delta_net(engine, name, whole, worker):
-                yield name, *place
+            for found in _delta_net(engine, name, whole, worker):
+                yield name, *found
             continue
         place = _expert if EXPERT.fullmatch(name) else _dense
-        if found := place(engine, name, whole, worker):
-            yield name, *found
+        if where := place(engine, name, whole, worker):
+            yield name, *where
 
 
 def _cut(

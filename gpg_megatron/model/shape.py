@@ -92,11 +92,11 @@ def _resolve(path: str | Path, *, may_be_fp8: bool = False) -> tuple[ModelShape,
     try:
         architecture, family = _family_of(raw)
         known = family.declared.keys() | family.extra.keys() | LENGTHS
-        raw = without(raw, family.unused_angles)
-        shape = _shape(architecture, family, raw)
+        text = without(raw, family.unused_angles)
+        shape = _shape(architecture, family, text)
     except Refusal as refusal:
         raise UserError(f"{where}: {refusal}") from None
-    return shape, sorted(raw.keys() - known) + unread(raw)
+    return shape, sorted(text.keys() - known) + unread(text)
 
 
 def _family_of(raw: Mapping[str, Any]) -> tuple[str, Family]:

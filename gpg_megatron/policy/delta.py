@@ -204,5 +204,5 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 def _in_chunks(x: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     """[T, ...] -> [N, C, ...], zero where a chunk is filled up."""
     padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    found = padded.index_select(0, chunks.row_NC.flatten())
-    return found.unflatten(0, chunks.row_NC.shape)
+    found: torch.Tensor = padded.index_select(0, chunks.row_NC.flatten())
+    return found.view(*chunks.row_NC.shape, *x.shape[1:])

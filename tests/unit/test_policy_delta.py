@@ -24,7 +24,8 @@ Row = tuple[list[int], list[int]]
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
     """A few prompts with responses, and sequences of their own."""
-    lengths, prompts = [], []
+    lengths: list[int] = []
+    prompts: list[int] = []
     for _ in range(draw(st.integers(1, 3))):
         prompt = len(lengths)
         n_responses = draw(st.integers(0, 3))

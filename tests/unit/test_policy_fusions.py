@@ -22,7 +22,7 @@ quiet_megatron()
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl  # noqa: E402
 
 from gpg_megatron.policy.model import _transformer_config  # noqa: E402
-from gpg_megatron.policy.modules import RMSNorm  # noqa: E402
+from gpg_megatron.policy.norm import RMSNorm  # noqa: E402
 
 N, WIDTH = 7, 48
 DTYPES = (torch.float32, torch.bfloat16)
