@@ -132,6 +132,7 @@ def _run(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         has_states=shape.delta is not None,
+        is_latent=shape.latent is not None,
         worker_extension=RECEIVER,
         scratch=scratch_directory(run_id),
     )

@@ -43,6 +43,7 @@ def start_engines(config: Config, shape: ModelShape, device: Device, run_id: str
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         has_states=shape.delta is not None,
+        is_latent=shape.latent is not None,
         gives_memory_back=colocated,
         # A new engine would load its model where the policy has its memory.
         replaces_lost=not colocated and config.rollout.max_losses_per_hour > 0,

@@ -27,6 +27,8 @@ class EngineSpec:
     """Prompt and decode tokens of one engine step."""
     has_states: bool = False
     """Some layers of the model keep a state of each sequence instead of keys and values."""
+    is_latent: bool = False
+    """Keys and values are compressed (DeepSeek-V3)."""
     gives_memory_back: bool = False
     """It will be put to sleep; a GPU's workers have to know."""
     replaces_lost: bool = False

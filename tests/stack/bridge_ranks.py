@@ -95,6 +95,7 @@ class Fleets:
         def start() -> None:
             config = configuration(job, {})
             scratch = scratch_directory(job["run_id"])
+            shape = load_model_shape(job["checkpoints"][0])
             spec = EngineSpec(
                 rollout=config.rollout,
                 model_path=job["checkpoints"][0],
@@ -102,7 +103,8 @@ class Fleets:
                 max_model_len=128,
                 max_num_seqs=16,
                 max_num_batched_tokens=8192,
-                has_states=bool(load_model_shape(job["checkpoints"][0]).delta),
+                has_states=shape.delta is not None,
+                is_latent=shape.latent is not None,
                 replaces_lost=job.get("replaces_lost", False),
                 worker_extension=job.get("extension", RECEIVER),
                 weight_transfer=BACKEND,

@@ -57,6 +57,17 @@ def test_states_are_not_kept_for_prompts_that_are_not_cut() -> None:
         assert engine_args(replace(spec, has_states=False))["enable_prefix_caching"] is True
 
 
+def test_latent_attention_does_without_a_kernel_that_is_wrong_on_a_cpu() -> None:
+    for device in ("cpu", "cuda"):
+        spec = replace(spec_of(device), is_latent=True)
+        off = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+        assert engine_args(spec) == spec_args(spec) | (off if device == "cpu" else {})
+
+
+def spec_args(spec: EngineSpec) -> dict[str, Any]:
+    return engine_args(replace(spec, is_latent=False))
+
+
 def test_they_come_from_the_file_and_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
