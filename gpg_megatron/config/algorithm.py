@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from gpg_megatron.config.ranges import ranged
 
@@ -106,7 +106,7 @@ class AlgorithmConfig:
     """Largest weight (truncate-*), or largest ratio that is kept (the others)."""
     ess_lr: bool = False
     """The learning rate of an optimizer step is multiplied by correction/ess."""
-    target_kl: float | None = ranged(None, at_least=0)
+    target_kl: Optional[float] = ranged(None, at_least=0)
     """Nats per token: the first update of a rollout batch whose answers the policy has left farther
     behind than this (mismatch/kl_k3), and those after it, are not made; 0: all are; null: by
     off_policy.py."""

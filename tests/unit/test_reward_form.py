@@ -110,4 +110,4 @@ def test_it_takes_linear_time(piece: str) -> None:
     text = piece * (MAX_ANSWER // len(piece))
     begin = time.process_time()
     normal_form(text)
-    assert time.process_time() - begin < 0.5
+    assert time.process_time() - begin < 2.0
