@@ -3,6 +3,8 @@ nets."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from gpg_megatron.model.hf_keys import (
     ATTENTION_FAMILIES,
     BOOL,
@@ -12,30 +14,25 @@ from gpg_megatron.model.hf_keys import (
     FREE,
     INT,
     MAX_COUNT,
-    MAX_SIZE,
     NO,
     NO_FLAG,
     NULL,
     SIZE,
     Family,
     Key,
+    size,
 )
 from gpg_megatron.model.routed_families import ROUTED_FAMILIES
 
-
-def _size(default: int) -> Key:
-    return Key(types=INT, default=default, most=MAX_SIZE)
-
-
 _DELTA = COMMON | {
-    "num_key_value_heads": _size(4),
+    "num_key_value_heads": size(4),
     "attention_bias": NO_FLAG,
-    "head_dim": _size(256),
-    "linear_conv_kernel_dim": _size(4),
-    "linear_key_head_dim": _size(128),
-    "linear_value_head_dim": _size(128),
-    "linear_num_key_heads": _size(16),
-    "linear_num_value_heads": _size(32),
+    "head_dim": size(256),
+    "linear_conv_kernel_dim": size(4),
+    "linear_key_head_dim": size(128),
+    "linear_value_head_dim": size(128),
+    "linear_num_key_heads": size(16),
+    "linear_num_value_heads": size(32),
     "layer_types": Key(types=(list, type(None))),
 }
 _DELTA_EXTRA = EXTRA | {
@@ -61,50 +58,41 @@ _HAS = frozenset({"qk_norm", "output_gate", "centred_norms"})
 # Angles by position in an image: of text they are all the same.
 _IMAGE_ANGLES = frozenset({"mrope_section", "mrope_interleaved"})
 
+_hybrid = partial(Family, extra=_DELTA_EXTRA, has=_HAS, delta=True, rotary_part=0.25)
+
 FAMILIES = (
     ATTENTION_FAMILIES
     | ROUTED_FAMILIES
     | {
-        "Qwen3NextForCausalLM": Family(
+        "Qwen3NextForCausalLM": _hybrid(
             model_type="qwen3_next",
             declared=_DELTA
             | EXPERTS
             | _SHARED_EXPERT
             | {
-                "num_key_value_heads": _size(2),
+                "num_key_value_heads": size(2),
                 "norm_topk_prob": Key(types=BOOL, default=True),
                 # The engine's code has an output layer of its own in any case.
                 "tie_word_embeddings": NO_FLAG,
             },
-            extra=_DELTA_EXTRA,
-            has=_HAS,
             experts=True,
             shared_expert=True,
-            delta=True,
             fused_delta=True,
-            rotary_part=0.25,
         ),
-        "Qwen3_5ForCausalLM": Family(
+        "Qwen3_5ForCausalLM": _hybrid(
             model_type="qwen3_5_text",
             declared=_DELTA,
-            extra=_DELTA_EXTRA,
-            has=_HAS,
-            delta=True,
-            rotary_part=0.25,
             unused_angles=_IMAGE_ANGLES,
         ),
-        "Qwen3_5MoeForCausalLM": Family(
+        "Qwen3_5MoeForCausalLM": _hybrid(
             model_type="qwen3_5_moe_text",
             declared={key: row for key, row in _DELTA.items() if key != "intermediate_size"}
             | _EVERY_LAYER
             | _SHARED_EXPERT
-            | {"num_key_value_heads": _size(2)},
+            | {"num_key_value_heads": size(2)},
             extra=_DELTA_EXTRA | {"norm_topk_prob": Key(types=BOOL, only=(True,))},
-            has=_HAS,
             experts=True,
             shared_expert=True,
-            delta=True,
-            rotary_part=0.25,
             unused_angles=_IMAGE_ANGLES,
         ),
     }

@@ -62,6 +62,11 @@ QUANTISED = Key(types=ANYTHING, only=(None,), what="quantised weights")
 NESTED = Key(types=ANYTHING, only=(None,), what="a model inside the model")
 
 
+def size(default: int) -> Key:
+    """A number of elements that transformers has a usual one for."""
+    return Key(types=INT, default=default, most=MAX_SIZE)
+
+
 def _sizes_or_null(default: int | None) -> Key:
     return Key(types=(*INT, *OR_NULL), default=default, most=MAX_SIZE)
 
@@ -248,9 +253,7 @@ ATTENTION_FAMILIES = {
     ),
     "Qwen3ForCausalLM": Family(
         model_type="qwen3",
-        declared=COMMON
-        | LAYER_WINDOWS
-        | {"attention_bias": NO_FLAG, "head_dim": Key(types=INT, default=128, most=MAX_SIZE)},
+        declared=COMMON | LAYER_WINDOWS | {"attention_bias": NO_FLAG, "head_dim": size(128)},
         extra=EXTRA | {"qkv_bias": FREE},
         slides=_last_layers_slide,
         has=frozenset({"qk_norm"}),
@@ -279,7 +282,7 @@ ATTENTION_FAMILIES = {
         declared=COMMON
         | LAST_TOKENS
         | {
-            "num_key_value_heads": Key(types=INT, default=8, most=MAX_SIZE),
+            "num_key_value_heads": size(8),
             "head_dim": _sizes_or_null(None),
             "sliding_window": _free(int, NoneType, default=4096),
         },
@@ -289,8 +292,8 @@ ATTENTION_FAMILIES = {
         model_type="glm4",
         declared=COMMON
         | {
-            "num_key_value_heads": Key(types=INT, default=2, most=MAX_SIZE),
-            "head_dim": Key(types=INT, default=128, most=MAX_SIZE),
+            "num_key_value_heads": size(2),
+            "head_dim": size(128),
             "attention_bias": Key(types=BOOL, default=True),
             "pad_token_id": _free(int, NoneType, default=151329),
         },
@@ -307,7 +310,7 @@ ATTENTION_FAMILIES = {
         | EXPERTS
         | {
             # Declared as if it might be null, which the model's code cannot divide by.
-            "num_key_value_heads": Key(types=INT, default=16, most=MAX_SIZE),
+            "num_key_value_heads": size(16),
             "shared_expert_intermediate_size": SIZE,
             "qkv_bias": Key(types=BOOL, default=True, only=(True,)),
         },
@@ -323,7 +326,7 @@ ATTENTION_FAMILIES = {
         | WINDOWS
         | EXPERTS
         | {
-            "num_key_value_heads": Key(types=INT, default=4, most=MAX_SIZE),
+            "num_key_value_heads": size(4),
             "attention_bias": NO_FLAG,
         },
         # The class's other name for num_experts, and the one that it writes.

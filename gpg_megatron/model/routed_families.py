@@ -21,6 +21,7 @@ from gpg_megatron.model.hf_keys import (
     Family,
     Key,
     Missing,
+    size,
 )
 
 # Which experts a token goes to. Files have num_nextn_predict_layers, which transformers also calls
@@ -58,7 +59,7 @@ ROUTED_FAMILIES = {
         declared=COMMON
         | ROUTING
         | {
-            "num_key_value_heads": Key(types=INT, default=8, most=MAX_SIZE),
+            "num_key_value_heads": size(8),
             "attention_bias": FLAG,
             "use_qk_norm": FLAG,
         },

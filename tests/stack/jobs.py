@@ -16,6 +16,7 @@ import psutil
 
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, open_segments, scratch_directory
 from tests.shared_memory import all_segments
+from tests.tiny import make_tiny_model, write_problems
 
 START_LIMIT_S = 480.0
 END_LIMIT_S = 20.0
@@ -132,6 +133,45 @@ class Job:
                 if process.environ().get(RUN_ID_VARIABLE) in marks:
                     living.append(process)
         return living
+
+
+def processes_with(wanted: Mapping[str, str]) -> list[psutil.Process]:
+    """Those whose environment has all of this."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if wanted.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+
+def write_tiny_run(folder: Path, **sections: Mapping[str, Any]) -> Path:
+    """A tiny model, its problems and config.yaml of a run of two steps on one rank; where sections
+    are given, their keys are added."""
+    make_tiny_model(folder / "model")
+    write_problems(folder / "train.jsonl", [f"{i}+1=" for i in range(9)])
+    config: dict[str, dict[str, Any]] = {
+        "data": {
+            "train_files": [str(folder / "train.jsonl")],
+            "apply_chat_template": False,
+            "max_prompt_length": 8,
+        },
+        "model": {"path": str(folder / "model"), "dtype": "fp32"},
+        "algorithm": {"preset": "paper"},
+        "rollout": {
+            "n": 2,
+            "max_response_length": 2,
+            "dtype": "fp32",
+            "kv_cache_gb": 0.125,
+            "enforce_eager": True,
+        },
+        "trainer": {"train_batch_size": 4, "device": "cpu", "total_training_steps": 2},
+    }
+    for name, keys in sections.items():
+        config.setdefault(name, {}).update(keys)
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))
+    return path
 
 
 @contextmanager

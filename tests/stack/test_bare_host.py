@@ -5,7 +5,6 @@ Each test has a host of its own: a namespace of Linux, where this user may make 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,8 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.stack.jobs import START_LIMIT_S, Job, running_job
-from tests.tiny import make_tiny_model, write_problems
+from tests.stack.jobs import START_LIMIT_S, Job, running_job, write_tiny_run
 
 NAMESPACE = ("unshare", "--map-root-user", "--net", "--uts", "--mount", "--")
 # An own name that resolves to nothing, and no interface but the loopback one.
@@ -52,28 +50,7 @@ def namespaces() -> None:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, problems and config.yaml of a run of two steps on one rank."""
     folder = tmp_path_factory.mktemp("bare")
-    make_tiny_model(folder / "model")
-    write_problems(folder / "train.jsonl", [f"{i}+1=" for i in range(9)])
-    config = {
-        "data": {
-            "train_files": [str(folder / "train.jsonl")],
-            "apply_chat_template": False,
-            "max_prompt_length": 8,
-        },
-        "model": {"path": str(folder / "model"), "dtype": "fp32"},
-        "algorithm": {"preset": "paper"},
-        "rollout": {
-            "n": 2,
-            "max_response_length": 2,
-            "dtype": "fp32",
-            "kv_cache_gb": 0.125,
-            "enforce_eager": True,
-        },
-        "bridge": {"bucket_mb": 1},
-        "trainer": {"train_batch_size": 4, "device": "cpu", "total_training_steps": 2},
-        "logging": {"tensorboard": False},
-    }
-    (folder / "config.yaml").write_text(json.dumps(config))
+    write_tiny_run(folder, bridge={"bucket_mb": 1}, logging={"tensorboard": False})
     return folder
 
 

@@ -6,7 +6,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ import pytest
 
 from tests.shared_memory import abandoned_segments, all_segments
 from tests.stack import flagship
+from tests.stack.jobs import processes_with
 from tests.stack.slurm_cluster import SlurmCluster, missing_programs
 from tests.tiny import make_answering_model
 
@@ -86,12 +86,7 @@ def wait_for(cluster: SlurmCluster, job: int, log: Path, end: str = "COMPLETED")
 
 def _processes_of(cluster: SlurmCluster, job: int) -> list[psutil.Process]:
     wanted = {"SLURM_JOB_ID": str(job), "SLURM_CONF": cluster.environment()["SLURM_CONF"]}
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if wanted.items() <= process.environ().items():
-                found.append(process)
-    return found
+    return processes_with(wanted)
 
 
 def test_two_nodes_train(cluster: SlurmCluster, place: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -17,9 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.stack.jobs import Job, running_job
+from tests.stack.jobs import Job, processes_with, running_job, write_tiny_run
 from tests.stack.two_hosts import ADDRESSES, TwoHosts, two_hosts_here
-from tests.tiny import make_tiny_model, write_problems
 
 MARK = "GPG_TEST_CLUSTER"
 EVERYWHERE = {
@@ -34,12 +32,7 @@ END_LIMIT_S = 120.0
 
 def of_cluster(mark: str) -> list[psutil.Process]:
     """Ray's daemons and what they started."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
+    return processes_with({MARK: mark})
 
 
 @contextmanager
@@ -74,45 +67,18 @@ def ray_cluster(network: TwoHosts, folder: Path) -> Iterator[str]:
         shutil.rmtree(sockets, ignore_errors=True)
 
 
-def write_config(folder: Path) -> Path:
-    make_tiny_model(folder / "model")
-    write_problems(folder / "train.jsonl", [f"{i}+1=" for i in range(9)])
-    config = {
-        "data": {
-            "train_files": [str(folder / "train.jsonl")],
-            "apply_chat_template": False,
-            "max_prompt_length": 8,
-        },
-        "model": {"path": str(folder / "model"), "dtype": "fp32"},
-        "algorithm": {"preset": "paper"},
-        "policy": {"pipeline_model_parallel_size": 2},
-        "rollout": {
-            "n": 2,
-            "max_response_length": 2,
-            "dtype": "fp32",
-            "kv_cache_gb": 0.125,
-            "enforce_eager": True,
-            "ray_address": f"{ADDRESSES[1]}:{RAY_PORT}",
-        },
-        "trainer": {
-            "train_batch_size": 4,
-            "device": "cpu",
-            "total_training_steps": 2,
-            "output_dir": str(folder / "run"),
-        },
-    }
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(config))
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_hosts_join_a_cluster_that_is_there(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Rank 0's host has no room for an engine, as a pod beside KubeRay's: the engine is on the
     other one. The run ends with its engine; the cluster stays."""
     folder = tmp_path_factory.mktemp("bare_torchrun")
-    config = write_config(folder)
+    config = write_tiny_run(
+        folder,
+        policy={"pipeline_model_parallel_size": 2},
+        rollout={"ray_address": f"{ADDRESSES[1]}:{RAY_PORT}"},
+        trainer={"output_dir": str(folder / "run")},
+    )
     with ExitStack() as stack:
         network = stack.enter_context(two_hosts_here(apart=True))
         mark = stack.enter_context(ray_cluster(network, folder))
