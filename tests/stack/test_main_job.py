@@ -151,7 +151,8 @@ def test_redraws_carry_groups_over_and_several_updates_are_corrected(job: Path) 
     with started(job, "redrawn", *overrides) as run:
         printed = run.ends(0, limit_s=START_LIMIT_S)
     assert "warning" not in printed
-    assert "truncate-token against the engines' log-probs (2 updates for each rollout" in printed
+    assert "truncate-token against the engines' log-probs, no update beyond 0.05 nats (" in printed
+    assert "(2 updates for each rollout batch" in printed
     steps = [row for row in run.metrics() if row["step"]]
     before = [{"group/carried_out": 0}, *steps]
     for last, row in zip(before, steps, strict=False):
