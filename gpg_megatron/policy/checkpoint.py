@@ -114,8 +114,9 @@ class CheckpointWriter:
 
 
 class _Results:
-    """What the processes that write one save tell their rank, in a file without a name: a pipe would
-    hold too little. Megatron would start a process for each rank to keep it, which imports torch."""
+    """What the processes that write a save tell their rank, in a file without a name: a pipe would
+    hold too little. Megatron would start a process on each rank to keep it, which imports torch.
+    """
 
     def __init__(self) -> None:
         self._file = open(os.memfd_create("results"), "w+b", buffering=0)  # noqa: SIM115

@@ -14,48 +14,33 @@ from gpg_megatron.host.reaper import RUN_ID_VARIABLE
 from tests.dist.forker import Job
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 400
+LIMIT_S = 400.0
 Device = Literal["cpu", "cuda"]
+OWN = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 # Without a visible GPU the CPU path is what runs, on every machine.
-CPU_ONLY = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+ON_CPU = {**OWN, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_ranks(
     folder: Path, module: str, world_size: int, *arguments: str, device: Device = "cpu"
 ) -> str:
-    """Run a module's main on every rank to its end, with FOLDER and arguments in sys.argv; what
-    they printed. On CPU the ranks are forked, on a GPU torchrun starts them."""
+    """Run a module's main with FOLDER and arguments on every rank to its end; what was printed."""
     log = folder / f"{'-'.join(('world', str(world_size), *arguments))}.log"
-    if device == "cpu":
-        codes = fork_ranks(module, (str(folder), *arguments), world_size, log)
-        return f"exit codes {codes}\n{log.read_text()}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world_size}", "-m", module, str(folder), *arguments]
-    own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT
-        )
-        try:
-            process.wait(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            print(f"no end after {LIMIT_S} s", file=file)
-        finally:
-            # Each rank has a session of its own: only the launcher can end them all.
-            process.terminate()
-            process.wait(timeout=60)
-    return f"exit code {process.returncode}\n{log.read_text()}"
+    start = fork_ranks if device == "cpu" else torchrun
+    codes = start(module, (str(folder), *arguments), world_size, log)
+    return f"exit codes {codes}\n{log.read_text()}"
 
 
 def fork_ranks(
     module: str, arguments: tuple[str, ...], world_size: int, log: Path, limit_s: float = LIMIT_S
 ) -> list[int]:
-    """The ranks' exit codes; negative: the signal that ended a rank."""
+    """Ranks on CPU, from a process that has imported what they need; the exit codes, that of a
+    signal negative. No rank outlives another one that fails, nor the limit."""
     job = Job(
         module=module,
         arguments=arguments,
         world_size=world_size,
-        environment=dict(os.environ) | CPU_ONLY,
+        environment=dict(os.environ) | ON_CPU,
         log=str(log),
         limit_s=limit_s,
     )
@@ -74,8 +59,29 @@ def _forker() -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.dist.forker"],
         cwd=ROOT,
-        env={k: x for k, x in (os.environ | CPU_ONLY).items() if k != RUN_ID_VARIABLE},
+        env={k: x for k, x in (os.environ | ON_CPU).items() if k != RUN_ID_VARIABLE},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def torchrun(
+    module: str, arguments: tuple[str, ...], world_size: int, log: Path, limit_s: float = LIMIT_S
+) -> list[int]:
+    """Ranks on GPUs, which a process that was forked cannot use; the launcher's exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world_size}", "-m", module, *arguments]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | OWN, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            print(f"no end after {limit_s} s", file=file)
+        finally:
+            # Each rank has a session of its own: only the launcher can end them all.
+            process.terminate()
+            process.wait(timeout=60)
+    return [process.returncode]

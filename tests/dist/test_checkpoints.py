@@ -30,7 +30,7 @@ from tests.dist.problem import N_LAYERS, Layout, make_model
 from tests.dist.ranks import fork_ranks, run_ranks
 
 TOLERANCE = 1e-5
-N_KILLS = 24
+N_KILLS = 16
 
 
 class Read(Protocol):
@@ -115,7 +115,7 @@ def test_a_run_goes_on_under_another_layout(
 
 
 def test_killed_at_any_moment(folder: Path) -> None:
-    """Two ranks with a distributed optimizer, killed 24 times while they save; every resume finds
+    """Two ranks with a distributed optimizer, killed 16 times while they save; every resume finds
     a whole checkpoint, and exactly what the run had at that step."""
     log = folder / "kills.log"
     module, arguments = "tests.dist.checkpoint_kills", (str(folder), str(N_KILLS))
