@@ -72,8 +72,8 @@ def _run(job: Job, port: int) -> list[int | None]:
 
 
 def _live(job: Job, rank: int, port: int) -> None:
-    """One rank, in an environment as torchrun makes it."""
-    os.setsid()
+    """One rank, in an environment as torchrun makes it. What ends the group of the tests' processes
+    ends it too."""
     log = os.open(job.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for output in (1, 2):
         os.dup2(log, output)

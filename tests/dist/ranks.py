@@ -49,7 +49,9 @@ def fork_ranks(
     assert forker.stdin and forker.stdout
     forker.stdin.write(job.line)
     forker.stdin.flush()
-    codes: list[int] = json.loads(forker.stdout.readline())
+    answer = forker.stdout.readline()
+    assert answer, "the process that forks ranks has ended"
+    codes: list[int] = json.loads(answer)
     return codes
 
 
