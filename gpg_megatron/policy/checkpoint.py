@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,8 +23,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -112,13 +113,37 @@ class CheckpointWriter:
             finish()
 
 
+class _Results:
+    """What the processes that write a save tell their rank, in a file without a name: a pipe would
+    hold too little. Megatron would start a process on each rank to keep it, which imports torch.
+    """
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("results"), "w+b", buffering=0)  # noqa: SIM115
+
+    def put(self, results: Any) -> None:
+        """In the process that writes."""
+        self._file.write(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        """In the rank, when that process has ended. Raises queue.Empty."""
+        self._file.seek(0)
+        if data := self._file.read():
+            return pickle.loads(data)
+        raise queue.Empty
+
+
+filesystem_async._get_write_results_queue = _Results
+
+
 def staged(buckets: list[Any]) -> list[Any]:
     """What is to be written, in host memory of its own size.
 
     Megatron would copy from a GPU into pinned memory, which torch rounds up to a power of two for
     each tensor, and keeps.
     """
-    copied: list[Any] = FileSystemWriterAsync.preload_tensors(buckets, non_blocking=False)
+    writer = filesystem_async.FileSystemWriterAsync
+    copied: list[Any] = writer.preload_tensors(buckets, non_blocking=False)
     return copied
 
 

@@ -186,7 +186,7 @@ def size(route: Route) -> int:
 # ---- what arrives -----------------------------------------------------------------------
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(cases())
 def test_every_worker_gets_exactly_its_part_of_the_tensors(case: Case) -> None:
     """Every element once, never one of Megatron's padding, no padding of the engine's."""
@@ -249,7 +249,7 @@ def strided(parameters: Mapping[str, np.ndarray], view: View) -> np.ndarray:
 # ---- buckets ----------------------------------------------------------------------------
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(cases())
 def test_both_ends_see_the_same_buckets(case: Case) -> None:
     received = {
@@ -263,7 +263,7 @@ def test_both_ends_see_the_same_buckets(case: Case) -> None:
     assert case.sent() == received
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(cases())
 def test_buckets_are_full_of_needed_elements_and_no_larger_than_the_limit(case: Case) -> None:
     n_elements: Counter[tuple[int, int]] = Counter()
@@ -310,7 +310,7 @@ def test_a_row_that_exceeds_a_bucket_is_refused() -> None:
 # ---- who sends --------------------------------------------------------------------------
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(cases())
 def test_for_one_engine_no_sender_is_ahead_by_more_than_its_last_rectangle(case: Case) -> None:
     """Of any rectangle, the sender was given no more before it than each of the others was in
@@ -353,7 +353,7 @@ def test_ranks_with_the_same_shards_send_the_same_to_enough_engines(case: Case) 
     assert load == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cases(), st.data())
 def test_the_nearest_of_the_holders_sends_wherever_everybody_is(
     case: Case, data: st.DataObject
