@@ -179,7 +179,8 @@ def test_an_update_that_is_not_finite_or_comes_too_late_changes_nothing(
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.first], ids=lambda x: x.name)
 def test_an_uneven_first_stage_holds_its_layers(verdicts: Verdicts, layout: Layout) -> None:
     assert layout.first is not None
-    counts = [verdict["layers"] for verdict in verdicts(layout, PROBLEMS[0])]
+    (problem,) = problems_of(layout)
+    counts = [verdict["layers"] for verdict in verdicts(layout, problem)]
     assert counts == [layout.first] * layout.tp + [N_LAYERS - layout.first] * layout.tp
 
 
