@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,27 @@ def open_ray(
         num_engines=config.num_engines,
         gpus_per_engine=gpus_per_engine,
     )
+
+
+def leave_ray(limit_s: float) -> None:
+    """Leave Ray, ending it if it is private. A raylet that does not answer, since it is stopped,
+    would keep this from returning: after limit_s it is killed."""
+    import psutil
+    import ray
+
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+
+    def kill() -> None:
+        for raylet in raylets:
+            with suppress(psutil.NoSuchProcess):
+                raylet.kill()
+
+    late = threading.Timer(limit_s, kill)
+    late.start()
+    try:
+        ray.shutdown()
+    finally:
+        late.cancel()
 
 
 def _set_environment() -> None:

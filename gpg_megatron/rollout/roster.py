@@ -89,13 +89,17 @@ class Roster:
             self._feeler.start()
 
     def close(self) -> list[Any]:
-        """Nothing is replaced any more; the actors that have not gone."""
+        """Nothing is replaced any more, and what still loads is ended; the other actors."""
+        import ray
+
         self._closed.set()
         if self._feeler.is_alive():
             self._feeler.join(CLOSE_S)
         with self._changed:
             self._replaces = False
-            return [self._actors[i] for i in (*self._members, *self._loaded, *self._loading)]
+            for engine in self._loading:
+                ray.kill(self._actors[engine])
+            return [self._actors[i] for i in (*self._members, *self._loaded)]
 
     def end_processes(self) -> None:
         """Kill what does not end by itself; resource trackers still unlink what others left."""
