@@ -113,8 +113,9 @@ def cases(draw: st.DrawFn) -> Case:
     heads = math.lcm(kv_heads, tp, engine_tp) * draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([d for d in (2, 4, 6) if 2 * kv_heads * d % tp == 0]))
     ep = draw(st.sampled_from([1, 2, 4]))
-    stages = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
-    layers = range(sum(stages))
+    chunks = draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))
+    pp = draw(st.sampled_from([n for n in range(1, 5) if len(chunks) % n == 0]))
+    layers = range(sum(chunks))
     experts = MoEShape(
         num_experts=ep * draw(st.integers(1, 3)),
         experts_per_token=1,
@@ -161,9 +162,9 @@ def cases(draw: st.DrawFn) -> Case:
     grid = PolicyGrid(
         tp_size=tp,
         dp_size=draw(st.integers(1, 2)) * (ep if moe else 1),
-        pp_size=len(stages),
+        pp_size=pp,
         ep_size=ep if moe else 1,
-        stage_of_layer=tuple(stage for stage, n in enumerate(stages) for _ in range(n)),
+        stage_of_layer=tuple(chunk % pp for chunk, n in enumerate(chunks) for _ in range(n)),
     )
     widest = max(model.hidden_size, heads * head_dim, 24, nets.value_width)
     return Case(
