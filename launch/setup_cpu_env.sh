@@ -77,11 +77,16 @@ for name in (
     "vllm.model_executor.models.qwen2",
     "vllm.model_executor.models.qwen3",
     "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.modeling_auto",
     "transformers.models.qwen2.modeling_qwen2",
     "datasets",
     "matplotlib.pyplot",
     "pytest",
     "hypothesis",
+    "gpg_megatron.loop.build",
+    "gpg_megatron.rollout.engine",
+    "gpg_megatron.start.preflight",
+    "gpg_megatron.start.rank",
 ):
     importlib.import_module(name)
 PYTHON

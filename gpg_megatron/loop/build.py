@@ -1,6 +1,6 @@
 """Makes the parts of a run, and ends them with it.
 
-engines begin to start -> policy, weights -> engines ready, scorers, logs -> bridge
+policy, weights -> engines ready, scorers, logs -> bridge
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -40,7 +41,7 @@ from gpg_megatron.loop.checkpoints import (
     saving_of,
 )
 from gpg_megatron.loop.collector import Collector, rules_of
-from gpg_megatron.loop.engines import start_engines
+from gpg_megatron.loop.engines import make_room
 from gpg_megatron.loop.generating import Generating
 from gpg_megatron.loop.guard import Guard
 from gpg_megatron.loop.handover import Handover
@@ -69,19 +70,19 @@ WATCHDOG_LIMIT_S = 300.0
 
 
 @contextmanager
-def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) -> Iterator[Run]:
-    """A run's parts on this rank; all of them end with the context. Collective."""
-    begin = time.perf_counter()
-    # Before the engines start: they would take the cores that are measured.
-    peak = _peak_of_all_ranks(device, DTYPES[config.model.dtype])
+def build_run(
+    config: Config, shape: ModelShape, device: Device, run_id: str, fleet: Fleet | None
+) -> Iterator[Run]:
+    """A run's parts on this rank; all of them end with the context. Collective.
+
+    Args:
+        fleet: on rank 0, the engines, which are starting.
+    """
     group = dist.new_group(timeout=_rank0_limit(config), backend="gloo")
     ask_rank0: OnRank0 = partial(on_rank0, group=group)
     with ExitStack() as ends:
         watchdog = ends.enter_context(closing(_watchdog(config.policy.timeout_s)))
-        fleet = kept_on_rank0(
-            lambda: ends.enter_context(closing(start_engines(config, shape, device, run_id))),
-            ask_rank0,
-        )
+        ask_rank0(lambda: make_room(config, fleet, device) if fleet else None)
         handover = Handover(fleet, lambda: policy, ask_rank0, group, watchdog)
         placement = Placement(config.trainer.placement, handover)
         placement.enter(State.POLICY)
@@ -92,8 +93,10 @@ def build_run(config: Config, shape: ModelShape, device: Device, run_id: str) ->
         rank0 = kept_on_rank0(
             lambda: open_rank0(config, shape, device, fleet, pids, ends), ask_rank0
         )
+        # While the engines have nothing to do: they would take the cores that are measured.
+        peak = _peak_of_all_ranks(device, DTYPES[config.model.dtype])
         if rank0 is not None:
-            rank0.message(f"policy and engines ready in {time.perf_counter() - begin:.0f} s")
+            rank0.message(f"policy and engines ready in {_seconds_of_this_process():.0f} s")
             rank0.say_what_was_decided()
         generating = Generating(fleet, ask_rank0)
         rollouts = open_rollouts(config, rank0, watchdog, generating, group, point)
@@ -266,6 +269,11 @@ def _pids() -> list[int]:
 
 
 # ---- plain values ---------------------------------------------------------------------------
+
+
+def _seconds_of_this_process() -> float:
+    began: float = psutil.Process().create_time()
+    return time.time() - began
 
 
 def _rank0_limit(config: Config) -> timedelta:

@@ -27,8 +27,7 @@ CPU_WARNING = (
 
 
 def start_engines(config: Config, shape: ModelShape, device: Device, run_id: str) -> Fleet:
-    """They go on starting while the policy is built, which takes as long; engines that will
-    share its GPUs must have taken, and given back, their memory first."""
+    """They go on starting while the policy is built, which takes as long."""
     colocated = config.trainer.placement == "colocated"
     n_parameters = worker_parameters(shape, config.rollout.tensor_model_parallel_size)
     limits = fitting_limits(
@@ -52,17 +51,21 @@ def start_engines(config: Config, shape: ModelShape, device: Device, run_id: str
         scratch=scratch_directory(run_id),
     )
     with on_all_cores():
-        fleet = Fleet.start(
+        return Fleet.start(
             spec,
             run_id=run_id,
             log_dir=Path(config.trainer.output_dir) / "logs",
             devices=_engine_devices(config) if device == "cuda" else None,
         )
-    if colocated:
+
+
+def make_room(config: Config, fleet: Fleet, device: Device) -> None:
+    """Before the policy is built: engines that share its GPUs must have taken, and given back,
+    their memory."""
+    if config.trainer.placement == "colocated":
         fleet.wait_ready()
         if device == "cpu":
             print(CPU_WARNING, file=sys.stderr)
-    return fleet
 
 
 def _engine_devices(config: Config) -> tuple[str, ...] | None:

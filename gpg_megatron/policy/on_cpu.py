@@ -40,11 +40,14 @@ def quiet_megatron() -> None:
 def hide_gpu_libraries() -> None:
     """Make libraries of kernels for GPUs absent in this process, whose policy is on CPU.
 
-    Megatron takes their optimizer and norms wherever they can be imported. To be called before
-    Megatron is imported.
+    Megatron takes their optimizer and norms wherever they can be imported, and has torch compile
+    small functions, which imports the compiler for seconds; on CPU none of them is compiled. To be
+    called before Megatron is imported.
     """
     modules: dict[str, Any] = sys.modules
     modules.update(dict.fromkeys((PACKAGE, "apex", "amp_C")))
+    whole: Any = torch
+    whole.compile = lambda model=None, **_: model if model is not None else lambda f: f
 
 
 @functools.cache
@@ -97,9 +100,11 @@ def redirect_megatron_to_cpu() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_, **__: self
 
-    # Megatron compiles small element-wise functions; on CPU that costs every new shape seconds
-    # and a C++ compiler.
-    importlib.import_module("torch._dynamo").config.disable = True
+    # Where Megatron came before hide_gpu_libraries, it compiles small element-wise functions; that
+    # would cost every new shape seconds and a C++ compiler.
+    compiler: Any = sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        compiler.config.disable = True
 
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

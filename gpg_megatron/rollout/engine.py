@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from gpg_megatron.rollout import forked
 from gpg_megatron.rollout.engine_args import engine_args
 from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
@@ -57,6 +58,9 @@ def sanitize_environment(spec: EngineSpec) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # "auto" leaves a core idle and refuses TP > 1 on a machine with one NUMA node.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if spec.rollout.enforce_eager:
+            # vLLM compiles a function of its sampler even then: 10 to 20 s, and a C++ compiler.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
         if tp == 1:
             # Lets the only worker live inside EngineCore: half the latency, 0.5 GB less.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -88,6 +92,8 @@ class Engine:
         os.close(fd)
         take_devices()
         sanitize_environment(spec)
+        if spec.device == "cpu":
+            forked.begin()
 
     async def placed(self) -> str:
         """Answers as soon as Ray has found a place: the host's name."""
@@ -116,6 +122,8 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if self._spec.device == "cpu":
+            forked.fork_what_vllm_starts()
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._spec)))
 
     async def answer(self, request: SamplingRequest, version: int, name: str) -> Sampled:

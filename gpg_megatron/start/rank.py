@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from gpg_megatron.config.sections import Config
@@ -82,15 +83,27 @@ def run_rank(config: Config) -> int:
 
 
 def _train(config: Config, shape: ModelShape, device: Device) -> int:
-    from gpg_megatron.host.collectives import on_rank0
+    import torch.distributed as dist
+
+    from gpg_megatron.host.collectives import kept_on_rank0, on_rank0
     from gpg_megatron.host.lock import locked
-    from gpg_megatron.loop.build import build_run
-    from gpg_megatron.loop.trainer import train
+    from gpg_megatron.loop.engines import start_engines
 
     run_id = on_rank0(_own_run)
     with ExitStack() as held:
         on_rank0(lambda: held.enter_context(locked(config.trainer.output_dir)))
-        left = train(held.enter_context(build_run(config, shape, device, run_id)))
+        # Megatron's import takes seconds: those of rank 0 pass while the engines start, those of
+        # the others while Ray does.
+        if dist.get_rank():
+            importlib.import_module("gpg_megatron.loop.build")
+        engines = kept_on_rank0(
+            lambda: held.enter_context(closing(start_engines(config, shape, device, run_id))),
+            on_rank0,
+        )
+        from gpg_megatron.loop.build import build_run
+        from gpg_megatron.loop.trainer import train
+
+        left = train(held.enter_context(build_run(config, shape, device, run_id, engines)))
     if not left:
         return 0
     # The first rank that ends so is the end of all others: rank 0 has closed everything by now.

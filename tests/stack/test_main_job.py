@@ -149,6 +149,7 @@ def test_redraws_carry_groups_over_and_several_updates_are_corrected(job: Path) 
     overrides = (
         "trainer.total_training_steps=4",
         "trainer.mini_batch_size=4",
+        "policy.lr=1e-6",  # so small that no second update is held
         "algorithm.beta_th=1.0",
         "algorithm.max_redraws=8",
         "validation.before_train=false",
@@ -165,6 +166,7 @@ def test_redraws_carry_groups_over_and_several_updates_are_corrected(job: Path) 
         assert row["group/drawn"] == 8 - row["group/carried_in"] + 8 * row["group/redraws"]
         assert row["group/redraws_exhausted"] == 0
         assert row["staleness/max"] == (2 if row["group/carried_in"] else 0), "two updates a step"
+        assert row["policy/updates_held"] == 0
         assert row["staleness/fraction"] <= row["group/carried_in"] / 8
         assert 0.0 < row["correction/ess"] <= 1.0 + 1e-6
     assert sum(row["group/redraws"] for row in steps) > 0, "not every group is live"

@@ -79,9 +79,9 @@ def test_hosts_wait_for_each_other_and_hear_what_is_said(both: tuple[Meeting, Me
 
 def test_a_host_that_does_not_come_is_named(where: Where, signalled: threading.Event) -> None:
     at = f"waited 0.5 s at {where[0]}:{where[1]}"
-    with Meeting(2, 1, where, 0.5) as alone:
-        with pytest.raises(UserError, match=rf"{at} for hosts \[0\]: to start"):
-            alone.all_say("to start")
+    named = pytest.raises(UserError, match=rf"{at} for hosts \[0\]: to start")
+    with Meeting(2, 1, where, 0.5) as alone, named:
+        alone.all_say("to start")
     with Meeting(3, 1, where, 20.0) as second, Meeting(3, 0, where, 5.0) as first:
         second._say("to start")
         with pytest.raises(UserError, match=r"hosts \[2\]: to start"):
