@@ -127,7 +127,7 @@ def make_routes(
     Raises:
         ValueError: a destination element that no rank holds; the tensor is named.
     """
-    load: dict[int, int] = defaultdict(int)
+    load: defaultdict[int, int] = defaultdict(int)
     routes = []
     # Layers and experts are alike: few lists of boxes, and those are the same objects.
     alike: dict[tuple[int, ...], Overlaps] = {}
