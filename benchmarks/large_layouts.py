@@ -163,8 +163,11 @@ def plan(case: LargeCase) -> Planned:
         for worker in workers
         for shape in engine_layout.parameter_shapes(engine, shapes, worker).values()
     )
+    planned: Counter[tuple[tuple[int, ...], int, int]] = Counter()
+    for route in routes:
+        planned[route.ranks, route.pick, route.worker] += route.box.numel
     sent: Counter[int] = Counter()
-    for (rank, _, _), n in sent_elements(routes, case.n_engines).items():
+    for (rank, _, _), n in sent_elements(planned, case.n_engines).items():
         sent[rank] += n
     return Planned(
         case=case,

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from gpg_megatron.bridge import engine_layout
 from gpg_megatron.bridge.engine_layout import Engine
-from gpg_megatron.bridge.forecast import sent_elements
-from gpg_megatron.bridge.links import Links, Seat
+from gpg_megatron.bridge.forecast import forecast
+from gpg_megatron.bridge.links import Distance, Links, Seat, Way
 from gpg_megatron.bridge.plan import (
     Bucket,
     Destination,
@@ -390,8 +390,15 @@ def test_the_nearest_of_the_holders_sends_wherever_everybody_is(
         ).items()
     }  # fmt: skip
     assert sent == received
-    counted = sent_elements(case.routes, case.n_engines, links.nearest)
-    assert counted == {pair: sum(map(bucket_elements, part)) for pair, part in sent.items()}
+    found = forecast(case.grid, case.engine, links)
+    by_rank, by_way = Counter[int](), Counter[tuple[Distance, Way]]()
+    for (rank, engine, worker), part in sent.items():
+        n, receiver = sum(map(bucket_elements, part)), engine * tp + worker
+        by_rank[rank] += n
+        by_way[links.distance(rank, receiver), links.way(rank, receiver)] += n
+    assert found.by_way == by_way and found.n_routes == len(case.routes)
+    assert found.sent == found.bound == by_rank.total()
+    assert (found.most_sent, found.n_senders) == (max(by_rank.values()), len(by_rank))
 
 
 # ---- what is missing --------------------------------------------------------------------
