@@ -27,7 +27,7 @@ from gpg_megatron.bridge.forecast import sent_elements
 from gpg_megatron.bridge.plan import Bucket, Route, fingerprint, incoming, make_routes, outgoing
 from gpg_megatron.config.sections import PolicyConfig
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import pipeline_stages
 from gpg_megatron.shapes import ModelShape, MoEShape
 
 ITEM = 2
@@ -163,8 +163,11 @@ def plan(case: LargeCase) -> Planned:
         for worker in workers
         for shape in engine_layout.parameter_shapes(engine, shapes, worker).values()
     )
+    planned: Counter[tuple[tuple[int, ...], int, int]] = Counter()
+    for route in routes:
+        planned[route.ranks, route.pick, route.worker] += route.box.numel
     sent: Counter[int] = Counter()
-    for (rank, _, _), n in sent_elements(routes, case.n_engines).items():
+    for (rank, _, _), n in sent_elements(planned, case.n_engines).items():
         sent[rank] += n
     return Planned(
         case=case,

@@ -78,7 +78,12 @@ _Place = tuple[tuple[int, ...], Box, View]
 def _places(
     engine: Engine, hf_shapes: Mapping[str, tuple[int, ...]], worker: int
 ) -> Iterator[tuple[str, *_Place]]:
+    experts = _Experts(engine, worker)
     for name, whole in hf_shapes.items():
+        if found := EXPERT.fullmatch(name):
+            if where := experts.place(found, whole):
+                yield name, *where
+            continue
         if name.endswith(".gate_up_proj.weight"):
             n = whole[0] // 2 // engine.tp_size
             for part in range(2):
@@ -86,12 +91,10 @@ def _places(
                 yield name, *_cut(name, whole, first, n, at=part * n, of=2 * n)
             continue
         if ".linear_attn." in name:
-            for found in _delta_net(engine, name, whole, worker):
-                yield name, *found
+            for where in _delta_net(engine, name, whole, worker):
+                yield name, *where
             continue
-        place = _expert if EXPERT.fullmatch(name) else _dense
-        if where := place(engine, name, whole, worker):
-            yield name, *where
+        yield name, *_dense(engine, name, whole, worker)
 
 
 def _cut(
@@ -179,22 +182,26 @@ def _latent(engine: Engine, name: str, kind: str, whole: Sequence[int], worker: 
     return _cut(fused, whole, 0, whole[0], at=q_rank * (kind == "kv_a"), of=q_rank + n_kv)
 
 
-def _expert(engine: Engine, name: str, whole: Sequence[int], worker: int) -> _Place | None:
-    """As a dense MLP, at the expert's number; None: it is another worker's."""
-    found = EXPERT.fullmatch(name)
-    assert found
-    prefix, number, n_experts = found[1], int(found[2]), engine.model.num_experts
-    if engine.expert_parallel:
-        n_experts //= engine.tp_size
-        number -= worker * n_experts
-        if not 0 <= number < n_experts:
+class _Experts:
+    """Of one worker: as a dense MLP, at the expert's number. They are alike, and models have tens
+    of thousands."""
+
+    def __init__(self, engine: Engine, worker: int) -> None:
+        self._first, self._number = 0, engine.model.num_experts
+        if engine.expert_parallel:
+            self._number //= engine.tp_size
+            self._first = worker * self._number
+            engine, worker = replace(engine, tp_size=1), 0
+        self._one = functools.cache(
+            lambda letter, whole: _dense(engine, f".{letter}_proj.weight", whole, worker)
+        )
+
+    def place(self, found: re.Match[str], whole: tuple[int, ...]) -> _Place | None:
+        """None: it is another worker's."""
+        number = int(found[2]) - self._first
+        if not 0 <= number < self._number:
             return None
-        engine, worker = replace(engine, tp_size=1), 0
-    shape, hf, view = _one_expert(engine, f".{found[3]}_proj.weight", tuple(whole), worker)
-    parameter = f"{prefix}.routed_experts.{'w2' if found[3] == 'down' else 'w13'}_weight"
-    offset = number * prod(shape) + view.offset
-    return (n_experts, *shape), hf, View(parameter, offset, view.shape, view.stride)
-
-
-# Experts are alike, and models have tens of thousands.
-_one_expert = functools.lru_cache(_dense)
+        shape, hf, view = self._one(found[3], whole)
+        parameter = f"{found[1]}.routed_experts.{'w2' if found[3] == 'down' else 'w13'}_weight"
+        offset = number * prod(shape) + view.offset
+        return (self._number, *shape), hf, View(parameter, offset, view.shape, view.stride)

@@ -13,6 +13,7 @@ gloo between hosts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -94,9 +95,19 @@ class Links:
     def nearest(self, ranks: tuple[int, ...], engine: int, worker: int) -> tuple[int, ...]:
         """The positions of those ranks to which no other is nearer."""
         receiver = engine * self.n_workers + worker
-        distances = [self.distance(rank, receiver) for rank in ranks]
+        by_host = self._by_host
+        if ranks not in by_host:
+            found: dict[str, list[int]] = defaultdict(list)
+            for i, rank in enumerate(ranks):
+                found[self.ranks[rank].host].append(i)
+            by_host[ranks] = {host: tuple(positions) for host, positions in found.items()}
+        # Those on its host are nearer than all others, of whom there may be a thousand.
+        here = by_host[ranks].get(self.workers[receiver].host)
+        if here is None:
+            return tuple(range(len(ranks)))
+        distances = [self.distance(ranks[i], receiver) for i in here]
         least = min(distances)
-        return tuple(i for i, distance in enumerate(distances) if distance == least)
+        return tuple(i for i, distance in zip(here, distances, strict=True) if distance == least)
 
     def unreachable(self, pairs: Iterable[tuple[int, int]]) -> str | None:
         """Why the configured transport cannot serve these (rank, receiver); None: it can."""
@@ -110,6 +121,11 @@ class Links:
                     f"engine {engine} have no {what} in common; expected auto"
                 )
         return None
+
+    @cached_property
+    def _by_host(self) -> dict[tuple[int, ...], dict[str, tuple[int, ...]]]:
+        """Ranks -> host -> positions among them."""
+        return {}
 
     @cached_property
     def _shared(self) -> set[str | None]:

@@ -69,7 +69,7 @@ class Route:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The possible senders, over all sources."""
-        return tuple(rank for held in self.sources for rank in held.ranks)
+        return _ranks_of(self.sources)
 
     def source(self, engine: int, nearest: Nearest = everyone) -> tuple[Held, int]:
         """What engine `engine` receives it from: the source and the sending rank."""
@@ -127,29 +127,44 @@ def make_routes(
     Raises:
         ValueError: a destination element that no rank holds; the tensor is named.
     """
-    load: dict[int, int] = defaultdict(int)
+    load: defaultdict[int, int] = defaultdict(int)
     routes = []
-    tensors = {name: _by_box(rectangles) for name, rectangles in held.items()}
-    # Layers and experts are alike: the same few pairs of boxes meet again and again.
-    overlaps = functools.cache(_overlaps)
+    # Layers and experts are alike: few lists of boxes, and those are the same objects.
+    alike: dict[tuple[int, ...], Overlaps] = {}
+    tensors = {}
+    for name, rectangles in held.items():
+        key = tuple([id(x.hf) for x in rectangles])
+        if key not in alike:
+            alike[key] = Overlaps([x.hf for x in rectangles])
+        tensors[name] = alike[key], rectangles
+    nobody: tuple[Overlaps, Sequence[Held]] = Overlaps([]), ()
     for worker, wanted in enumerate(destinations):
         for destination in wanted:
-            covered = 0
-            boxes, groups = tensors.get(destination.hf_name, ((), ()))
-            for i, common, relative in overlaps(boxes, destination.hf):
-                sources, ranks = groups[i]
-                loads = [load[rank] for rank in ranks]
-                pick = loads.index(min(loads))
-                load[ranks[pick]] += common.numel
-                covered += common.numel
-                target = destination.view.narrowed(relative)
-                routes.append(Route(worker, common, target, sources, pick))
-            if covered != destination.hf.numel:
+            overlaps, rectangles = tensors.get(destination.hf_name, nobody)
+            parts, covered = overlaps[destination.hf]
+            if covered is not None:
                 raise ValueError(
                     f"{destination.hf_name}: the policy holds {covered} of the "
                     f"{destination.hf.numel} elements of box {destination.hf.ranges}"
                 )
+            for holders, common, part, numel in parts:
+                sources = tuple([rectangles[i] for i in holders])
+                pick = lightest(load, _ranks_of(sources), numel)
+                view = destination.view
+                target = view if part is None else view.narrowed(part)
+                routes.append(Route(worker, common, target, sources, pick))
     return routes
+
+
+def lightest(load: defaultdict[int, int], ranks: Sequence[int], numel: int) -> int:
+    """The position of the rank that has been given least so far; now it has so many more."""
+    if len(ranks) == 1:
+        pick = 0
+    else:
+        loads = [load[rank] for rank in ranks]
+        pick = loads.index(min(loads))
+    load[ranks[pick]] += numel
+    return pick
 
 
 def outgoing(
@@ -225,28 +240,35 @@ def fingerprint(routes: Iterable[Route]) -> str:
     return digest.hexdigest()
 
 
-_Group = tuple[tuple[Held, ...], tuple[int, ...]]
-"""Equal rectangles, and all the ranks that hold them."""
+def _ranks_of(sources: Sequence[Held]) -> tuple[int, ...]:
+    if len(sources) == 1:
+        return sources[0].ranks
+    return tuple(rank for held in sources for rank in held.ranks)
 
 
-def _by_box(rectangles: Sequence[Held]) -> tuple[tuple[Box, ...], list[_Group]]:
-    """The different boxes of a tensor, and the group of each."""
-    groups: dict[Box, list[Held]] = defaultdict(list)
-    for held in rectangles:
-        groups[held.hf].append(held)
-    return tuple(groups), [
-        (tuple(group), tuple(rank for held in group for rank in held.ranks))
-        for group in groups.values()
-    ]
+_Overlap = tuple[tuple[int, ...], Box, Box | None, int]
+"""Positions of the rectangles that are one box, what the wanted one has in common with it, the same
+within the wanted one (None: it is all of it), and its elements."""
 
 
-def _overlaps(boxes: Sequence[Box], wanted: Box) -> list[tuple[int, Box, Box]]:
-    """(index of a box, what it shares with the wanted one, the same within the wanted one)."""
-    return [
-        (i, common, common.relative_to(wanted))
-        for i, box in enumerate(boxes)
-        if (common := box.intersect(wanted))
-    ]
+class Overlaps(dict[Box, tuple[list[_Overlap], int | None]]):
+    """Of the boxes of a tensor: wanted box -> its overlap with each different one, and how many of
+    its elements are in them (None: all)."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._holders: dict[Box, list[int]] = defaultdict(list)
+        for i, box in enumerate(boxes):
+            self._holders[box].append(i)
+
+    def __missing__(self, wanted: Box) -> tuple[list[_Overlap], int | None]:
+        parts: list[_Overlap] = []
+        for box, holders in self._holders.items():
+            if common := box.intersect(wanted):
+                part = None if common == wanted else common.relative_to(wanted)
+                parts.append((tuple(holders), common, part, common.numel))
+        covered = sum(numel for *_, numel in parts)
+        self[wanted] = found = parts, None if covered == wanted.numel else covered
+        return found
 
 
 class _Packer:

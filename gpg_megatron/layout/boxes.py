@@ -34,7 +34,10 @@ class Box:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return math.prod(self.shape)
+        n = 1
+        for start, stop in self.ranges:
+            n *= stop - start
+        return n
 
     @property
     def slices(self) -> tuple[slice, ...]:

@@ -13,13 +13,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from gpg_megatron.config.sections import PolicyConfig
 from gpg_megatron.layout.boxes import Box, Piece, Shard, replicated, split_dimension
 from gpg_megatron.layout.families import dimensions, numberings, rules_of
 from gpg_megatron.layout.rows import Rule
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import pipeline_stages
 from gpg_megatron.shapes import ModelShape
 
 
@@ -111,15 +111,20 @@ class Parameter:
     @property
     def expert(self) -> int | None:
         """Global number of the expert it belongs to."""
-        return self.numbers[1] if self.rule.per_expert else None
+        return self.numbers[1] if len(self.numbers) == 2 else None
 
 
 def parameters(
-    model: ModelShape, grid: PolicyGrid, *, padded_for_tp: int | None = None
+    model: ModelShape,
+    grid: PolicyGrid,
+    *,
+    padded_for_tp: int | None = None,
+    of_stage: int | None = None,
 ) -> Iterator[Parameter]:
     """Every parameter of the policy, in the table's order.
 
     padded_for_tp: the tensor parallelism for which the vocabulary is padded; None: the grid's.
+    of_stage: those of one pipeline stage only.
     """
     sizes = dimensions(model, padded_for_tp or grid.tp_size)
     last = grid.pp_size - 1
@@ -130,6 +135,8 @@ def parameters(
         pattern = rule.megatron[-1] if grid.transformer_engine else rule.pattern
         for numbers in numberings(rule, model):
             stage = grid.stage_of_layer[numbers[0]] if numbers else last * rule.at_end
+            if of_stage not in (None, stage):
+                continue
             yield Parameter(
                 name=pattern.format(*numbers),
                 hf_names=tuple(hf.format(*numbers) for hf in rule.hf),
@@ -142,9 +149,10 @@ def parameters(
 
 def local_shapes(model: ModelShape, grid: PolicyGrid, rank: int) -> dict[str, tuple[int, ...]]:
     """Global name -> shard shape of every parameter that a rank must have."""
+    stage = rank // (grid.tp_size * grid.dp_size)
     return {
         parameter.name: _shard_shape(parameter, grid.tp_size)
-        for parameter in parameters(model, grid)
+        for parameter in parameters(model, grid, of_stage=stage)
         if rank in grid.holders(parameter.stage, None, _expert_position(parameter, model, grid))
     }
 
@@ -156,6 +164,62 @@ def _expert_position(parameter: Parameter, model: ModelShape, grid: PolicyGrid) 
     return parameter.expert // (model.num_experts // grid.ep_size)
 
 
+_Rectangle = tuple[Box, Box, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alike:
+    """What the policy holds of each of some tensors that are alike, as those of experts and layers
+    are: in all but the parameter's name. Equal when it is the same object."""
+
+    rectangles: tuple[_Rectangle, ...]
+    """Of each Held: hf, local, ranks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a tensor of which these are all rectangles."""
+        stops = (tuple(stop for _, stop in hf.ranges) for hf, _, _ in self.rectangles)
+        return tuple(max(dimension) for dimension in zip(*stops, strict=True))
+
+    def held(self, parameter: str) -> list[Held]:
+        """Under the parameter's global name."""
+        return [Held(hf, parameter, local, ranks) for hf, local, ranks in self.rectangles]
+
+
+def alike_by_policy(model: ModelShape, grid: PolicyGrid) -> Iterator[tuple[str, str, Alike]]:
+    """Hugging Face name, global Megatron name, and what is held of the one in the other. Tensors of
+    one name in one row of the table share the boxes too, whoever holds them."""
+    pieces: dict[str, list[tuple[int | None, Piece]]] = {}
+    found: dict[tuple[str, int, int | None], dict[int, Alike]] = {}
+    for parameter in parameters(model, grid):
+        rule, ep = parameter.rule, _expert_position(parameter, model, grid)
+        key = (rule.pattern, parameter.stage, ep)
+        if key not in found:
+            if rule.pattern not in pieces:
+                pieces[rule.pattern] = _pieces(parameter, model, grid)
+            rectangles: dict[int, list[_Rectangle]] = defaultdict(list)
+            for tp, piece in pieces[rule.pattern]:
+                ranks = grid.holders(parameter.stage, tp, ep)
+                place = rule.hf.index(piece.hf_name)
+                rectangles[place].append((piece.hf, piece.local, ranks))
+            found[key] = {i: Alike(tuple(parts)) for i, parts in rectangles.items()}
+        for i, alike in found[key].items():
+            yield parameter.hf_names[i], parameter.name, alike
+
+
+def _pieces(
+    parameter: Parameter, model: ModelShape, grid: PolicyGrid
+) -> list[tuple[int | None, Piece]]:
+    """Tensor-parallel positions (None: all) and what they hold, with the rule's own names."""
+    rule, shape = parameter.rule, _shard_shape(parameter, grid.tp_size)
+    copies = rule.layout is replicated
+    return [
+        (None if copies else tp, piece)
+        for tp in range(1 if copies else grid.tp_size)
+        for piece in rule.layout(rule.hf, Shard(shape, tp, grid.tp_size), model)
+    ]
+
+
 def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]:
     """Hugging Face name -> the disjoint rectangles that together are the tensor.
 
@@ -163,22 +227,8 @@ def held_by_policy(model: ModelShape, grid: PolicyGrid) -> dict[str, list[Held]]
     rectangles with different ranks.
     """
     held: dict[str, list[Held]] = defaultdict(list)
-    # Layers and experts are alike: a rule's pieces are made once, with the rule's own names.
-    pieces: dict[tuple[str, int], list[Piece]] = {}
-    for parameter in parameters(model, grid):
-        rule = parameter.rule
-        copies = rule.layout is replicated
-        ep = _expert_position(parameter, model, grid)
-        names = dict(zip(rule.hf, parameter.hf_names, strict=True))
-        for tp in range(1 if copies else grid.tp_size):
-            key = (rule.pattern, tp)
-            if key not in pieces:
-                shard = Shard(_shard_shape(parameter, grid.tp_size), tp, grid.tp_size)
-                pieces[key] = rule.layout(rule.hf, shard, model)
-            ranks = grid.holders(parameter.stage, None if copies else tp, ep)
-            for piece in pieces[key]:
-                name = names[piece.hf_name]
-                held[name].append(Held(piece.hf, parameter.name, piece.local, ranks))
+    for name, parameter, alike in alike_by_policy(model, grid):
+        held[name] += alike.held(parameter)
     return dict(held)
 
 
@@ -193,10 +243,8 @@ def hf_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
 @lru_cache(maxsize=4)
 def _hf_shapes(model: ModelShape) -> Mapping[str, tuple[int, ...]]:
     alone = PolicyGrid(tp_size=1, dp_size=1, pp_size=1, stage_of_layer=(0,) * model.num_layers)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, rectangles in held_by_policy(model, alone).items():
-        stops = (tuple(stop for _, stop in held.hf.ranges) for held in rectangles)
-        shapes[name] = tuple(max(dimension) for dimension in zip(*stops, strict=True))
+    shape_of = cache(lambda alike: alike.shape)
+    shapes = {name: shape_of(alike) for name, _, alike in alike_by_policy(model, alone)}
     return dict(sorted(shapes.items(), key=lambda item: _place(item[0])))
 
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import queue
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -57,7 +57,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        model: GPTModel,
+        models: Sequence[GPTModel],
         optimizer: MegatronOptimizer,
         directory: Path,
         finish: Callable[[], None],
@@ -76,7 +76,7 @@ class CheckpointWriter:
         with writing(directory):
             _save_rng(directory)
             request = dist_checkpointing.save(
-                _state(model, optimizer), str(directory), async_sharded_save=True
+                _state(models, optimizer), str(directory), async_sharded_save=True
             )
         # The writer process reads its files once more: still in memory, and off the loop.
         buckets = request.async_fn_args[1] if request.async_fn else []
@@ -176,20 +176,20 @@ def make_folders(directory: Path) -> None:
     (directory / STAMPS).mkdir()
 
 
-def load_weights(model: GPTModel, directory: Path) -> None:
+def load_weights(models: Sequence[GPTModel], directory: Path) -> None:
     """Read this rank's shards of the parameters from a checkpoint of any layout. Collective."""
-    load_sharded(_numbered(chain.from_iterable(parameter_regions(model).values())), directory)
+    load_sharded(_numbered(chain.from_iterable(parameter_regions(models).values())), directory)
 
 
 def load_all(
-    model: GPTModel, optimizer: MegatronOptimizer, directory: Path, *, n_steps: int
+    models: Sequence[GPTModel], optimizer: MegatronOptimizer, directory: Path, *, n_steps: int
 ) -> None:
     """Read parameters, master weights and moments from a checkpoint of any layout. Collective.
 
     Args:
         n_steps: how many steps the optimizer had done.
     """
-    load_sharded(_state(model, optimizer), directory)
+    load_sharded(_state(models, optimizer), directory)
     set_steps(optimizer, n_steps)
 
 
@@ -207,10 +207,10 @@ def load_sharded(state: dict[str, ShardedTensor], directory: Path) -> None:
         raise UserError(f"{directory} cannot be loaded: {_cause(error)}") from None
 
 
-def _state(model: GPTModel, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
+def _state(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
     """All that a checkpoint holds of this rank."""
     begin_states(optimizer)
-    regions = parameter_regions(model)
+    regions = parameter_regions(models)
     shards = chain(chain.from_iterable(regions.values()), optimizer_shards(optimizer, regions))
     return _numbered(shards)
 

@@ -78,16 +78,33 @@ def open_ray(
     )
 
 
+def raylets() -> list[Any]:
+    """psutil's processes of a private Ray that place what is started; of another Ray none."""
+    import psutil
+
+    return [child for child in psutil.Process().children() if child.name() == "raylet"]
+
+
+def has_ended(process: Any) -> bool:
+    """psutil's process, also when nobody has asked for its exit code yet."""
+    import psutil
+
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def leave_ray(limit_s: float) -> None:
     """Leave Ray, ending it if it is private. A raylet that does not answer, since it is stopped,
     would keep this from returning: after limit_s it is killed."""
     import psutil
     import ray
 
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    mine = raylets()
 
     def kill() -> None:
-        for raylet in raylets:
+        for raylet in mine:
             with suppress(psutil.NoSuchProcess):
                 raylet.kill()
 

@@ -23,11 +23,14 @@ EXACT: tuple[Variant, ...] = (
     (Layout(dp=2), True),
     (Layout(tp=2, dp=2), True),
     (Layout(dp=2, ep=2), False),
+    (Layout(pp=2, vpp=2), True),
 )
 """Runs that are cut in half and resumed as they were."""
 
 CHANGED: tuple[tuple[Variant, Variant], ...] = (
     ((Layout(tp=2, pp=2), False), (Layout(), False)),
+    ((Layout(tp=2, pp=2), False), (Layout(tp=2, pp=2, vpp=2), False)),
+    ((Layout(pp=2, vpp=2), True), (Layout(), True)),
     ((Layout(), False), (Layout(tp=2, pp=2), False)),
     ((Layout(tp=2, dp=2), True), (Layout(), True)),
     ((Layout(), True), (Layout(tp=2, dp=2), True)),
@@ -40,8 +43,15 @@ CHANGED: tuple[tuple[Variant, Variant], ...] = (
 )
 """A whole run of EXACT, and the variant that goes on from the middle of it."""
 
+FAMILIES = tuple(
+    problem
+    for problem in PROBLEMS
+    if problem.family in ("Glm4Moe", "DeepseekV3", "Qwen3Next", "Qwen3_5")
+)
+"""Problems that are cut in half and resumed as FAMILY_VARIANT has them."""
+FAMILY_VARIANT: Variant = (Layout(tp=2), False)
 
-CONVERTED = (Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(pp=2, first=1), Layout(tp=4))
+CONVERTED = (Layout(), Layout(pp=2, vpp=2), Layout(tp=2, pp=2), Layout(pp=2, first=1), Layout(tp=4))
 """Layouts that load a checkpoint whose files were split for TP 2 and PP 2."""
 
 
@@ -51,9 +61,11 @@ def problem_of(layout: Layout) -> Problem:
     return next(p for p in PROBLEMS if p.name == name)
 
 
-def run_name(variant: Variant, suffix: str) -> str:
-    """For example tp2-pp2-distopt-whole."""
+def run_name(variant: Variant, suffix: str, problem: Problem | None = None) -> str:
+    """For example tp2-pp2-distopt-whole; with a problem that is not the layout's own, its name."""
     layout, distributed = variant
+    if problem:
+        return f"{problem.name}-{run_name(variant, suffix)}"
     return f"{layout.name}{'-distopt' if distributed else ''}-{suffix}"
 
 

@@ -1,6 +1,6 @@
 """One rank: the checkpoint tests of this world size; verdicts go to FOLDER/verdicts/.
 
-torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed
+torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed|families
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tests.dist.checkpoint_problem import (
     CHANGED,
     CONVERTED,
     EXACT,
+    FAMILIES,
+    FAMILY_VARIANT,
     HALF,
     N_STEPS,
     Variant,
@@ -32,7 +34,7 @@ from tests.dist.checkpoint_problem import (
     run_name,
 )
 from tests.dist.checkpoint_run import PolicyRun
-from tests.dist.problem import Layout, config_of, make_samples
+from tests.dist.problem import Layout, Problem, config_of, make_samples
 
 
 def main() -> None:
@@ -50,6 +52,10 @@ def main() -> None:
         for layout in CONVERTED:
             if layout.world_size == size:
                 _converted(folder, layout)
+    elif sys.argv[2] == "families":
+        for problem in FAMILIES:
+            verdict = exact(folder, FAMILY_VARIANT, "cpu", problem)
+            _write(folder, run_name(FAMILY_VARIANT, "exact", problem), verdict)
     else:
         for first, second in CHANGED:
             if second[0].world_size == size:
@@ -57,13 +63,18 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def exact(folder: Path, variant: Variant, device: Device) -> dict[str, Any]:
-    """2N steps without a break, against N, a resume, and N more."""
-    problem = problem_of(variant[0])
+def exact(
+    folder: Path, variant: Variant, device: Device, other: Problem | None = None
+) -> dict[str, Any]:
+    """2N steps without a break, against N, a resume, and N more.
+
+    other: in place of the layout's own problem.
+    """
+    problem = other or problem_of(variant[0])
     samples = make_samples(problem)
 
     def run(name: str, to_step: int) -> tuple[list[Any], list[Any], dict[str, Any], dict[str, Any]]:
-        config = run_config(variant, problem, folder, run_name(variant, name))
+        config = run_config(variant, problem, folder, run_name(variant, name, other))
         torch.manual_seed(3)
         run = PolicyRun(config, samples, device)
         begin = run.state() if run.step else {}

@@ -19,6 +19,8 @@ from tests.dist.checkpoint_problem import (
     CHANGED,
     CONVERTED,
     EXACT,
+    FAMILIES,
+    FAMILY_VARIANT,
     HALF,
     N_STEPS,
     Variant,
@@ -77,10 +79,29 @@ def verdicts(folder: Path) -> Read:
 def test_a_resumed_run_is_the_uninterrupted_one(verdicts: Read, variant: Variant) -> None:
     """Weights, moments, results of every update and random numbers, bit by bit."""
     for verdict in verdicts(run_name(variant, "exact"), variant[0]):
-        assert verdict["resumed_at"] == HALF
-        assert verdict["restored"] == [] and verdict["end"] == []
-        assert verdict["results"] and verdict["draws"]
-        assert verdict["moments"] >= 3 and verdict["version"] == N_STEPS
+        check_exact(verdict)
+
+
+def check_exact(verdict: dict[str, Any]) -> None:
+    assert verdict["resumed_at"] == HALF
+    assert verdict["restored"] == [] and verdict["end"] == []
+    assert verdict["results"] and verdict["draws"]
+    assert verdict["moments"] >= 3 and verdict["version"] == N_STEPS
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_a_family_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Of those that have state, latent attention or gated delta nets."""
+    for problem in FAMILIES:
+        make_model(problem, tmp_path / problem.name)
+    layout, _ = FAMILY_VARIANT
+    output = run_ranks(tmp_path, "tests.dist.checkpoint_worker", layout.world_size, "families")
+    for problem in FAMILIES:
+        name = run_name(FAMILY_VARIANT, "exact", problem)
+        paths = [*(tmp_path / "verdicts").glob(f"{name}-rank*.json")]
+        assert len(paths) == layout.world_size, output
+        for path in paths:
+            check_exact(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize("layout", CONVERTED, ids=lambda x: x.name)

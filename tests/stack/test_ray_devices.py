@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 
 from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, scratch_directory
 from gpg_megatron.rollout.engine import take_devices
-from gpg_megatron.rollout.ray_session import leave_ray, open_ray
+from gpg_megatron.rollout.ray_session import has_ended, leave_ray, open_ray, raylets
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_too_few_devices_are_told_and_a_ray_that_hangs_is_left(run_id: str) -> N
     scratch = scratch_directory(run_id)
     with pytest.raises(UserError, match="2 engines of 1 CPU and 2 GPUs on one node are asked for"):
         open_ray(config, run_id=run_id, scratch_dir=scratch, gpus_per_engine=2, devices=("5", "4"))
-    (raylet,) = (p for p in psutil.Process().children() if p.name() == "raylet")
+    (raylet,) = raylets()
     raylet.suspend()  # Ray would wait for its answer for ever
     leave_ray(2.0)
-    assert not raylet.is_running() or raylet.status() == psutil.STATUS_ZOMBIE
+    assert has_ended(raylet)

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from gpg_megatron.bridge import engine_layout
 from gpg_megatron.bridge.engine_layout import Engine
-from gpg_megatron.bridge.forecast import sent_elements
-from gpg_megatron.bridge.links import Links, Seat
+from gpg_megatron.bridge.forecast import forecast
+from gpg_megatron.bridge.links import Distance, Links, Seat, Way
 from gpg_megatron.bridge.plan import (
     Bucket,
     Destination,
@@ -113,8 +113,9 @@ def cases(draw: st.DrawFn) -> Case:
     heads = math.lcm(kv_heads, tp, engine_tp) * draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([d for d in (2, 4, 6) if 2 * kv_heads * d % tp == 0]))
     ep = draw(st.sampled_from([1, 2, 4]))
-    stages = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
-    layers = range(sum(stages))
+    chunks = draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))
+    pp = draw(st.sampled_from([n for n in range(1, 5) if len(chunks) % n == 0]))
+    layers = range(sum(chunks))
     experts = MoEShape(
         num_experts=ep * draw(st.integers(1, 3)),
         experts_per_token=1,
@@ -161,9 +162,9 @@ def cases(draw: st.DrawFn) -> Case:
     grid = PolicyGrid(
         tp_size=tp,
         dp_size=draw(st.integers(1, 2)) * (ep if moe else 1),
-        pp_size=len(stages),
+        pp_size=pp,
         ep_size=ep if moe else 1,
-        stage_of_layer=tuple(stage for stage, n in enumerate(stages) for _ in range(n)),
+        stage_of_layer=tuple(chunk % pp for chunk, n in enumerate(chunks) for _ in range(n)),
     )
     widest = max(model.hidden_size, heads * head_dim, 24, nets.value_width)
     return Case(
@@ -389,8 +390,15 @@ def test_the_nearest_of_the_holders_sends_wherever_everybody_is(
         ).items()
     }  # fmt: skip
     assert sent == received
-    counted = sent_elements(case.routes, case.n_engines, links.nearest)
-    assert counted == {pair: sum(map(bucket_elements, part)) for pair, part in sent.items()}
+    found = forecast(case.grid, case.engine, links)
+    by_rank, by_way = Counter[int](), Counter[tuple[Distance, Way]]()
+    for (rank, engine, worker), part in sent.items():
+        n, receiver = sum(map(bucket_elements, part)), engine * tp + worker
+        by_rank[rank] += n
+        by_way[links.distance(rank, receiver), links.way(rank, receiver)] += n
+    assert found.by_way == by_way and found.n_routes == len(case.routes)
+    assert found.sent == found.bound == by_rank.total()
+    assert (found.most_sent, found.n_senders) == (max(by_rank.values()), len(by_rank))
 
 
 # ---- what is missing --------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
+from tests.unit.published import QWEN3_30B_A3B
 
 GENERAL = {"initializer_range": 0.02, "use_cache": True, "hidden_act": "silu"}
 QWEN = GENERAL | {
@@ -38,17 +39,6 @@ QWEN3_8B = QWEN | {
     "num_hidden_layers": 36, "num_key_value_heads": 8, "rope_scaling": None,
     "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
     "transformers_version": "4.51.0", "vocab_size": 151936,
-}  # fmt: skip
-QWEN3_30B_A3B = QWEN | {
-    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
-    "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144,
-    "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
-    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
-    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
-    "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
-    "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
-    "sliding_window": None, "tie_word_embeddings": False, "transformers_version": "4.51.0",
-    "vocab_size": 151936,
 }  # fmt: skip
 QWEN15_MOE = QWEN | {
     "architectures": ["Qwen2MoeForCausalLM"], "decoder_sparse_step": 1, "hidden_size": 2048,
