@@ -9,6 +9,7 @@ model.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -94,11 +95,22 @@ def main() -> None:
             problems = models if layout.name in only else []
         for problem in problems:
             verdict = solve(layout, problem, folder / problem.name, device)
-            parallel_state.destroy_model_parallel()
+            forget_groups()
             path = folder / layout.name / problem.name / f"rank{dist.get_rank()}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(asdict(verdict)))
     dist.destroy_process_group()
+
+
+def forget_groups() -> None:
+    """Megatron forgets its groups and leaves them there, and each of gloo's has threads that wake a
+    hundred times a second. Collective."""
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # the policy, which holds them
 
 
 def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> Verdict:
