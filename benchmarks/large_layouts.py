@@ -27,7 +27,7 @@ from gpg_megatron.bridge.forecast import sent_elements
 from gpg_megatron.bridge.plan import Bucket, Route, fingerprint, incoming, make_routes, outgoing
 from gpg_megatron.config.sections import PolicyConfig
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import pipeline_stages
 from gpg_megatron.shapes import ModelShape, MoEShape
 
 ITEM = 2

@@ -224,7 +224,7 @@ class Bench:
             shard.copy_(self.weights[name])
         policy.weights_loaded()
         batch = make_batch(variant, samples, self.options, token_costs(self.shape))
-        model = policy._ddp.module
+        (model,) = policy._models
         limit = model.logits_chunk_bytes
         with PeakMemory(self.device) as memory:
             model.logits_chunk_bytes = NO_LIMIT if variant.full_logits else limit

@@ -21,14 +21,14 @@ settings.load_profile("gpg_megatron")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/dist, tests/stack and tests/gpu mark their tests; gpu ones need a device.
 
-    With two workers (tests/run.sh) one has all tests that start ranks or engines, one after the
-    other, and the other has the rest, file by file: fixtures are made once.
+    With two workers (tests/run.sh) one has all tests that start engines, one after the other, and
+    the other all that start ranks, then the rest, file by file: fixtures are made once.
     """
     for item in items:
         path = item.path.relative_to(TESTS)
         if (folder := path.parts[0]) in ("dist", "stack", "gpu"):
             item.add_marker(getattr(pytest.mark, folder))
-        group = str(path) if folder == "unit" else "ranks and engines"
+        group = str(path) if folder == "unit" else folder
         item.add_marker(pytest.mark.xdist_group(group))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_cuda():

@@ -112,6 +112,17 @@ def _about_the_policy(p: PolicyConfig) -> Iterator[tuple[bool, str]]:
         f"policy.expert_model_parallel_size ({p.expert_model_parallel_size}) does not divide "
         f"policy.data_parallel_size ({p.data_parallel_size}); expected a divisor of it",
     )
+    if p.pipeline_model_parallel_size == 1:
+        for key, default in (
+            ("virtual_pipeline_model_parallel_size", 1),
+            ("num_layers_in_first_pipeline_stage", None),
+            ("num_layers_in_last_pipeline_stage", None),
+        ):
+            yield (
+                (value := getattr(p, key)) != default,
+                f"policy.{key} is {value}, but policy.pipeline_model_parallel_size is 1; expected "
+                f"{'null' if default is None else default}, or more stages",
+            )
     yield (
         p.sequence_parallel and p.tensor_model_parallel_size == 1,
         "policy.sequence_parallel is true, but policy.tensor_model_parallel_size is 1; expected "

@@ -75,6 +75,9 @@ class PolicyConfig:
 
     tensor_model_parallel_size: int = ranged(1, at_least=1)
     pipeline_model_parallel_size: int = ranged(1, at_least=1)
+    virtual_pipeline_model_parallel_size: int = ranged(1, at_least=1)
+    """Runs of layers that each pipeline stage holds; with more than one the stages are
+    interleaved."""
     context_parallel_size: int = ranged(1, at_least=1)
     """Ranks that share the tokens of each packed row, for long responses."""
     data_parallel_size: int = ranged(1, at_least=1)

@@ -19,7 +19,7 @@ from gpg_megatron.config.sections import PolicyConfig
 from gpg_megatron.layout.boxes import Box, Piece, Shard, replicated, split_dimension
 from gpg_megatron.layout.families import dimensions, numberings, rules_of
 from gpg_megatron.layout.rows import Rule
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import pipeline_stages
 from gpg_megatron.shapes import ModelShape
 
 

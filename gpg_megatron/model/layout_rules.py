@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.errors import UserError
+from gpg_megatron.model.pipeline import pipeline_chunks
 from gpg_megatron.shapes import ModelShape
 
 WITH_IMAGES = ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
@@ -44,7 +45,7 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
             f"policy.context_parallel_size={n}, but the state of a gated delta net "
             f"({shape.architecture}) goes through the tokens one by one; expected 1"
         )
-    pipeline_stages(config.policy, shape.num_layers)
+    pipeline_chunks(config.policy, shape.num_layers)
 
 
 def check_engine_type(config: Config, shape: ModelShape, device: str) -> None:
@@ -138,26 +139,3 @@ def _check_expert_parallel(policy: PolicyConfig, shape: ModelShape) -> None:
             f"policy.expert_model_parallel_size={size} does not divide the model's "
             f"{shape.num_experts} experts; legal: {legal}"
         )
-
-
-def pipeline_stages(policy: PolicyConfig, num_layers: int) -> tuple[int, ...]:
-    """The pipeline stage of each layer: even, but for a first or last stage of a given size.
-
-    Raises:
-        UserError: the layers do not fit.
-    """
-    pp = policy.pipeline_model_parallel_size
-    first = policy.num_layers_in_first_pipeline_stage
-    last = policy.num_layers_in_last_pipeline_stage
-    ends = [n for n in (first, last) if n is not None]
-    middle, stages = num_layers - sum(ends), pp - len(ends)
-    fits = middle >= stages and middle % stages == 0 if stages > 0 else middle == 0
-    if not fits or (pp == 1 and ends):
-        raise UserError(
-            f"policy.pipeline_model_parallel_size={pp} does not divide the model's "
-            f"{num_layers} layers; set policy.num_layers_in_first_pipeline_stage or "
-            f"policy.num_layers_in_last_pipeline_stage for an uneven layout that adds up"
-        )
-    sizes = [middle // max(1, stages)] * pp
-    sizes[0], sizes[-1] = first or sizes[0], last or sizes[-1]
-    return tuple(stage for stage, n in enumerate(sizes) for _ in range(n))

@@ -26,6 +26,7 @@ _LOOP = ("rollout", "reward", "policy", "sync")
 _SIZES = {
     "TP": "tensor_model_parallel_size",
     "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
     "CP": "context_parallel_size",
     "DP": "data_parallel_size",
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gpg_megatron.config.sections import GIB, MIB, Config
 from gpg_megatron.errors import UserError
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import passes_in_flight, pipeline_chunks
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.placement.delta import kept_bytes
 from gpg_megatron.placement.states import RESIDENT, Mode, State
@@ -102,8 +102,8 @@ def policy_memory(
     state = optimizer_item(config)
     tokens = math.ceil(p.max_tokens_per_micro_batch / p.context_parallel_size)
     pp = p.pipeline_model_parallel_size
-    layers = pipeline_stages(p, shape.num_layers).count(stage)
-    in_flight = min(pp - stage, micro_batches_per_update(config))
+    layers = max(pipeline_chunks(p, shape.num_layers)[stage::pp])
+    in_flight = passes_in_flight(p, stage, micro_batches_per_update(config))
     last = stage == pp - 1
     complete = activation_bytes(config, shape, fused=fused)
     kept = in_flight * layers * complete

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -56,7 +57,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        model: GPTModel,
+        models: Sequence[GPTModel],
         optimizer: MegatronOptimizer,
         directory: Path,
         finish: Callable[[], None],
@@ -75,7 +76,7 @@ class CheckpointWriter:
         with writing(directory):
             _save_rng(directory)
             request = dist_checkpointing.save(
-                _state(model, optimizer), str(directory), async_sharded_save=True
+                _state(models, optimizer), str(directory), async_sharded_save=True
             )
         # The writer process reads its files once more: still in memory, and off the loop.
         buckets = request.async_fn_args[1] if request.async_fn else []
@@ -112,13 +113,37 @@ class CheckpointWriter:
             finish()
 
 
+class _Results:
+    """What the processes that write a save tell their rank, in a file without a name: a pipe would
+    hold too little. Megatron would start a process on each rank to keep it, which imports torch.
+    """
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("results"), "w+b", buffering=0)  # noqa: SIM115
+
+    def put(self, results: Any) -> None:
+        """In the process that writes."""
+        self._file.write(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        """In the rank, when that process has ended. Raises queue.Empty."""
+        self._file.seek(0)
+        if data := self._file.read():
+            return pickle.loads(data)
+        raise queue.Empty
+
+
+filesystem_async._get_write_results_queue = _Results
+
+
 def staged(buckets: list[Any]) -> list[Any]:
     """What is to be written, in host memory of its own size.
 
     Megatron would copy from a GPU into pinned memory, which torch rounds up to a power of two for
     each tensor, and keeps.
     """
-    copied: list[Any] = FileSystemWriterAsync.preload_tensors(buckets, non_blocking=False)
+    writer = filesystem_async.FileSystemWriterAsync
+    copied: list[Any] = writer.preload_tensors(buckets, non_blocking=False)
     return copied
 
 
@@ -151,20 +176,20 @@ def make_folders(directory: Path) -> None:
     (directory / STAMPS).mkdir()
 
 
-def load_weights(model: GPTModel, directory: Path) -> None:
+def load_weights(models: Sequence[GPTModel], directory: Path) -> None:
     """Read this rank's shards of the parameters from a checkpoint of any layout. Collective."""
-    load_sharded(_numbered(chain.from_iterable(parameter_regions(model).values())), directory)
+    load_sharded(_numbered(chain.from_iterable(parameter_regions(models).values())), directory)
 
 
 def load_all(
-    model: GPTModel, optimizer: MegatronOptimizer, directory: Path, *, n_steps: int
+    models: Sequence[GPTModel], optimizer: MegatronOptimizer, directory: Path, *, n_steps: int
 ) -> None:
     """Read parameters, master weights and moments from a checkpoint of any layout. Collective.
 
     Args:
         n_steps: how many steps the optimizer had done.
     """
-    load_sharded(_state(model, optimizer), directory)
+    load_sharded(_state(models, optimizer), directory)
     set_steps(optimizer, n_steps)
 
 
@@ -182,10 +207,10 @@ def load_sharded(state: dict[str, ShardedTensor], directory: Path) -> None:
         raise UserError(f"{directory} cannot be loaded: {_cause(error)}") from None
 
 
-def _state(model: GPTModel, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
+def _state(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
     """All that a checkpoint holds of this rank."""
     begin_states(optimizer)
-    regions = parameter_regions(model)
+    regions = parameter_regions(models)
     shards = chain(chain.from_iterable(regions.values()), optimizer_shards(optimizer, regions))
     return _numbered(shards)
 

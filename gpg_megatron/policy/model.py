@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gpg_megatron.config.sections import MIB, PolicyConfig
 from gpg_megatron.host.device import Device
+from gpg_megatron.model.pipeline import pipeline_chunks
 from gpg_megatron.model.shape import padded_vocab_size
 from gpg_megatron.policy.attention import SegmentParams
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
@@ -110,20 +111,53 @@ def build_model(
     dtype: torch.dtype,
     device: Device,
     temperature: float,
-) -> DistributedDataParallel:
-    """This rank's part of the model inside Megatron's DDP. Weights are not loaded yet."""
+) -> list[DistributedDataParallel]:
+    """This rank's chunks of the model, each inside Megatron's DDP; several only with virtual
+    pipeline stages. Weights are not loaded yet."""
     megatron_config = _transformer_config(shape, config, dtype, device)
     if isinstance(shape.rope_scaling, YarnScaling):
         _scale_cosine_and_sine(megatron_config, shape.rope_scaling.attention_factor)
+    # calculate_per_token_loss makes DDP sum gradients over replicas: the loss weights already
+    # hold the global denominator.
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+    )
+    n_chunks = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for number in range(n_chunks):
+        model = _chunk(shape, megatron_config, number if n_chunks > 1 else None, device)
+        model.temperature = temperature
+        model.logits_chunk_bytes = config.logits_chunk_mb * MIB
+        model.to(device=device, dtype=dtype)
+        keep_fp32(model)
+        # Buckets are for gradients that nothing else hides; later chunks' hide behind the first's.
+        ddp = DistributedDataParallel(
+            megatron_config, ddp_config, model, disable_bucketing=number > 0
+        )
+        chunks.append(ddp)
+    if config.overlap_grad_reduce:
+        no_sync = [ddp.no_sync for ddp in chunks]
+        megatron_config.no_sync_func = no_sync if n_chunks > 1 else no_sync[0]
+    return chunks
+
+
+def _chunk(
+    shape: ModelShape, config: TransformerConfig, number: int | None, device: Device
+) -> PolicyModel:
+    """One of this stage's chunks; None: there is but one."""
+    at = {"ignore_virtual": False, "vp_stage": number}
     model = PolicyModel(
-        config=megatron_config,
-        transformer_layer_spec=layer_spec(megatron_config, shape),
+        config=config,
+        transformer_layer_spec=layer_spec(config, shape, number),
         vocab_size=padded_vocab_size(shape, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**at),
+        post_process=parallel_state.is_pipeline_last_stage(**at),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
+        vp_stage=number,
     )
     _mark_tensor_parallel(model)
     # It would choose this rank's positions; _preprocess takes each token's own.
@@ -132,21 +166,7 @@ def build_model(
         shape.rope_theta, shape.rotary_dim or shape.head_dim, shape.rope_scaling
     ).to(device)
     model.real_vocab_size = shape.vocab_size
-    model.temperature = temperature
-    model.logits_chunk_bytes = config.logits_chunk_mb * MIB
-    model.to(device=device, dtype=dtype)
-    keep_fp32(model)
-    # calculate_per_token_loss makes DDP sum gradients over replicas: the loss weights already
-    # hold the global denominator.
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.use_distributed_optimizer,
-        overlap_grad_reduce=config.overlap_grad_reduce,
-    )
-    ddp = DistributedDataParallel(megatron_config, ddp_config, model)
-    if config.overlap_grad_reduce:
-        megatron_config.no_sync_func = ddp.no_sync
-    return ddp
+    return model
 
 
 def _scale_cosine_and_sine(config: TransformerConfig, factor: float) -> None:
@@ -211,8 +231,7 @@ def _transformer_config(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
-        num_layers_in_first_pipeline_stage=config.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=config.num_layers_in_last_pipeline_stage,
+        **_pipeline_options(shape, config, device),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -226,7 +245,6 @@ def _transformer_config(
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=device == "cpu",
-        batch_p2p_comm=device == "cuda",
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         # One kernel for the gated linear unit, which keeps its input alone, and, of Transformer
@@ -235,6 +253,22 @@ def _transformer_config(
         apply_rope_fusion=device == "cuda" and has_transformer_engine(),
         bias_dropout_fusion=False,
     )
+
+
+def _pipeline_options(shape: ModelShape, config: PolicyConfig, device: Device) -> dict[str, Any]:
+    """The keywords of TransformerConfig about pipeline stages."""
+    is_interleaved = config.virtual_pipeline_model_parallel_size > 1
+    options: dict[str, Any] = {
+        # Between two interleaved stages a batch would mix up what goes forward and what goes back.
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": device == "cuda" and not is_interleaved,
+    }
+    if config.pipeline_model_parallel_size > 1:
+        chunks = [["decoder"] * n for n in pipeline_chunks(config, shape.num_layers)]
+        chunks[0].insert(0, "embedding")
+        chunks[-1].append("loss")
+        options["pipeline_model_parallel_layout"] = chunks
+    return options
 
 
 def _expert_options(shape: ModelShape, config: PolicyConfig) -> dict[str, Any]:

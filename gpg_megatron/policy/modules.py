@@ -94,15 +94,18 @@ def _add_normed(norm: RMSNorm, training: bool, fused: bool) -> Callable[..., tor
     return add_normed
 
 
-def layer_spec(config: TransformerConfig, shape: ModelShape) -> TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's norms and products where it is present, else
-    ours. Attention is always the project's: Transformer Engine's knows no shared prompts."""
-    has_te, first = has_transformer_engine(), get_transformer_layer_offset(config)
+def layer_spec(
+    config: TransformerConfig, shape: ModelShape, chunk: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one of this stage's chunks (None: there is but one): Transformer Engine's norms
+    and products where it is present, else ours. Attention is always the project's: Transformer
+    Engine's knows no shared prompts."""
+    has_te, first = has_transformer_engine(), get_transformer_layer_offset(config, chunk)
     layer = _te_layer if has_te else _own_layer
     return TransformerBlockSubmodules(
         layer_specs=[
             layer(shape, experts=i not in shape.dense_layers, delta=i in shape.delta_layers)
-            for i in range(first, first + get_num_layers_to_build(config))
+            for i in range(first, first + get_num_layers_to_build(config, chunk))
         ],
         layer_norm=LayerNormImpl if has_te else RMSNorm,
     )

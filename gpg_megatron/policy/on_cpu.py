@@ -5,7 +5,7 @@ factories with device="cuda", tensor-type comparisons, the random-number tracker
 whose policy is on a GPU this module changes nothing but for a name that Megatron lacks where
 Transformer Engine is missing. In one whose policy is on CPU, whether the machine has a GPU or not,
 `redirect_megatron_to_cpu` points those lines at the CPU, once, before any Megatron object is made.
-No other file of the project patches anything.
+Beside it only policy/checkpoint.py replaces something of Megatron.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -13,7 +15,10 @@ from gpg_megatron.policy.shards import optimizer_parts
 
 
 def build_optimizer(
-    config: PolicyConfig, model: DistributedDataParallel, dtype: torch.dtype, device: Device
+    config: PolicyConfig,
+    chunks: Sequence[DistributedDataParallel],
+    dtype: torch.dtype,
+    device: Device,
 ) -> MegatronOptimizer:
     """Adam with decoupled weight decay; fp32 master weights when the parameters are bf16."""
     return get_megatron_optimizer(
@@ -30,7 +35,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=config.use_distributed_optimizer,
         ),
-        [model],
+        list(chunks),
         use_gloo_process_groups=device == "cuda",
     )
 

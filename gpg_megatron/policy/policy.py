@@ -1,13 +1,12 @@
 """The policy of one rank: forward, backward and update through Megatron's own schedule.
 
-TrainBatch -> forward/backward over the micro-batches (1F1B when pipelined)
+TrainBatch -> forward/backward over the micro-batches (schedule.py)
            -> gradients summed over data-parallel ranks -> clip -> Adam -> StepResult
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
@@ -27,6 +25,7 @@ from gpg_megatron.host.device import Device
 from gpg_megatron.policy.attention import flash_takes
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model
+from gpg_megatron.policy.names import named_shards
 from gpg_megatron.policy.on_cpu import define_missing_names, redirect_megatron_to_cpu
 from gpg_megatron.policy.optimizer import (
     adam_norm,
@@ -36,7 +35,6 @@ from gpg_megatron.policy.optimizer import (
     scale_step,
 )
 from gpg_megatron.policy.outputs import (
-    Output,
     OutputFunction,
     logprob_output,
     objective_output,
@@ -45,8 +43,8 @@ from gpg_megatron.policy.outputs import (
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.policy.rounding import rounded_elsewhere
-from gpg_megatron.policy.routing import parameters_and_state
 from gpg_megatron.policy.row import forward_arguments
+from gpg_megatron.policy.schedule import run_schedule
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import (
     DTYPES,
@@ -73,9 +71,11 @@ class Policy:
         if device == "cpu":
             redirect_megatron_to_cpu()
         p = config.policy
+        n_chunks = p.virtual_pipeline_model_parallel_size
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=p.tensor_model_parallel_size,
             pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=n_chunks if n_chunks > 1 else None,
             context_parallel_size=p.context_parallel_size,
             expert_model_parallel_size=p.expert_model_parallel_size,
             distributed_timeout_minutes=max(1, p.timeout_s // 60),
@@ -89,14 +89,16 @@ class Policy:
         if device == "cuda":
             # For heads that flash does not take. cuDNN builds a graph for every new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self._ddp = build_model(
+        self._chunks = build_model(
             shape, p, dtype=dtype, device=device, temperature=config.rollout.temperature
         )
+        self._models = [chunk.module for chunk in self._chunks]
         self._algorithm = config.objective
-        self._ddp.module.with_entropy = config.algorithm.entropy_coef > 0.0
+        for model in self._models:
+            model.with_entropy = config.algorithm.entropy_coef > 0.0
         self._reference: FrozenShards | None = None
-        megatron_config = get_model_config(self._ddp)
-        self._n_local_experts = shape.num_experts // p.expert_model_parallel_size
+        megatron_config = get_model_config(self._chunks[0])
+        self._num_experts = shape.num_experts
         multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
         if p.context_parallel_size > 1:
             multiple *= 2 * p.context_parallel_size
@@ -107,9 +109,9 @@ class Policy:
         }
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
-        self._optimizer = build_optimizer(p, self._ddp, dtype, device)
+        self._optimizer = build_optimizer(p, self._chunks, dtype, device)
         self._scheduler = build_scheduler(p, self._optimizer, config.trainer.total_updates)
-        self._residence = Residence(self._ddp, self._optimizer, device)
+        self._residence = Residence(self._models, self._optimizer, device)
 
     def offload(self, parts: Sequence[PolicyPart]) -> None:
         """Move parts to host memory and free them on the device. Gradients are dropped. Shards
@@ -124,13 +126,7 @@ class Policy:
         """Every parameter shard and router's bias of this rank under its global name (layer and
         expert numbers of the whole model). The tensors alias the model's: writing to them changes
         it, after which `weights_loaded` must be called."""
-        model = self._ddp.module
-        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-        first_expert = self._n_local_experts * parallel_state.get_expert_model_parallel_rank()
-        return {
-            _global_name(name, layers, first_expert): tensor.data
-            for name, tensor in parameters_and_state(model)
-        }
+        return named_shards(self._models, self._num_experts)
 
     def weights_loaded(self) -> None:
         """Refresh the optimizer's fp32 master weights after named_shards were written."""
@@ -138,7 +134,7 @@ class Policy:
 
     def load_weights(self, directory: Path) -> None:
         """Take the parameters of a Megatron checkpoint, written under any layout. Collective."""
-        load_weights(self._ddp.module, directory)
+        load_weights(self._models, directory)
         self.weights_loaded()
 
     def resume(self, directory: Path, *, version: int, same_ranks: bool) -> None:
@@ -149,7 +145,7 @@ class Policy:
             same_ranks: the checkpoint was written under this very layout, so that each rank can
                 also continue its random states.
         """
-        load_all(self._ddp.module, self._optimizer, directory, n_steps=version)
+        load_all(self._models, self._optimizer, directory, n_steps=version)
         if same_ranks:
             load_rng(directory)
         # The schedule is a function of the step; its settings are those of this configuration.
@@ -161,7 +157,7 @@ class Policy:
         """Begin to save everything that resume needs; see CheckpointWriter.save. Collective.
         When it returns, parameters and optimizer may change or be offloaded."""
         self._residence.require("parameters", "optimizer")
-        writer.save(self._ddp.module, self._optimizer, directory, finish)
+        writer.save(self._models, self._optimizer, directory, finish)
 
     def keep_reference(self) -> None:
         """Keep the present weights as the reference of the KL term, on the CPU."""
@@ -203,7 +199,8 @@ class Policy:
         self._residence.require("parameters", "gradients", "optimizer")
         if not batch.micro_batches:
             return self._result(updated=False, loss=0.0, grad_norm=0.0, metrics={})
-        self._ddp.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         outputs = self._run(
             batch.micro_batches,
@@ -263,7 +260,7 @@ class Policy:
         self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype, seed: int
     ) -> list[torch.Tensor]:
         """Those of `logprobs`, as a program that rounds to a type elsewhere could have them."""
-        with rounded_elsewhere(self._ddp.module.decoder, dtype, seed):
+        with rounded_elsewhere([model.decoder for model in self._models], dtype, seed):
             return self.logprobs(micro_batches)
 
     def _run(
@@ -274,28 +271,14 @@ class Policy:
         anchors: Anchors,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule over the micro-batches; the outputs exist on the last stage."""
-
-        def forward_step(
-            batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
-        ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Output]]:
-            number, batch = next(batches)
-            arguments = forward_arguments(batch, self.device, **self._row_form)
-            old = anchors.old[number] if anchors.old else None
-            reference = anchors.reference[number] if anchors.reference else None
-            return model(**arguments), partial(output, batch, old, reference)
-
-        outputs: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=enumerate(micro_batches),
-            model=[self._ddp],
-            num_microbatches=len(micro_batches),
-            # Only sizes buffers when lengths are fixed; here every micro-batch has its own.
-            seq_length=1,
-            micro_batch_size=1,
+        return run_schedule(
+            self._chunks,
+            micro_batches,
+            output,
+            arguments=partial(forward_arguments, device=self.device, **self._row_form),
+            anchors=anchors,
             forward_only=forward_only,
         )
-        return outputs
 
     def _held(self, metrics: Mapping[str, float]) -> StepResult:
         result = self._result(updated=False, loss=0.0, grad_norm=0.0, metrics=metrics)
@@ -327,19 +310,3 @@ def _position() -> ParallelPosition:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )
-
-
-_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
-# Its place in the name: with the local layer spec, with Transformer Engine.
-_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
-
-
-def _global_name(name: str, layers: Sequence[int], first_expert: int) -> str:
-    """A parameter's name with numbers of the whole model instead of this rank's.
-
-    Args:
-        layers: for each of this rank's layers its number.
-        first_expert: the number of this rank's first expert.
-    """
-    name = _LAYER.sub(lambda found: str(layers[int(found[0])]), name)
-    return _EXPERT.sub(lambda found: str(first_expert + int(found[0])), name)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from gpg_megatron.host.device import Device
@@ -40,9 +40,9 @@ class Residence:
     """The parts of one rank."""
 
     def __init__(
-        self, model: DistributedDataParallel, optimizer: MegatronOptimizer, device: Device
+        self, models: Sequence[GPTModel], optimizer: MegatronOptimizer, device: Device
     ) -> None:
-        self._model = model
+        self._models = models
         self._optimizer = optimizer
         self._device = device
         self._away: dict[PolicyPart, _Away] = {}
@@ -116,10 +116,10 @@ class Residence:
         return [storage for storage in found if storage.data_ptr() not in theirs]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
-        return (parameter.data for parameter in self._model.module.parameters())
+        return (parameter.data for model in self._models for parameter in model.parameters())
 
     def _gradients(self) -> Iterator[torch.Tensor]:
-        return (parameter.main_grad for parameter in self._model.module.parameters())
+        return (parameter.main_grad for model in self._models for parameter in model.parameters())
 
     def _optimizer_tensors(self) -> Iterator[torch.Tensor]:
         """Master weights and whatever Adam keeps for each of them."""

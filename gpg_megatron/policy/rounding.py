@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 
 
 @contextmanager
-def rounded_elsewhere(layers: torch.nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Within the context every output of every module below `layers` is off by a random share
+def rounded_elsewhere(
+    decoders: Sequence[torch.nn.Module], dtype: torch.dtype, seed: int
+) -> Iterator[None]:
+    """Within the context every output of every module below `decoders` is off by a random share
     of up to one unit roundoff of a type, as if it had been rounded to it once more.
 
     Which numbers are drawn depends on the module's place and the seed alone, so that ranks that
@@ -23,10 +25,10 @@ def rounded_elsewhere(layers: torch.nn.Module, dtype: torch.dtype, seed: int) ->
         seed: another one moves the outputs otherwise.
     """
     unit = torch.finfo(dtype).eps / 2
+    below = (module for decoder in decoders for module in [*decoder.modules()][1:])
     hooks = [
         module.register_forward_hook(partial(_move, unit, 1000 * seed + number))
-        for number, module in enumerate(layers.modules())
-        if module is not layers
+        for number, module in enumerate(below, start=1)
     ]
     try:
         yield

@@ -40,17 +40,18 @@ class _Run:
     """Other data-parallel ranks keep the other elements; else they keep the same ones."""
 
 
-def parameter_regions(model: GPTModel) -> Regions:
-    """Of every parameter; the shards alias it."""
+def parameter_regions(models: Sequence[GPTModel]) -> Regions:
+    """Of every parameter of this rank's chunks; the shards alias it."""
     # The extra state of linear layers is about formats of 8 bits.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state = model.sharded_state_dict(metadata={"dp_cp_group": group})
+    states = [model.sharded_state_dict(metadata={"dp_cp_group": group}) for model in models]
     return {
         whole.data: (
             list(nested_values(whole.build()))
             if isinstance(whole, ShardedTensorFactory)
             else [whole]
         )
+        for state in states
         for name, whole in state.items()
         if not name.endswith("_extra_state")
     }

@@ -16,7 +16,7 @@ from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
 from gpg_megatron.rollout.engine import PauseMode, SleepLevel
 from gpg_megatron.rollout.failures import EngineDied
 from gpg_megatron.rollout.flights import Flights, answer_all
-from gpg_megatron.rollout.ray_session import open_ray
+from gpg_megatron.rollout.ray_session import leave_ray, open_ray
 from gpg_megatron.rollout.roster import Roster
 from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
@@ -222,14 +222,11 @@ class Fleet:
         actors = self._roster.close()
         if ray.is_initialized():
             # Not an error here: an engine that is dead already has nothing to shut down.
-            ray.wait(
-                [actor.shutdown.remote() for actor in actors] or [ray.put(None)],
-                num_returns=max(1, len(actors)),
-                timeout=SHUTDOWN_TIMEOUT_S,
-            )
+            if asked := [actor.shutdown.remote() for actor in actors]:
+                ray.wait(asked, num_returns=len(asked), timeout=SHUTDOWN_TIMEOUT_S)
             for actor in actors:
                 ray.kill(actor)
-            ray.shutdown()
+            leave_ray(SHUTDOWN_TIMEOUT_S)
         self._roster.end_processes()
 
     def _all(

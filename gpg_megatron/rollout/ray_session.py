@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,44 @@ def open_ray(
         num_engines=config.num_engines,
         gpus_per_engine=gpus_per_engine,
     )
+
+
+def raylets() -> list[Any]:
+    """psutil's processes of a private Ray that place what is started; of another Ray none."""
+    import psutil
+
+    return [child for child in psutil.Process().children() if child.name() == "raylet"]
+
+
+def has_ended(process: Any) -> bool:
+    """psutil's process, also when nobody has asked for its exit code yet."""
+    import psutil
+
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def leave_ray(limit_s: float) -> None:
+    """Leave Ray, ending it if it is private. A raylet that does not answer, since it is stopped,
+    would keep this from returning: after limit_s it is killed."""
+    import psutil
+    import ray
+
+    mine = raylets()
+
+    def kill() -> None:
+        for raylet in mine:
+            with suppress(psutil.NoSuchProcess):
+                raylet.kill()
+
+    late = threading.Timer(limit_s, kill)
+    late.start()
+    try:
+        ray.shutdown()
+    finally:
+        late.cancel()
 
 
 def _set_environment() -> None:

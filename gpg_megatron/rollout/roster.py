@@ -24,6 +24,7 @@ from typing import Any
 from gpg_megatron.rollout.calls import CONTROL_TIMEOUT_S, PendingCalls
 from gpg_megatron.rollout.engine import Engine
 from gpg_megatron.rollout.failures import EngineError, with_log
+from gpg_megatron.rollout.ray_session import has_ended, raylets
 from gpg_megatron.rollout.spec import EngineSpec
 
 PLACEMENT_TIMEOUT_S = 300.0
@@ -59,6 +60,7 @@ class Roster:
         """When, of the last hour."""
         self._failure: EngineError | None = None
         self._replaces = False
+        self._raylets: list[Any] = []
         self._closed = threading.Event()
         self._feeler = threading.Thread(target=self._feel_pulses, name="pulses", daemon=True)
 
@@ -66,6 +68,7 @@ class Roster:
 
     def begin(self) -> None:
         """Let all engines begin to start."""
+        self._raylets = raylets()
         self._placing = {self._start(engine): engine for engine in range(self._n)}
 
     def wait_ready(self) -> None:
@@ -89,13 +92,17 @@ class Roster:
             self._feeler.start()
 
     def close(self) -> list[Any]:
-        """Nothing is replaced any more; the actors that have not gone."""
+        """Nothing is replaced any more, and what still loads is ended; the other actors."""
+        import ray
+
         self._closed.set()
         if self._feeler.is_alive():
             self._feeler.join(CLOSE_S)
         with self._changed:
             self._replaces = False
-            return [self._actors[i] for i in (*self._members, *self._loaded, *self._loading)]
+            for engine in self._loading:
+                ray.kill(self._actors[engine])
+            return [self._actors[i] for i in (*self._members, *self._loaded)]
 
     def end_processes(self) -> None:
         """Kill what does not end by itself; resource trackers still unlink what others left."""
@@ -249,8 +256,7 @@ class Roster:
         while not self._closed.wait(PULSE_S):
             with self._changed:
                 living, loading = [*self._members, *self._loaded], dict(self._loading)
-            if loading:
-                self._look_at_nodes()
+            self._look_at_ray(is_needed=bool(loading))
             for engine, (ref, since) in loading.items():
                 self._look_at_start(engine, ref, since)
             asked = {engine: one for engine, one in asked.items() if engine in living}
@@ -260,11 +266,13 @@ class Roster:
                 if engine not in asked:
                     asked[engine] = self.actor(engine).pulse.remote(), time.monotonic()
 
-    def _look_at_nodes(self) -> None:
-        """With its raylet a private Ray is gone: what is started would wait for ever."""
+    def _look_at_ray(self, *, is_needed: bool) -> None:
+        """With its raylet a private Ray is gone, and its actors follow; one that is stopped is
+        only missed where something is started, which would wait for ever."""
         import ray
 
-        if any(node["Alive"] for node in ray.nodes()):
+        killed = any(map(has_ended, self._raylets))
+        if not killed and not (is_needed and not any(n["Alive"] for n in ray.nodes())):
             return
         with self._changed:
             self._failure = EngineError("Ray has no node left on which an engine could start")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 
 from gpg_megatron.bridge.links import Distance
@@ -32,6 +32,8 @@ def lines(plan: RunPlan) -> list[str]:
 def _processes(plan: RunPlan) -> str:
     p, r, s = plan.config.policy, plan.config.rollout, plan.shape
     experts = f", {s.num_experts} experts" if s.moe else ""
+    n_virtual = p.virtual_pipeline_model_parallel_size
+    virtual = f" VPP{n_virtual}" if n_virtual > 1 else ""
     context = f" CP{p.context_parallel_size}" if p.context_parallel_size > 1 else ""
     expert = f" EP{p.expert_model_parallel_size}" if s.moe else ""
     workers = plan.engine_gpus
@@ -39,7 +41,7 @@ def _processes(plan: RunPlan) -> str:
 model      {s.architecture}, {plan.n_parameters / 1e9:.2f}e9 parameters, {s.num_layers} layers\
 {experts}; policy {plan.config.model.dtype}, engines {r.dtype}
 policy     {p.world_size} ranks: TP{p.tensor_model_parallel_size} \
-PP{p.pipeline_model_parallel_size}{context} DP{p.data_parallel_size}{expert}
+PP{p.pipeline_model_parallel_size}{virtual}{context} DP{p.data_parallel_size}{expert}
 engines    {r.num_engines} x TP{r.tensor_model_parallel_size} = {len(workers)} workers
 scorers    {plan.config.reward.num_workers}
 """
@@ -135,5 +137,7 @@ bridge     {plan.config.bridge.transport}: {gib(f.sent * item)} per publish \
 
 
 def _span(numbers: Sequence[int]) -> str:
-    """Of numbers without a gap: 0-3."""
-    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+    """Of ascending numbers: 0-3, 8-11."""
+    gaps = [i for i, n in enumerate(numbers) if i and n != numbers[i - 1] + 1]
+    runs = [numbers[i:j] for i, j in pairwise([0, *gaps, len(numbers)])]
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -60,7 +60,7 @@ def train(
     gradient, _ = _first_gradient(config, model, device)
     low = replace(config, model=ModelConfig(path=str(model), dtype="bf16"))
     low_gradient, policy = _first_gradient(low, model, device, updates=N_UPDATES)
-    ddp, matrix = policy._ddp, "decoder.layers.0.mlp.linear_fc1.weight"
+    (ddp,), matrix = policy._chunks, "decoder.layers.0.mlp.linear_fc1.weight"
     weight = policy.named_shards()[matrix]
     (start,) = [x for name, x in _start(policy, model).items() if name == matrix]
     seen: dict[str, float | list[str]] = {
@@ -91,7 +91,7 @@ def _first_gradient(
     policy.weights_loaded()
     batch = _batch(config, policy)
     policy.train(batch)
-    gradient = torch.cat([p.main_grad.flatten().clone() for p in policy._ddp.module.parameters()])
+    gradient = torch.cat([p.main_grad.flatten().clone() for p in policy._models[0].parameters()])
     for _ in range(updates - 1):
         policy.train(batch)
     return gradient, policy

@@ -2,7 +2,7 @@
 
     python -m tests.dist.checkpoint_kills FOLDER KILLS
 
-The last line printed is JSON. A life is two forked ranks, so that imports are paid once.
+FOLDER/kills.json says what happened. A life is two forked ranks, so that imports are paid once.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def main() -> None:
             if saved.complete:
                 read_marker(saved.path)
     wrong += _contradictions(notes)
-    print(
-        json.dumps({"kills": n_kills, "resumed": resumed, "incomplete": incomplete, "wrong": wrong})
-    )
+    seen = {"kills": n_kills, "resumed": resumed, "incomplete": incomplete, "wrong": wrong}
+    (folder / "kills.json").write_text(json.dumps(seen))
 
 
 def _config(folder: Path) -> Config:

@@ -23,11 +23,14 @@ EXACT: tuple[Variant, ...] = (
     (Layout(dp=2), True),
     (Layout(tp=2, dp=2), True),
     (Layout(dp=2, ep=2), False),
+    (Layout(pp=2, vpp=2), True),
 )
 """Runs that are cut in half and resumed as they were."""
 
 CHANGED: tuple[tuple[Variant, Variant], ...] = (
     ((Layout(tp=2, pp=2), False), (Layout(), False)),
+    ((Layout(tp=2, pp=2), False), (Layout(tp=2, pp=2, vpp=2), False)),
+    ((Layout(pp=2, vpp=2), True), (Layout(), True)),
     ((Layout(), False), (Layout(tp=2, pp=2), False)),
     ((Layout(tp=2, dp=2), True), (Layout(), True)),
     ((Layout(), True), (Layout(tp=2, dp=2), True)),
@@ -48,7 +51,7 @@ FAMILIES = tuple(
 """Problems that are cut in half and resumed as FAMILY_VARIANT has them."""
 FAMILY_VARIANT: Variant = (Layout(tp=2), False)
 
-CONVERTED = (Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(pp=2, first=1), Layout(tp=4))
+CONVERTED = (Layout(), Layout(pp=2, vpp=2), Layout(tp=2, pp=2), Layout(pp=2, first=1), Layout(tp=4))
 """Layouts that load a checkpoint whose files were split for TP 2 and PP 2."""
 
 

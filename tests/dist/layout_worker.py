@@ -114,7 +114,8 @@ def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> 
     load_hf(directory, policy.named_shards(), shape, at)
     policy.weights_loaded()
     # A few tokens' logits: the smallest chunk of the configuration would hold all of them.
-    policy._ddp.module.logits_chunk_bytes = LOGITS_CHUNK_BYTES
+    for model in policy._models:
+        model.logits_chunk_bytes = LOGITS_CHUNK_BYTES
 
     if problem.algorithm.kl_coef:
         policy.keep_reference()
@@ -153,7 +154,7 @@ def solve(layout: Layout, problem: Problem, directory: Path, device: Device) -> 
 
 def _stored_otherwise(policy: Policy, shape: ModelShape) -> list[str]:
     stored = {p.key: p.shape for p in stored_parameters(shape, policy.position.tp_size)}
-    regions = parameter_regions(policy._ddp.module).values()
+    regions = parameter_regions(policy._models).values()
     shards = [shard for of_parameter in regions for shard in of_parameter]
     return [x.key for x in shards if stored.get(x.key) != tuple(x.global_shape)]
 
@@ -211,7 +212,7 @@ class Comparison:
     def __init__(self, policy: Policy, shape: ModelShape, like: Mapping[str, torch.Tensor]) -> None:
         # With the distributed optimizer a rank has the sum of its part of the gradients only;
         # the weights that come of it are compared.
-        self._whole_gradients = not policy._ddp.ddp_config.use_distributed_optimizer
+        self._whole_gradients = not policy._chunks[0].ddp_config.use_distributed_optimizer
         self.padding = 0.0
         self._policy = policy
         self._shape = shape
@@ -245,9 +246,9 @@ class Comparison:
 
         Megatron clips in place, and clears gradients only when the next update begins.
         """
-        parameters = list(self._policy._ddp.module.parameters())
-        names = list(self._policy.named_shards())[: len(parameters)]  # state comes after them
-        return {name: p.main_grad for name, p in zip(names, parameters, strict=True)}
+        names = {x.data_ptr(): name for name, x in self._policy.named_shards().items()}
+        models = self._policy._models
+        return {names[p.data_ptr()]: p.main_grad for m in models for p in m.parameters()}
 
     def _errors(
         self, shards: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]

@@ -56,7 +56,7 @@ CASES = (
     Case(layout=Layout(dp=2), distributed=True, dtype="bf16"),
     Case(layout=Layout(dp=2, ep=2), distributed=True),
     Case(layout=Layout(tp=2, pp=2), dtype="bf16"),
-    Case(layout=Layout(tp=2, pp=2), distributed=True),
+    Case(layout=Layout(tp=2, pp=2, vpp=2), distributed=True),
 )
 
 
@@ -155,7 +155,7 @@ def _hand_over(run: PolicyRun, seen: dict[str, Any]) -> None:
     seen.setdefault("published", []).extend(published)
     seen.setdefault("changed_by_moving", []).extend(_different(before, aliases))
     seen["resident"], seen["left"], seen["pieces"] = resident, left, pieces
-    gradients = [p.main_grad for p in policy._ddp.module.parameters()]
+    gradients = [p.main_grad for m in policy._models for p in m.parameters()]
     seen["gradients_left"] = any(bool(gradient.any()) for gradient in gradients)
 
 
@@ -179,11 +179,11 @@ def _allocations() -> Iterator[list[int]]:
 def _bytes_by_part(policy: Policy) -> dict[str, int]:
     """Bytes of the storages that the tensors of each part lie in, found by walking Megatron's own
     objects."""
-    ddp = policy._ddp
-    buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
+    of_model = [p for model in policy._models for p in model.parameters()]
+    buffers = [b for ddp in policy._chunks for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
-    parameters = [*ddp.module.parameters(), *(b.param_data for b in buffers)]
-    gradients = [p.main_grad for p in ddp.module.parameters()]
+    parameters = [*of_model, *(b.param_data for b in buffers)]
+    gradients = [p.main_grad for p in of_model]
     gradients += [b.grad_data for b in (*buffers, *buckets)]
     return {
         "parameters": _n_bytes(p for p in parameters if p is not None),
@@ -193,7 +193,7 @@ def _bytes_by_part(policy: Policy) -> dict[str, int]:
 
 
 def _moments_and_masters(policy: Policy) -> Iterator[torch.Tensor]:
-    models = {p.untyped_storage()._cdata for p in policy._ddp.module.parameters()}
+    models = {p.untyped_storage()._cdata for m in policy._models for p in m.parameters()}
     for part in policy._optimizer.chained_optimizers:
         for group in part.optimizer.param_groups if part.optimizer else ():
             for p in group["params"]:

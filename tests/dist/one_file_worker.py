@@ -55,7 +55,7 @@ def _update(policy: Policy, config: Config, shape: ModelShape, rollout: Rollout)
     (result,) = policy.learn([batch])
     shards = policy.named_shards()
     # Megatron clips in place, and clears gradients only when the next update begins.
-    parameters = policy._ddp.module.parameters()
+    parameters = policy._models[0].parameters()
     grads = {name: p.main_grad for name, p in zip(shards, parameters, strict=True)}
     return {
         "alpha": stats.alpha,

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.dist.problem import PROBLEMS, make_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.dist.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +16,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw, by optimizer."""
     folder = tmp_path_factory.mktemp("bf16")
     make_model(PROBLEMS[0], folder / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "-m", "tests.dist.bf16_worker", str(folder)]
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    output = run_ranks(folder, "tests.dist.bf16_worker", 2)
+    paths = [folder / f"rank{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in paths), output
+    return [json.loads(path.read_text()) for path in paths]
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "distributed"])

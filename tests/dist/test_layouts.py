@@ -43,16 +43,18 @@ each_case = pytest.mark.parametrize(
 )
 # What a family has in common with the others is solved there; here the rest of its matrix.
 DENSE = (Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2))
-ROUTED = (Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2, ep=2))
+ROUTED = (Layout(pp=2), Layout(pp=2, vpp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2, ep=2))
 REST = {
     "Glm4Moe": ROUTED,
     "DeepseekV3": ROUTED,
     "Mistral": DENSE,
     "Glm4": DENSE,
     # Four ranks are more than there are heads of keys.
-    "Qwen3_5": (Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2), Layout(tp=4)),
+    "Qwen3_5": (Layout(pp=2), Layout(pp=2, vpp=2), Layout(dp=2), Layout(tp=2, pp=2), Layout(tp=4)),
+    "Llama": (Layout(tp=2, pp=2, vpp=2),),
     "Qwen3Next": (
         Layout(tp=2),
+        Layout(pp=2, vpp=2),
         Layout(pp=2),
         Layout(dp=2, ep=2),
         Layout(tp=2, pp=2),
@@ -177,7 +179,8 @@ def test_an_update_that_is_not_finite_or_comes_too_late_changes_nothing(
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.first], ids=lambda x: x.name)
 def test_an_uneven_first_stage_holds_its_layers(verdicts: Verdicts, layout: Layout) -> None:
     assert layout.first is not None
-    counts = [verdict["layers"] for verdict in verdicts(layout, PROBLEMS[0])]
+    (problem,) = problems_of(layout)
+    counts = [verdict["layers"] for verdict in verdicts(layout, problem)]
     assert counts == [layout.first] * layout.tp + [N_LAYERS - layout.first] * layout.tp
 
 

@@ -183,7 +183,7 @@ def try_rank(case: str) -> dict[str, Any]:
     to = mock.patch.object(torch.nn.Module, "to", move)
     with to, FakeTensorMode(allow_non_fake_inputs=True) as fake:
         policy = Policy(config, plan.shape, "cuda")
-    model, optimizer = policy._ddp.module, policy._optimizer
+    (model,), optimizer = policy._models, policy._optimizer
     parameters = list(model.parameters())
     masters = [p for group in optimizer.param_groups for p in group["params"]]
     assert {x.device for x in (*parameters, *(p.main_grad for p in parameters), *masters)} == {GPU}

@@ -118,6 +118,12 @@ ROWS = (
         needs=("two GPUs",),
     ),
     Row(
+        name="vpp2",
+        what="the same with two interleaved runs of layers on each rank",
+        function=f"{AT}step:vpp2",
+        needs=("two GPUs",),
+    ),
+    Row(
         name="dp2",
         what="step-fp32 under data parallelism of two ranks",
         function=f"{AT}step:dp2",

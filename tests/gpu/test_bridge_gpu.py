@@ -35,7 +35,7 @@ def test_published_weights_are_what_the_engine_computes_with(
         "out": str(tmp_path / "results.json"),
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
-    launch(tmp_path / "job.json", run_id, world=1)
+    launch(tmp_path / "job.json", run_id, world=1, device="cuda")
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 2
     for result in results:

@@ -135,7 +135,7 @@ def _judge(guard: Guard, pairs: Pairs, policy: Policy) -> dict[str, Any]:
 @contextmanager
 def _other_base(policy: Policy) -> Iterator[None]:
     """Rotary embeddings of base 1e4 become those of base 1e6."""
-    rotary = policy._ddp.module.rotary_pos_emb
+    rotary = policy._models[0].rotary_pos_emb
     right = rotary.inv_freq
     rotary.inv_freq = right**1.5
     # Megatron keeps what it computed for a length.

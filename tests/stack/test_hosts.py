@@ -124,6 +124,7 @@ def running(
         yield jobs
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_both_hosts(running: tuple[Job, Job]) -> None:
     names = [{process.name() for process in job.living()} for job in running]
     assert {"gcs_server", "raylet"} <= names[0]

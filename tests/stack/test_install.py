@@ -127,7 +127,8 @@ def check(result: dict[str, Any], a: list[float], b: list[float], tolerance: flo
 
 
 def test_one_worker(checkpoints: dict[str, list[Path]], tmp_path: Path) -> None:
-    engines = [(family, dtype, True) for dtype in TOLERANCE for family in FAMILIES[:3]]
+    engines = [(family, "float32", True) for family in FAMILIES[:3]]
+    engines.append(("qwen3moe_untied", "bfloat16", True))
     # A compiled model's graphs were traced with the kernels of the loaded weights.
     engines.append(("qwen3moe_tied", "float32", False))
     results = run_engines(checkpoints, tmp_path, engines)

@@ -86,10 +86,12 @@ def started(folder: Path, name: str, *overrides: str) -> Iterator[Job]:
 
 
 def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
-    """Other tensor-parallel layouts on both sides; every sync is checked by log-probs."""
+    """Interleaved stages, and other tensor-parallel layouts on both sides; every sync is checked by
+    log-probs."""
     overrides = (
         "trainer.total_training_steps=3",
         "policy.pipeline_model_parallel_size=2",
+        "policy.virtual_pipeline_model_parallel_size=2",
         "rollout.tensor_model_parallel_size=2",
         "validation.n=8",
     )

@@ -12,7 +12,7 @@ from gpg_megatron.config.sections import RolloutConfig
 from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, scratch_directory
 from gpg_megatron.rollout.engine import take_devices
-from gpg_megatron.rollout.ray_session import open_ray
+from gpg_megatron.rollout.ray_session import has_ended, leave_ray, open_ray, raylets
 
 
 @pytest.fixture
@@ -58,8 +58,12 @@ def test_engines_get_the_devices_that_they_were_given(
     assert sorted(found) == ["4", "5"]
 
 
-def test_too_few_devices_are_told(run_id: str) -> None:
+def test_too_few_devices_are_told_and_a_ray_that_hangs_is_left(run_id: str) -> None:
     config = RolloutConfig(num_engines=2)
     scratch = scratch_directory(run_id)
     with pytest.raises(UserError, match="2 engines of 1 CPU and 2 GPUs on one node are asked for"):
         open_ray(config, run_id=run_id, scratch_dir=scratch, gpus_per_engine=2, devices=("5", "4"))
+    (raylet,) = raylets()
+    raylet.suspend()  # Ray would wait for its answer for ever
+    leave_ray(2.0)
+    assert has_ended(raylet)

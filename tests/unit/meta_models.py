@@ -35,6 +35,7 @@ define_missing_names()
 redirect_megatron_to_cpu()
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 from benchmarks.large_layouts import QWEN2_7B, QWEN25_72B  # noqa: E402
@@ -54,7 +55,7 @@ from tests.unit.meta_small import SMALL  # noqa: E402
 MODELS = {"7b": QWEN2_7B, "72b": QWEN25_72B}
 
 
-def join(tp: int, pp: int, stage: int) -> PolicyConfig:
+def join(tp: int, pp: int, stage: int, virtual: int = 1) -> PolicyConfig:
     """Be the first rank of a stage."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -63,15 +64,21 @@ def join(tp: int, pp: int, stage: int) -> PolicyConfig:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(1)
-    return PolicyConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    return PolicyConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual,
+    )
 
 
-def built(model: str, tp: int, pp: int, stage: int) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer of one rank in bf16, and its elements."""
-    config = join(tp, pp, stage)
+def built(model: str, tp: int, pp: int, virtual: int, stage: int) -> dict[str, Any]:
+    """Of one rank in bf16: bytes of parameters, gradients and optimizer, elements, layers, and the
+    passes forward before the first one back."""
+    config = join(tp, pp, stage, virtual)
 
     def alone(gathered: list[Any], mine: Any, **_: Any) -> None:
         gathered[:] = [mine] * len(gathered)
@@ -80,12 +87,16 @@ def built(model: str, tp: int, pp: int, stage: int) -> dict[str, int]:
     stay = mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self)
     gather = mock.patch.object(dist, "all_gather_object", alone)
     with stay, gather, FakeTensorMode():
-        ddp = build_model(
+        chunks = build_model(
             MODELS[model], config, dtype=torch.bfloat16, device="cpu", temperature=1.0
         )
-        optimizer = build_optimizer(config, ddp, torch.bfloat16, "cpu")
-        parameters = list(ddp.parameters())
+        optimizer = build_optimizer(config, chunks, torch.bfloat16, "cpu")
+        parameters = [p for ddp in chunks for p in ddp.parameters()]
+        numbers = [x.layer_number - 1 for ddp in chunks for x in ddp.module.decoder.layers]
+        _, _, ahead, _ = get_pp_rank_microbatches(100 * pp, virtual, pp)
         return {
+            "layers": numbers,
+            "ahead": ahead,
             "elements": sum(p.numel() for p in parameters),
             "parameters": sum(map(size, parameters)),
             "gradients": sum(size(p.main_grad) for p in parameters),
@@ -133,7 +144,7 @@ def kept(tp: int, dtype: torch.dtype) -> float:
     totals = []
     for layers in (2, 6):
         config = join(tp, 1, 0)
-        ddp = build_model(small(layers), config, dtype=dtype, device="cpu", temperature=1.0)
+        (ddp,) = build_model(small(layers), config, dtype=dtype, device="cpu", temperature=1.0)
         for parameter in ddp.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         batch = pack([sample(128, 128)] * (n_tokens // 256), [1.0] * (n_tokens // 256))
@@ -177,7 +188,7 @@ def waits() -> dict[str, Any]:
     config = join(1, 1, 0)
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("meta")  # where Megatron puts what it makes itself
-    ddp = build_model(small(2), config, dtype=torch.bfloat16, device="cpu", temperature=1.0)
+    (ddp,) = build_model(small(2), config, dtype=torch.bfloat16, device="cpu", temperature=1.0)
     model, device = ddp.module.to("meta"), cast(Device, "meta")
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to("meta")
     samples = [sample(16, n) for n in (5, 7, 7)]

@@ -55,10 +55,10 @@ def saved(tp: int, pp: int, dp: int, rank: int) -> dict[str, int]:
     stay = mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self)
     gather = mock.patch.object(dist, "all_gather_object", alone)
     with stay, gather, FakeTensorMode():
-        ddp = build_model(QWEN2_7B, config, dtype=torch.bfloat16, device="cpu", temperature=1.0)
-        optimizer = build_optimizer(config, ddp, torch.bfloat16, "cpu")
-        held = optimizer_bytes(optimizer, {id(p) for p in ddp.parameters()})
-        shards = _state(ddp.module, optimizer).values()
+        chunks = build_model(QWEN2_7B, config, dtype=torch.bfloat16, device="cpu", temperature=1.0)
+        optimizer = build_optimizer(config, chunks, torch.bfloat16, "cpu")
+        held = optimizer_bytes(optimizer, {id(p) for p in chunks[0].parameters()})
+        shards = _state([chunks[0].module], optimizer).values()
         return {
             "held": held,
             "written": sum(s.data.nbytes for s in shards if is_main_replica(s.replica_id)),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.dist.ranks import fork_ranks
+
 SMALL: dict[str, Any] = {
     "hidden_size": 256, "ffn_size": 768, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32
 }  # fmt: skip
@@ -16,7 +16,8 @@ SMALL: dict[str, Any] = {
 
 def megatron_says(*arguments: str) -> Any:
     """What tests/unit/meta_models.py prints."""
-    command = [sys.executable, "-m", "tests.unit.meta_models", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        codes = fork_ranks("tests.unit.meta_models", arguments, 1, log)
+        assert codes == [0], log.read_text()[-2000:]
+        return json.loads(log.read_text().splitlines()[-1])

@@ -6,7 +6,7 @@ import random
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpg_megatron.algorithm.advantages import assign_advantages, is_live
@@ -150,6 +150,7 @@ def test_no_live_group_is_lost_or_trained_on_twice(
     )
 
 
+@settings(max_examples=30)
 @given(
     share=st.floats(0.0, 1.0),
     beta_th=st.sampled_from([0.3, 0.6, 1.0]),

@@ -62,8 +62,16 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
             ["policy.tensor_model_parallel_size=3", "4 attention heads", "[1, 2, 4]"],
         ),
         (
-            ["policy.pipeline_model_parallel_size=3"],
-            ["policy.pipeline_model_parallel_size=3", "4 layers", "num_layers_in_first"],
+            ["policy.pipeline_model_parallel_size=5"],
+            ["policy.pipeline_model_parallel_size=5", "4 layers", "[1, 1, 1, 1, 0]"],
+        ),
+        (
+            ["policy.virtual_pipeline_model_parallel_size=2"],
+            ["policy.virtual_pipeline_model_parallel_size is 2", "expected 1, or more stages"],
+        ),
+        (
+            ["policy.num_layers_in_last_pipeline_stage=4"],
+            ["policy.num_layers_in_last_pipeline_stage is 4", "expected null, or more stages"],
         ),
         (
             ["rollout.tensor_model_parallel_size=8"],
@@ -111,8 +119,6 @@ def test_an_uneven_pipeline_is_legal(config: Path, capsys: pytest.CaptureFixture
         config,
         capsys,
         "policy.pipeline_model_parallel_size=3",
-        "policy.num_layers_in_first_pipeline_stage=1",
-        "policy.num_layers_in_last_pipeline_stage=1",
         "data.train_files=[missing.jsonl]",
     )
     assert "missing.jsonl" in line

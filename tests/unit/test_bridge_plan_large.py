@@ -15,7 +15,16 @@ from gpg_megatron.layout.topology import hf_shapes
 SLOWEST_S = 60
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
+# A minute for the largest; uneven stages of the same model are harder.
+EACH = [
+    pytest.param(
+        case, id=case.name, marks=[pytest.mark.slow] if case.name == "qwen3-235b-a22b" else []
+    )
+    for case in CASES
+]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def planned(request: pytest.FixtureRequest) -> Iterator[Planned]:
     yield plan(request.param)
 

@@ -26,7 +26,7 @@ from gpg_megatron.layout.topology import (
     hf_shapes,
     local_shapes,
 )
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import pipeline_stages
 from gpg_megatron.shapes import (
     DeltaShape,
     LatentShape,
@@ -127,10 +127,12 @@ def make_grid(
     ep: int = 1,
     first: int | None = None,
     last: int | None = None,
+    virtual: int = 1,
     transformer_engine: bool = False,
 ) -> PolicyGrid:
     policy = PolicyConfig(
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual,
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
     )
@@ -152,6 +154,7 @@ GRIDS = {
     "pp5": make_grid(pp=5),
     "tp2_pp2_dp2": make_grid(tp=2, pp=2, dp=2, first=2),
     "uneven": make_grid(tp=2, pp=3, first=1, last=1),
+    "interleaved": make_grid(tp=2, pp=2, virtual=2),
     "ep2_dp4": make_grid(tp=2, dp=4, ep=2),
     "ep4_pp2_dp4": make_grid(pp=2, dp=4, ep=4, last=1),
     "te_ep2": make_grid(tp=2, dp=2, ep=2, transformer_engine=True),

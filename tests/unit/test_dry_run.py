@@ -92,6 +92,19 @@ def test_the_flagship_by_the_numbers(models: Path) -> None:
     assert plan.publish.sent / 4 == pytest.approx(plan.n_parameters, rel=1e-4)
 
 
+def test_a_stage_of_several_runs_of_layers(models: Path) -> None:
+    virtual = "policy.virtual_pipeline_model_parallel_size=2"
+    plan, even = (plan_run(flagship(models, *x), device="cuda") for x in ([virtual], []))
+    text = lines(plan)
+    assert "policy     8 ranks: TP2 PP2 VPP2 DP2" in text
+    assert "  stage 1: layers 7-13, 21-27, ranks 4-7" in text
+    # Passes through half of a stage's layers: 5 instead of 2 through all, 3 instead of 1.
+    for stage, alone, share in zip(plan.stages, even.stages, (5 / 4, 3 / 2), strict=True):
+        assert stage.memory.activations == share * alone.memory.activations
+        assert stage.memory.parameters == alone.memory.parameters
+    assert plan.publish.sent == plan.publish.bound
+
+
 def test_the_flagship_fits_eight_gpus_of_80_gib(models: Path) -> None:
     config = flagship(models)
     assert config.policy.world_size == 8
@@ -339,6 +352,6 @@ def test_mistakes_are_one_line(
 
 
 def test_a_layout_that_does_not_fit_the_model(models: Path) -> None:
-    config = flagship(models, "policy.pipeline_model_parallel_size=3")
-    with pytest.raises(UserError, match="does not divide the model's 28 layers"):
+    config = flagship(models, "policy.pipeline_model_parallel_size=29")
+    with pytest.raises(UserError, match="does not fit the model's 28 layers"):
         plan_run(config, device="cuda")

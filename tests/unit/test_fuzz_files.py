@@ -74,7 +74,7 @@ def read_config(folder: Path, content: bytes) -> None:
             assert "\n" not in line
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_config_json_with_other_values(folder: Path, data: st.DataObject) -> None:
     changes = data.draw(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=6), VALUES))
@@ -98,7 +98,7 @@ def flipped(content: bytes) -> st.SearchStrategy[bytes]:
     return st.lists(edit, min_size=1, max_size=3).map(apply)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(flipped(json.dumps(MODELS[0]).encode()))
 def test_the_bytes_of_a_config_json(folder: Path, content: bytes) -> None:
     read_config(folder, content)
@@ -121,13 +121,13 @@ def read_run(folder: Path, content: bytes) -> None:
         assert all("\n" not in line for line in summary_lines(rows))
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(flipped(METRICS))
 def test_the_bytes_of_metrics(folder: Path, content: bytes) -> None:
     read_run(folder, content)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.lists(VALUES | st.fixed_dictionaries({"step": SCALARS, "memory/rss_gb": VALUES})))
 def test_metrics_with_other_rows(folder: Path, rows: list[Any]) -> None:
     read_run(folder, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
@@ -188,7 +188,7 @@ def make_folder(path: Path, *_: bytes) -> None:
     path.mkdir()
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(
     st.sampled_from([*FILES, MARKER]),
     st.sampled_from([cut, remove, replace, make_folder]),
@@ -206,7 +206,7 @@ def test_a_checkpoint_with_a_file_that_is_not_what_was_saved(
     shutil.rmtree(copy.parent)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(st.data())
 def test_the_bytes_of_a_marker(folder: Path, checkpoint: Path, data: st.DataObject) -> None:
     good = (checkpoint / MARKER).read_bytes()
@@ -220,7 +220,7 @@ def test_the_bytes_of_a_marker(folder: Path, checkpoint: Path, data: st.DataObje
         find_resume(copy.parent, "auto")
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["step_1", "step_02", "step_x", "step_-1", "step_3/", "other"])))
 def test_what_else_lies_among_checkpoints(checkpoint: Path, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as root:

@@ -76,7 +76,7 @@ def replaced(value: Any, path: tuple[Any, ...], part: Any) -> Any:
     return copy
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(JSON | st.builds(replaced, st.just(ROW), st.sampled_from([*paths(ROW)]), JSON))
 @example(replaced(ROW, ("reward_model", "ground_truth"), 10**5000))
 @example(replaced(ROW, ("reward_model", "ground_truth"), 1e300))
@@ -89,7 +89,7 @@ def test_any_row(row: Any) -> None:
 LINES = st.binary(max_size=40) | JSON.map(lambda x: json.dumps(x).encode())
 
 
-@settings(max_examples=200, suppress_health_check=SAME_FOLDER)
+@settings(max_examples=100, suppress_health_check=SAME_FOLDER)
 @given(st.lists(LINES | st.just(json.dumps(ROW).encode()), max_size=3).map(b"\n".join))
 def test_any_file_of_rows(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl"
@@ -98,7 +98,7 @@ def test_any_file_of_rows(tmp_path: Path, content: bytes) -> None:
     taken(lambda: load_prompts([str(path)], data, _byte_tokenizer(), 320))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.sampled_from(KEYS), TEXT | JSON.map(json.dumps) | st.text("[]{}:,'\"$\\#&*!|>%@-0e. "))
 @example("policy.lr", "9" * 5000)
 @example("trainer.seed", "1" + "0" * 400)
@@ -109,7 +109,7 @@ def test_any_override(key: str, value: str) -> None:
     taken(lambda: load_config(None, ["model.path=m", "data.train_files=[f]", f"{key}={value}"]))
 
 
-@settings(max_examples=200, suppress_health_check=SAME_FOLDER)
+@settings(max_examples=100, suppress_health_check=SAME_FOLDER)
 @given(st.binary(max_size=60) | st.text("adtrin_policy.lsed: \n-[]{}1e'\"&*!").map(str.encode))
 @example(b"[" * 5000)
 @example(b"policy: {lr: " + b"9" * 5000 + b"}")
@@ -137,7 +137,7 @@ def rendered(folder: Path, file: Path) -> None:
     load_prompts([str(file)], DataConfig(), load_tokenizer(folder), 320)
 
 
-@settings(max_examples=200, suppress_health_check=SAME_FOLDER)
+@settings(max_examples=100, suppress_health_check=SAME_FOLDER)
 @given(st.data())
 def test_any_tokenizer(
     tmp_path: Path, tokenizer_files: dict[str, Any], data: st.DataObject

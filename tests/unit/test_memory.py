@@ -20,7 +20,7 @@ from gpg_megatron.config.sections import (
     TrainerConfig,
 )
 from gpg_megatron.layout.topology import PolicyGrid, local_shapes
-from gpg_megatron.model.layout_rules import pipeline_stages
+from gpg_megatron.model.pipeline import passes_in_flight, pipeline_stages
 from gpg_megatron.placement.memory import (
     activation_bytes,
     engine_memory,
@@ -32,31 +32,38 @@ from gpg_megatron.shapes import LatentShape, ModelShape
 from tests.unit.meta_small import SMALL, megatron_says
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = {"7b": (QWEN2_7B, 2, 2), "72b": (QWEN25_72B, 8, 4)}
+# Model, TP, PP and virtual stages; the last has two or three layers in each run.
+CASES = {"7b:2:2:1": QWEN2_7B, "72b:8:4:1": QWEN25_72B, "7b:2:4:3": QWEN2_7B}
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[str, dict[str, int]]:
-    names = [f"{m}:{tp}:{pp}:{stage}" for m, (_, tp, pp) in CASES.items() for stage in range(pp)]
-    found: dict[str, dict[str, int]] = megatron_says("built", *names)
+def built() -> dict[str, dict[str, Any]]:
+    names = [f"{case}:{stage}" for case in CASES for stage in range(int(case.split(":")[2]))]
+    found: dict[str, dict[str, Any]] = megatron_says("built", *names)
     return found
 
 
-@pytest.mark.parametrize("model", CASES)
-def test_parameters_gradients_and_optimizer_of_every_stage(
-    built: dict[str, dict[str, int]], model: str
+@pytest.mark.parametrize("case", CASES)
+def test_layers_parameters_gradients_and_optimizer_of_every_stage(
+    built: dict[str, dict[str, Any]], case: str
 ) -> None:
-    shape, tp, pp = CASES[model]
-    policy = PolicyConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    shape, (tp, pp, virtual) = CASES[case], map(int, case.split(":")[1:])
+    policy = PolicyConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual,
+    )
     config = replace(Config(), policy=policy, model=ModelConfig(dtype="bf16"))
     stages = pipeline_stages(policy, shape.num_layers)
     grid = PolicyGrid(tp_size=tp, dp_size=1, pp_size=pp, stage_of_layer=stages)
     for stage in range(pp):
-        real = built[f"{model}:{tp}:{pp}:{stage}"]
+        real = built[f"{case}:{stage}"]
         shapes = local_shapes(shape, grid, grid.rank(tp=0, dp=0, pp=stage))
         n_parameters = sum(math.prod(x) for x in shapes.values())
         memory = policy_memory(config, shape, n_parameters=n_parameters, stage=stage)
         assert real == {
+            "layers": [i for i, at in enumerate(stages) if at == stage],
+            "ahead": passes_in_flight(policy, stage, 100 * pp) - 1,
             "elements": n_parameters,
             "parameters": memory.parameters,
             "gradients": memory.gradients,

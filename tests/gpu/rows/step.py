@@ -78,6 +78,11 @@ def pp2(device: Device, folder: Path) -> str:
     return two_ranks(Layout(pp=2), device, folder)
 
 
+def vpp2(device: Device, folder: Path) -> str:
+    """Interleaved pipeline stages."""
+    return two_ranks(Layout(pp=2, vpp=2), device, folder)
+
+
 def dp2(device: Device, folder: Path) -> str:
     """Data parallelism."""
     return two_ranks(Layout(dp=2), device, folder)
@@ -142,7 +147,7 @@ def recompute(device: Device, folder: Path) -> str:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             assert policy.train(batch).updated
-            parameters = policy._ddp.module.parameters()
+            parameters = policy._models[0].parameters()
             gradient = torch.cat([p.main_grad.flatten().cpu() for p in parameters])
             kept = gradient if mode == "none" else kept
             gap = float((gradient - kept).norm() / kept.norm())
