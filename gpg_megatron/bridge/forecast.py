@@ -51,7 +51,8 @@ def forecast(grid: PolicyGrid, engine: Engine, links: Links) -> Forecast:
     for (rank, engine_number, worker), n in pairs.items():
         receiver = engine_number * engine.tp_size + worker
         sent[rank] += n
-        by_way[links.distance(rank, receiver), links.way(rank, receiver)] += n
+        distance = links.distance(rank, receiver)
+        by_way[distance, links.way(rank, receiver, distance)] += n
     return Forecast(
         sent=sum(sent.values()),
         bound=n_engines * sum(received),
@@ -158,6 +159,7 @@ def sent_elements(
     result: Counter[tuple[int, int, int]] = Counter()
     for (ranks, pick, worker), n in planned.items():
         for engine in range(n_engines):
-            rank = ranks[turn(ranks, pick, engine, worker, nearest)]
+            is_chosen = len(ranks) > 1
+            rank = ranks[turn(ranks, pick, engine, worker, nearest) if is_chosen else 0]
             result[rank, engine, worker] += n
     return result

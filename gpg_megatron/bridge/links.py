@@ -78,11 +78,12 @@ class Links:
             return Distance.GPU
         return Distance.PEER if a.gpu in b.peers else Distance.HOST
 
-    def way(self, rank: int, receiver: int) -> Way:
-        """Of a pair."""
+    def way(self, rank: int, receiver: int, distance: Distance | None = None) -> Way:
+        """Of a pair. distance: theirs, where it is known."""
         if self.transport != "auto":
             return self.transport
-        distance = self.distance(rank, receiver)
+        if distance is None:
+            distance = self.distance(rank, receiver)
         if distance <= Distance.PEER:
             return "cuda_ipc"
         if distance == Distance.HOST:

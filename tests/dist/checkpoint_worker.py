@@ -1,6 +1,6 @@
 """One rank: the checkpoint tests of this world size; verdicts go to FOLDER/verdicts/.
 
-torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed|families
+torchrun ... -m tests.dist.checkpoint_worker FOLDER first|changed|family [PROBLEM]
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def main() -> None:
         for layout in CONVERTED:
             if layout.world_size == size:
                 _converted(folder, layout)
-    elif sys.argv[2] == "families":
-        for problem in FAMILIES:
-            verdict = exact(folder, FAMILY_VARIANT, "cpu", problem)
-            _write(folder, run_name(FAMILY_VARIANT, "exact", problem), verdict)
+    elif sys.argv[2] == "family":
+        problem = next(x for x in FAMILIES if x.name == sys.argv[3])
+        verdict = exact(folder, FAMILY_VARIANT, "cpu", problem)
+        _write(folder, run_name(FAMILY_VARIANT, "exact", problem), verdict)
     else:
         for first, second in CHANGED:
             if second[0].world_size == size:

@@ -28,7 +28,7 @@ from tests.dist.checkpoint_problem import (
     problem_of,
     run_name,
 )
-from tests.dist.problem import N_LAYERS, Layout, make_model
+from tests.dist.problem import N_LAYERS, Layout, Problem, make_model
 from tests.dist.ranks import fork_ranks, run_ranks
 
 TOLERANCE = 1e-5
@@ -90,18 +90,21 @@ def check_exact(verdict: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_of_a_family_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("problem", FAMILIES, ids=lambda x: x.name)
+def test_a_resumed_run_of_a_family_is_the_uninterrupted_one(
+    tmp_path: Path, problem: Problem
+) -> None:
     """Of those that have state, latent attention or gated delta nets."""
-    for problem in FAMILIES:
-        make_model(problem, tmp_path / problem.name)
+    make_model(problem, tmp_path / problem.name)
     layout, _ = FAMILY_VARIANT
-    output = run_ranks(tmp_path, "tests.dist.checkpoint_worker", layout.world_size, "families")
-    for problem in FAMILIES:
-        name = run_name(FAMILY_VARIANT, "exact", problem)
-        paths = [*(tmp_path / "verdicts").glob(f"{name}-rank*.json")]
-        assert len(paths) == layout.world_size, output
-        for path in paths:
-            check_exact(json.loads(path.read_text()))
+    output = run_ranks(
+        tmp_path, "tests.dist.checkpoint_worker", layout.world_size, "family", problem.name
+    )
+    name = run_name(FAMILY_VARIANT, "exact", problem)
+    paths = [*(tmp_path / "verdicts").glob(f"{name}-rank*.json")]
+    assert len(paths) == layout.world_size, output
+    for path in paths:
+        check_exact(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize("layout", CONVERTED, ids=lambda x: x.name)

@@ -153,5 +153,5 @@ LARGE = {
     "Qwen3.5-397B-A17B": Large(QWEN35_397B_A17B, 396.3, 4, 4, 16, 16, 16, 16),
     "GLM-4.5-Air": Large(GLM45_AIR, 106.9, 8, 1, 32, 32, 32, 8),
     "DeepSeek-V3": Large(DEEPSEEK_V3, 671.0, 8, 4, 16, 16, 32, 16, last=13, gpu_gib=141),
-    "Kimi-K2": Large(KIMI_K2, 1026.4, 8, 4, 32, 32, 32, 32, last=13, gpu_gib=141),
+    "Kimi-K2": Large(KIMI_K2, 1026.4, 8, 4, 16, 16, 16, 32, last=13, gpu_gib=141),
 }
