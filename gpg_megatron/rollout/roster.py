@@ -92,7 +92,8 @@ class Roster:
             self._feeler.start()
 
     def close(self) -> list[Any]:
-        """Nothing is replaced any more, and what still loads is ended; the other actors."""
+        """Nothing is replaced any more, and what still loads is ended; the other actors that may
+        answer."""
         import ray
 
         self._closed.set()
@@ -102,7 +103,8 @@ class Roster:
             self._replaces = False
             for engine in self._loading:
                 ray.kill(self._actors[engine])
-            return [self._actors[i] for i in (*self._members, *self._loaded)]
+            is_gone = any(map(has_ended, self._raylets))
+            return [] if is_gone else [self._actors[i] for i in (*self._members, *self._loaded)]
 
     def end_processes(self) -> None:
         """Kill what does not end by itself; resource trackers still unlink what others left."""
