@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).resolve().parent
 DEVELOPMENT_DATA = Path(
@@ -18,18 +20,26 @@ settings.register_profile("gpg_megatron", deadline=None)
 settings.load_profile("gpg_megatron")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/dist, tests/stack and tests/gpu mark their tests; gpu ones need a device.
+class _ByFolder(LoadScopeScheduling):  # type: ignore[misc]
+    """With two workers (tests/run.sh) one has all tests that start engines, one after the other,
+    the other all that start ranks and then the rest, file by file: fixtures are made once."""
 
-    With two workers (tests/run.sh) one has all tests that start engines, one after the other, and
-    the other all that start ranks, then the rest, file by file: fixtures are made once.
-    """
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.partition("::")[0])
+        return str(path) if "unit" in path.parts else str(path.parent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _ByFolder(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/dist, tests/stack and tests/gpu mark their tests; gpu ones need a device."""
     for item in items:
-        path = item.path.relative_to(TESTS)
-        if (folder := path.parts[0]) in ("dist", "stack", "gpu"):
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in ("dist", "stack", "gpu"):
             item.add_marker(getattr(pytest.mark, folder))
-        group = str(path) if folder == "unit" else folder
-        item.add_marker(pytest.mark.xdist_group(group))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_cuda():
         for item in on_gpu:

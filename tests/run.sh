@@ -39,5 +39,5 @@ stage() {
 stage "ruff check" "$python" -m ruff check .
 stage "ruff format" "$python" -m ruff format --check .
 stage "mypy" "$python" -m mypy
-stage "pytest" "$python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+stage "pytest" "$python" -m pytest -n 2 --no-loadscope-reorder \
   -m "not slow and not gpu" --durations=20 "$@"
