@@ -37,8 +37,8 @@ class Forecast:
     """What goes how far and by which way; the nearest first."""
 
 
-_Planned = Counter[tuple[tuple[int, ...], int, int]]
-"""Ranks, pick and worker of routes -> elements."""
+_Choice = tuple[tuple[int, ...], int, int]
+"""Ranks, pick and worker that routes have in common."""
 
 
 def forecast(grid: PolicyGrid, engine: Engine, links: Links) -> Forecast:
@@ -65,15 +65,15 @@ def forecast(grid: PolicyGrid, engine: Engine, links: Links) -> Forecast:
     )
 
 
-def _plan(grid: PolicyGrid, engine: Engine) -> tuple[_Planned, list[int], int]:
-    """The routes, what each worker wants, and how many routes there are."""
+def _plan(grid: PolicyGrid, engine: Engine) -> tuple[Counter[_Choice], list[int], int]:
+    """The elements of the routes, what each worker wants, and how many routes there are."""
     kinds: dict[str, _Kind] = {}
     for name, _, alike in alike_by_policy(engine.model, grid):
         kinds[name] = (*kinds.get(name, ()), alike)
     shapes = hf_shapes(engine.model)
     sequence = list(_in_order(kinds, shapes, engine))
     load: defaultdict[int, int] = defaultdict(int)
-    planned: _Planned = Counter()
+    planned: Counter[_Choice] = Counter()
     received, n_routes = [0] * engine.tp_size, 0
     for worker in range(engine.tp_size):
         cut = _Cuts(engine, worker)
@@ -148,7 +148,7 @@ def worker_elements(engine: Engine, worker: int) -> int:
 
 
 def sent_elements(
-    planned: Mapping[tuple[tuple[int, ...], int, int], int],
+    planned: Mapping[_Choice, int],
     n_engines: int,
     nearest: Nearest = everyone,
 ) -> Counter[tuple[int, int, int]]:
@@ -159,7 +159,6 @@ def sent_elements(
     result: Counter[tuple[int, int, int]] = Counter()
     for (ranks, pick, worker), n in planned.items():
         for engine in range(n_engines):
-            is_chosen = len(ranks) > 1
-            rank = ranks[turn(ranks, pick, engine, worker, nearest) if is_chosen else 0]
+            rank = ranks[turn(ranks, pick, engine, worker, nearest)]
             result[rank, engine, worker] += n
     return result

@@ -104,6 +104,8 @@ Bucket = tuple[Move, ...]
 
 def turn(ranks: tuple[int, ...], pick: int, engine: int, worker: int, nearest: Nearest) -> int:
     """The position of the sender among the possible ones."""
+    if len(ranks) == 1:
+        return 0
     near = nearest(ranks, engine, worker)
     return near[(pick + engine) % len(near)]
 
