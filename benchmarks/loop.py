@@ -4,7 +4,8 @@
 
 Real gpg-train runs, by turns, so that a busy machine slows all. The first two steps of a run are
 left out: they warm up. Medians over the other steps; accuracy is the mean of the runs, each with a
-seed of its own, and its range. Last line: JSON.
+seed of its own, and its range. `algorithm.correction` is auto unless a row says otherwise. Last line:
+JSON.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from gpg_megatron.observe.rundir import read_metrics
 
 N_WARM_UP = 2
 RUN_LIMIT_S = 3600
+UNCORRECTED = "algorithm.correction=none"
+IN_FLIGHT = "rollout.update=in-flight"
 MODES = {
     "K = 0": ["trainer.max_staleness=0"],
     "K = 1": ["trainer.max_staleness=1"],
-    "K = 2, in flight": ["trainer.max_staleness=2", "rollout.update=in-flight"],
-    "K = 4, in flight": ["trainer.max_staleness=4", "rollout.update=in-flight"],
+    "K = 2, in flight": ["trainer.max_staleness=2", IN_FLIGHT],
+    "K = 4, in flight": ["trainer.max_staleness=4", IN_FLIGHT],
+    "K = 1, uncorrected": ["trainer.max_staleness=1", UNCORRECTED],
+    "K = 2, in flight, uncorrected": ["trainer.max_staleness=2", IN_FLIGHT, UNCORRECTED],
+    "K = 4, in flight, uncorrected": ["trainer.max_staleness=4", IN_FLIGHT, UNCORRECTED],
 }
 COLUMNS = ("rollout", "reward", "policy", "wait", "idle", "sync", "step")
 
