@@ -155,6 +155,23 @@ ROUTED = {
     "routed_scaling_factor": 1.8,
 }
 """Of DeepSeek-V3 and its kin."""
+LATENT: dict[str, Any] = {
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 12,
+}
+MSCALE_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 16,
+}
 
 PROBLEMS = (
     Problem(
@@ -333,21 +350,31 @@ PROBLEMS = (
         vocab_size=131,
         head_dim=6,
         options=ROUTED
-        | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
-        | {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 6}
-        | {"qk_nope_head_dim": 10, "v_head_dim": 12}
-        | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-        rope={
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.7,
-            "original_max_position_embeddings": 16,
-        },
+        | LATENT
+        | {"q_lora_rank": 24, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        rope=MSCALE_YARN,
         algorithm=from_preset("paper"),
         temperature=1.0,
         clip_grad=1000.0,
         recompute="attention",
+        experts=True,
+        seed=106,
+    ),
+    # Two of the three experts of a token's best group: by their sum it would often be another.
+    Problem(
+        name="deepseekv2-untied",
+        family="DeepseekV2",
+        tied=False,
+        vocab_size=131,
+        head_dim=6,
+        options=ROUTED
+        | LATENT
+        | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+        rope=MSCALE_YARN,
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        recompute="layers",
         experts=True,
         seed=106,
     ),
@@ -380,6 +407,8 @@ def _is_solved(problem: Problem, layout: Layout) -> bool:
         return layout in (Layout(), Layout(tp=2))
     if problem.family == "Qwen3Next":
         return layout == Layout()
+    if problem.family == "DeepseekV2":
+        return layout == Layout()  # beside its router it has DeepSeek-V3's parts
     if problem.family in ("Glm4Moe", "DeepseekV3"):
         return layout in (Layout(), Layout(tp=2), Layout(dp=2, ep=2))
     if problem.experts:

@@ -65,8 +65,8 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
         if hasattr(module, "A_log"):
             code: Any = sys.modules[type(module).__module__]
             code.torch_chunk_gated_delta_rule = _delta_rule
-        if hasattr(module, "e_score_correction_bias"):
-            module.forward = partial(_route_by_sigmoid, module, margins)
+        if hasattr(module, "topk_group"):
+            module.forward = partial(_route_by_groups, module, margins)
         elif hasattr(module, "norm_topk_prob"):
             module.forward = partial(_route, module, margins)
     optimizer = _optimizer(model, config.policy)
@@ -131,16 +131,17 @@ def _route(
     return logits, weights, chosen
 
 
-def _route_by_sigmoid(
+def _route_by_groups(
     module: Any, margins: list[float], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same as arXiv 2412.19437, section 2.1.2, has it; with groups their own choice is in the
-    margin too."""
+    """The same as arXiv 2412.19437, section 2.1.2, has it with a bias, and 2405.04434, section
+    2.1.2, without one; with groups their own choice is in the margin too."""
     logits = F.linear(x.flatten(0, -2), module.weight)
-    scores, n_groups = logits.sigmoid(), module.num_group
-    biased = (scores + module.e_score_correction_bias).detach()
+    n_groups, bias = module.num_group, getattr(module, "e_score_correction_bias", None)
+    scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+    biased = scores.detach() if bias is None else (scores + bias).detach()
     groups = biased.unflatten(-1, (n_groups, -1))
-    sums = groups.topk(2).values.sum(-1)
+    sums = groups.topk(1 if bias is None else 2).values.sum(-1)
     kept = sums.topk(module.topk_group).indices
     outside = torch.ones_like(sums, dtype=torch.bool).scatter(-1, kept, False)
     biased = groups.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
@@ -152,8 +153,9 @@ def _route_by_sigmoid(
         gaps.append((sums.gather(-1, kept).amin(-1) - others).min())
     margins.append(torch.stack(gaps).min().item())
     weights = scores.gather(-1, chosen)
-    weights = weights / weights.sum(-1, keepdim=True) * module.routed_scaling_factor
-    return logits, weights, chosen
+    if bias is not None:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights * module.routed_scaling_factor, chosen
 
 
 def _optimizer(model: torch.nn.Module, config: PolicyConfig) -> torch.optim.AdamW:
