@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from gpg_megatron.policy.balance import balance_loss, load_of
 from gpg_megatron.shapes import GroupRouting, MoEShape
 
 
@@ -40,22 +42,53 @@ def router_options(moe: MoEShape) -> dict[str, Any]:
     return options | {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        # The bias is state that stays as it was loaded.
+        # balance.py moves the bias, if anything does.
         "moe_router_bias_update_rate": 0.0,
     }
 
 
 class Router(TopKRouter):  # type: ignore[misc]  # Megatron has no types
-    """Megatron's router of a layer.
+    """Megatron's router of a layer, which counts what balance.py goes by.
 
     Where a token goes to experts of some groups only, the choice of groups is the model's: Megatron
     compares sums of as many scores of each as experts are chosen in it.
     """
 
+    loss_factor: float = 0.0
+    """Of balance_loss; 0: without it."""
+
     def __init__(self, *args: Any, routing: GroupRouting | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if routing and routing.chosen_groups < routing.n_groups:
             self.router_replay = _BestGroups(routing.best_of_group)
+        load_E = torch.zeros(self.config.num_moe_experts, dtype=torch.int64)
+        self.register_buffer("load_E", load_E, persistent=False)
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        """As TopKRouter's, but for the mask, which Megatron hands through its layers and keeps for
+        what the backward pass computes again.
+
+        Args:
+            padding_mask: bool [t, S], SegmentParams.members_ST of this rank's tokens; None: nothing
+                is to be counted.
+        """
+        probs, chosen_tE = super().routing(logits)
+        # Without gradients something is only looked at, or the backward pass will compute it again.
+        if padding_mask is not None and torch.is_grad_enabled():
+            members_St = padding_mask.T
+            self.load_E += load_of(chosen_tE, members_St)
+            if self.loss_factor:
+                scores_tE = self._scores(logits.flatten(0, -2).float())
+                loss = balance_loss(scores_tE, chosen_tE, members_St, self.tp_group)
+                probs = MoEAuxLossAutoScaler.apply(probs, self.loss_factor * loss)
+        return probs, chosen_tE
+
+    def _scores(self, logits_tE: torch.Tensor) -> torch.Tensor:
+        """Positive, of each token with the sum 1."""
+        if self.score_function == "softmax":
+            return logits_tE.softmax(-1)
+        scores_tE = logits_tE.sigmoid()
+        return scores_tE / scores_tE.sum(-1, keepdim=True)
 
 
 class _BestGroups:

@@ -128,6 +128,10 @@ class Problem:
     recompute: Literal["none", "attention", "layers"] = "none"
     experts: bool = False
     """In every layer, two for each token; Qwen2Moe also has a shared one."""
+    aux_loss: float = 0.0
+    """policy.moe_aux_loss_coeff."""
+    bias_rate: float = 0.0
+    """policy.moe_router_bias_update_rate."""
     rope: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says of the rotary angles, beside their base."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -299,6 +303,7 @@ PROBLEMS = (
         clip_grad=1000.0,
         recompute="layers",
         experts=True,
+        aux_loss=0.1,
         seed=34,
     ),
     Problem(
@@ -341,6 +346,8 @@ PROBLEMS = (
         temperature=1.0,
         clip_grad=1000.0,
         experts=True,
+        aux_loss=0.05,
+        bias_rate=0.02,
         seed=66,
     ),
     Problem(
@@ -454,6 +461,8 @@ def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
             # a gradient near zero into a step of full length.
             adam_eps=1e-2,
             clip_grad=problem.clip_grad,
+            moe_aux_loss_coeff=problem.aux_loss,
+            moe_router_bias_update_rate=problem.bias_rate,
         ),
         rollout=RolloutConfig(temperature=problem.temperature, max_response_length=MAX_RESPONSE),
         algorithm=problem.algorithm,
