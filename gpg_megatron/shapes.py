@@ -6,16 +6,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SigmoidRouting:
-    """Scores are sigmoids. A bias of each expert, which is not trained, is added to them where
-    experts are chosen and nowhere else (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+class GroupRouting:
+    """How DeepSeek's models and their kin choose experts. Their shared expert has no gate."""
 
+    has_bias: bool
+    """True: scores are sigmoids, and a bias of each expert, which is not trained, is added to them
+    where experts are chosen and nowhere else (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    False: they are a softmax over the experts (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
     n_groups: int
-    """Of as many experts each. A token goes to experts of its best groups only: those with the
-    largest sums of their two best scores."""
+    """Of as many experts each. A token goes to experts of its best groups only."""
     chosen_groups: int
     scale: float
-    """Multiplies the weights of the chosen experts, after they are scaled to sum to 1."""
+    """Multiplies the weights of the chosen experts, after they are scaled to sum to 1 if they
+    are."""
+
+    @property
+    def best_of_group(self) -> int:
+        """Scores of a group whose sum is compared with those of other groups."""
+        return 2 if self.has_bias else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +35,14 @@ class MoEShape:
     ffn_size: int
     """Intermediate size of one expert."""
     shared_ffn_size: int
-    """Of the shared expert that every token visits; 0: there is none. With a softmax router it has
-    a gate of its own."""
+    """Of the shared expert that every token visits; 0: there is none. It has a gate of its own,
+    but with GroupRouting."""
     renormalised: bool
     """The weights of the chosen experts are scaled to sum to 1."""
     dense_layers: tuple[int, ...] = ()
     """Those that have an MLP instead, ascending."""
-    sigmoid: SigmoidRouting | None = None
-    """None: scores are a softmax over the experts."""
+    routing: GroupRouting | None = None
+    """None: scores are a softmax over the experts, and all of them are one group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

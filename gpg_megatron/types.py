@@ -197,6 +197,8 @@ class TrainBatch:
     """Prompt and response tokens of samples without gradient, all ranks."""
     n_shared_tokens: int
     """Tokens of the other samples that were not computed, because samples share a prompt."""
+    n_loss_tokens: int
+    """Positions that predict a response token, all ranks."""
     flops: float
     """Floating-point operations that the computed tokens need, all ranks; see flops.TokenCosts."""
     alpha: float

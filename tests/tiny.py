@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Family = Literal[
     "qwen2", "qwen3", "llama", "mistral", "glm4", "qwen3_moe", "qwen2_moe", "glm4_moe",
-    "deepseek_v3", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+    "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
 ]  # fmt: skip
 DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Every second layer of theirs has attention, the others a gated delta net."""
@@ -121,18 +121,20 @@ def _family_options(family: Family, hidden_size: int) -> dict[str, Any]:
         options |= {"num_experts": 4, "num_experts_per_tok": 2}
         options |= {"moe_intermediate_size": hidden_size // 2}
         options["norm_topk_prob"] = family != "qwen2_moe"
-    if family in ("glm4_moe", "deepseek_v3"):
+    if family in ("glm4_moe", "deepseek_v2", "deepseek_v3"):
         options |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
         options |= {"moe_intermediate_size": hidden_size // 2, "routed_scaling_factor": 1.5}
     if family == "glm4_moe":
         options |= {"attention_bias": True, "use_qk_norm": True}
-    if family == "deepseek_v3":
+    if family in ("deepseek_v2", "deepseek_v3"):
         # Sizes for which vLLM's kernels on CPU are compiled.
-        options |= {"q_lora_rank": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+        options |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "first_k_dense_replace": 1}
         options |= {"qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": None}
-        options |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
         options |= {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}
-        options |= {"first_k_dense_replace": 1}
+    if family == "deepseek_v3":
+        options |= {"q_lora_rank": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    if family == "deepseek_v2":
+        options |= {"q_lora_rank": None, "topk_method": "group_limited_greedy"}
     if family == "qwen2_moe":
         options["mlp_only_layers"] = [1]
     if family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):

@@ -139,6 +139,7 @@ def make_update(
         n_computed_tokens=n_packed_tokens + n_fillers,
         n_skipped_tokens=sum(map(_n_tokens, samples)) - n_chosen_tokens,
         n_shared_tokens=n_chosen_tokens - n_packed_tokens,
+        n_loss_tokens=sum(len(sample.response_token_ids) for sample in chosen),
         flops=sum(run_cost(run, costs) for run in runs),
         alpha=weighed.alpha,
         whole_alpha=batch_alpha * weighed.alpha,

@@ -96,6 +96,12 @@ class PolicyConfig:
     recompute: Literal["none", "attention", "layers"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, the attention of each
     layer, or whole layers."""
+    moe_aux_loss_coeff: float = ranged(0.0, at_least=0)
+    """Of a loss that is 1 where the experts of each layer have the same load in every response, and
+    greater elsewhere."""
+    moe_router_bias_update_rate: float = ranged(0.0, at_least=0)
+    """After each update the bias of an expert with less than the mean load rises so much, that of
+    one with more falls (DeepSeek-V3)."""
     max_tokens_per_micro_batch: int = ranged(16384, at_least=1)
     """Token budget of one packed micro-batch; a single longer sequence goes alone."""
     share_prompts: bool = True

@@ -29,8 +29,9 @@ from gpg_megatron.layout.rows import (
     POST_NORMS,
     QK_NORM,
     QKV_BIAS,
+    ROUTER_BIAS,
     SHARED_EXPERT,
-    SIGMOID,
+    SHARED_EXPERTS,
     TIED_HEAD,
     Rule,
 )
@@ -69,7 +70,9 @@ def _attention_of(model: ModelShape) -> tuple[Rule, ...]:
 def _beside_experts(model: ModelShape) -> tuple[Rule, ...]:
     if model.moe is None or not model.moe.shared_ffn_size:
         return ()
-    return SIGMOID if model.moe.sigmoid else SHARED_EXPERT
+    if model.moe.routing is None:
+        return SHARED_EXPERT
+    return SHARED_EXPERTS + (ROUTER_BIAS if model.moe.routing.has_bias else ())
 
 
 def dimensions(model: ModelShape, tp_size: int) -> dict[str, int]:

@@ -221,12 +221,12 @@ SHARED_EXPERT = (
     ),
     *_shared_experts("shared_expert"),
 )  # fmt: skip
-SIGMOID = (
+SHARED_EXPERTS = _shared_experts("shared_experts")
+ROUTER_BIAS = (
     _sparse(
         "mlp.router.expert_bias",
         "mlp.gate.e_score_correction_bias", replicated, "experts", is_state=True,
     ),
-    *_shared_experts("shared_experts"),
 )  # fmt: skip
 # Under pipeline parallelism the last stage of a tied model holds a copy of the embedding.
 TIED_HEAD = (_once("output_layer.weight", "model.embed_tokens.weight", vocab_rows, "vocab hidden"),)

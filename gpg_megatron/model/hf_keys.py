@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Final
+from typing import Final, Literal
 
 MAX_SIZE = 2**31 - 1
 MAX_COUNT = 10_000
@@ -225,8 +225,8 @@ class Family:
     """With its input projections in two tensors, by key head."""
     unused_angles: frozenset[str] = frozenset()
     """Keys about the rotary angles of what is not text."""
-    routing: bool = False
-    """Experts in all layers but the first few, chosen as DeepSeek-V3 does."""
+    routing: Literal["sigmoid", "softmax"] | None = None
+    """Experts in all layers but the first few, chosen as DeepSeek-V3 or as DeepSeek-V2 does."""
     latent: bool = False
     """Attention over compressed keys and values."""
     other_types: tuple[str, ...] = ()

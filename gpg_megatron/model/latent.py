@@ -18,9 +18,9 @@ def read_latent(raw: Mapping[str, Any], values: Mapping[str, Any]) -> LatentShap
         raise Refusal(f"num_key_value_heads is {shown(kv_heads)}; expected {heads}, those of q")
     if rope_dim % 2:
         raise Refusal(f"qk_rope_head_dim is {rope_dim}; rotary embeddings need an even number")
-    if values.get("head_dim", rope_dim) != rope_dim:
+    if raw.get("head_dim", rope_dim) != rope_dim:
         # As transformers writes it; its rotary angles go by it.
-        raise Refusal(f"head_dim is {shown(values['head_dim'])}; expected {rope_dim}, what rotates")
+        raise Refusal(f"head_dim is {shown(raw['head_dim'])}; expected {rope_dim}, what rotates")
     if value_dim is None or value_dim > latent_head_dim(values):
         raise Refusal(
             f"v_head_dim is {shown(value_dim)}; expected at most qk_nope_head_dim + "

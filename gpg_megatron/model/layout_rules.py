@@ -40,6 +40,7 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
     """The policy's parallel sizes alone. Raises UserError with the legal values."""
     _check_tensor_parallel("policy", config.policy.tensor_model_parallel_size, shape, engine=False)
     _check_expert_parallel(config.policy, shape)
+    _check_balance(config.policy, shape)
     if shape.delta and (n := config.policy.context_parallel_size) > 1:
         raise UserError(
             f"policy.context_parallel_size={n}, but the state of a gated delta net "
@@ -138,4 +139,19 @@ def _check_expert_parallel(policy: PolicyConfig, shape: ModelShape) -> None:
         raise UserError(
             f"policy.expert_model_parallel_size={size} does not divide the model's "
             f"{shape.num_experts} experts; legal: {legal}"
+        )
+
+
+def _check_balance(policy: PolicyConfig, shape: ModelShape) -> None:
+    """Raises UserError."""
+    if policy.moe_aux_loss_coeff and shape.moe is None:
+        raise UserError(
+            f"policy.moe_aux_loss_coeff={policy.moe_aux_loss_coeff:g}, but {shape.architecture} has "
+            f"no experts; expected 0"
+        )
+    has_bias = shape.moe and shape.moe.routing and shape.moe.routing.has_bias
+    if policy.moe_router_bias_update_rate and not has_bias:
+        raise UserError(
+            f"policy.moe_router_bias_update_rate={policy.moe_router_bias_update_rate:g}, but no "
+            f"router of {shape.architecture} has a bias; expected 0"
         )

@@ -169,7 +169,7 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
     """Raises Refusal."""
     values = _values(raw, family)
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    if family.model_type == "llama" and hidden % heads:
+    if family.model_type in ("llama", "deepseek_v2") and hidden % heads:
         raise Refusal(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
     head_dim = values.get("head_dim") or hidden // heads
     latent = read_latent(raw, values) if family.latent else None
@@ -210,7 +210,7 @@ def _shape(architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelSh
         max_position_embeddings=values["max_position_embeddings"],
         moe=moe,
         latent=latent,
-        extra_layers=read_extra_layers(values) if family.routing else 0,
+        extra_layers=read_extra_layers(values) if "num_mtp_layers" in family.declared else 0,
     )
 
 
@@ -226,7 +226,7 @@ def _flags(family: Family, raw: Mapping[str, Any], values: Mapping[str, Any]) ->
 def _experts(family: Family, values: Mapping[str, Any]) -> MoEShape | None:
     """None: the family has none. Raises Refusal."""
     if family.routing:
-        return read_routed_experts(values)
+        return read_routed_experts(values, has_bias=family.routing == "sigmoid")
     if not family.experts:
         return None
     number = values["num_experts"]

@@ -82,6 +82,9 @@ class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no t
     loss: LossPositions
     chunks: Chunks | None = None
     """On the device; None: no layer has a recurrence."""
+    members_ST: torch.Tensor | None = None
+    """bool, on the device: whether a position predicts a token of a response; None: the balance
+    among experts is left alone."""
 
 
 def own_positions(n_tokens: int, rank: int, size: int) -> torch.Tensor:

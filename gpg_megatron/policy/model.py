@@ -51,9 +51,16 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # Megatron has no types
     def _preprocess(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Rotary embeddings of each token's own position."""
-        embedded, rotary, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
-        return embedded, rotary[position_ids[0]], *rest
+        """Rotary embeddings of each token's own position, and for Megatron's mask of padding what
+        Router reads: of this rank's tokens, on every pipeline stage."""
+        embedded, rotary, cos, sin, offset, _ = super()._preprocess(
+            input_ids, position_ids, **kwargs
+        )
+        members: torch.Tensor | None = kwargs["packed_seq_params"].members_ST
+        if members is not None and self.config.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            members = members.chunk(group.size(), dim=1)[group.rank()]
+        return embedded, rotary[position_ids[0]], cos, sin, offset, members
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *, packed_seq_params: SegmentParams, **_: object

@@ -41,6 +41,7 @@ from gpg_megatron.policy.attention import PackedAttention
 from gpg_megatron.policy.delta import GatedDeltaNet
 from gpg_megatron.policy.latent import LatentAttention
 from gpg_megatron.policy.norm import RMSNorm
+from gpg_megatron.policy.routing import Router
 from gpg_megatron.policy.transformer_engine import has_transformer_engine
 from gpg_megatron.shapes import ModelShape
 
@@ -117,6 +118,8 @@ def _te_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
         moe_grouped_gemm=experts,
         qk_layernorm=shape.qk_norm,
     )
+    if experts:
+        layer.submodules.mlp.submodules.router = _router(shape)
     if shape.latent is not None:
         layer.submodules.self_attention = _latent(shape)
         layer.submodules.input_layernorm = RMSNorm
@@ -145,14 +148,23 @@ def _layer_class(shape: ModelShape) -> type[TransformerLayer]:
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 _MLP = ModuleSpec(module=MLP, submodules=_LINEARS)
-# Router, experts, and the shared expert where the configuration has one.
-_EXPERTS = ModuleSpec(
-    module=MoELayer,
-    submodules=MoESubmodules(
-        experts=ModuleSpec(module=SequentialMLP, submodules=_LINEARS),
-        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS),
-    ),
-)
+
+
+def _router(shape: ModelShape) -> Callable[..., Router]:
+    assert shape.moe is not None
+    return partial(Router, routing=shape.moe.routing)
+
+
+def _experts(shape: ModelShape) -> ModuleSpec:
+    """Router, experts, and the shared expert where the configuration has one."""
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            router=_router(shape),
+            experts=ModuleSpec(module=SequentialMLP, submodules=_LINEARS),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS),
+        ),
+    )
 
 
 # Checkpoints use Transformer Engine's names, where a norm belongs to the projection after it;
@@ -172,7 +184,7 @@ def _own_layer(shape: ModelShape, *, experts: bool, delta: bool) -> ModuleSpec:
             self_attention=_own_attention(shape, delta=delta),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_EXPERTS if experts else _MLP,
+            mlp=_experts(shape) if experts else _MLP,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(stored),
         ),

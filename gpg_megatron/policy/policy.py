@@ -23,6 +23,7 @@ from gpg_megatron.algorithm.objective import metrics as objective_metrics
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device
 from gpg_megatron.policy.attention import flash_takes
+from gpg_megatron.policy.balance import Balance
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
 from gpg_megatron.policy.model import build_model
 from gpg_megatron.policy.names import named_shards
@@ -93,6 +94,8 @@ class Policy:
             shape, p, dtype=dtype, device=device, temperature=config.rollout.temperature
         )
         self._models = [chunk.module for chunk in self._chunks]
+        modules = [module for model in self._models for module in model.modules()]
+        self._balance = Balance(modules, p)
         self._algorithm = config.objective
         for model in self._models:
             model.with_entropy = config.algorithm.entropy_coef > 0.0
@@ -106,6 +109,7 @@ class Policy:
             "multiple": multiple,
             "flash": flash_takes(device, dtype, shape.head_dim),
             "kernel": shape.delta.kernel if shape.delta else 0,
+            "balance": self._balance.is_kept,
         }
         # The weights hold the global denominator, so nothing divides by a token count again.
         megatron_config.finalize_model_grads_func = _sum_gradients
@@ -202,6 +206,7 @@ class Policy:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        self._balance.begin(batch.n_loss_tokens)
         outputs = self._run(
             batch.micro_batches,
             partial(objective_output, self._algorithm),
@@ -223,6 +228,7 @@ class Policy:
         scale_step(self._optimizer, by_alpha * (metrics["correction/ess"] if a.ess_lr else 1.0))
         lr = current_lr(self._optimizer)
         self._optimizer.step()
+        self._balance.end()
         self._scheduler.step(increment=1)
         self.version += 1
         return replace(result, version=self.version, lr=lr, metrics=metrics)

@@ -22,7 +22,13 @@ from gpg_megatron.types import MicroBatch
 
 
 def forward_arguments(
-    batch: MicroBatch, device: Device, *, multiple: int, flash: bool, kernel: int = 0
+    batch: MicroBatch,
+    device: Device,
+    *,
+    multiple: int,
+    flash: bool,
+    kernel: int = 0,
+    balance: bool = False,
 ) -> dict[str, object]:
     """The keyword arguments of PolicyModel.forward for one packed micro-batch. All of it is laid
     out on the host and sent; nothing waits for the device.
@@ -32,6 +38,7 @@ def forward_arguments(
             loss, because sequence and context parallelism divide the tokens among ranks.
         flash: attention is one call for the row; see attention.flash_takes.
         kernel: tokens that the convolution of a gated delta net sees; 0: the model has none.
+        balance: routers are to be told which positions are of which response.
     """
     n_filler = -len(batch.input_ids_T) % multiple
     n_tokens = len(batch.input_ids_T) + n_filler
@@ -45,7 +52,10 @@ def forward_arguments(
         "input_ids": own_row(batch.input_ids_T),
         "position_ids": own_row(batch.position_ids_T),
         "attention_mask": None,
-        "packed_seq_params": _segment_params(batch, device, n_filler, own_T, flash, kernel),
+        "packed_seq_params": replace(
+            _segment_params(batch, device, n_filler, own_T, flash, kernel),
+            members_ST=send(_members(batch, n_filler), device) if balance else None,
+        ),
     }
 
 
@@ -78,6 +88,17 @@ def _segment_params(
         max_seqlen_q=n_positions,
         max_seqlen_kv=n_positions,
     )
+
+
+def _members(batch: MicroBatch, n_filler: int) -> torch.Tensor:
+    """bool [responses, T]: which of them predict a token of which response. Models with experts
+    have no context parallelism."""
+    (row_N,) = batch.loss_mask_T.nonzero(as_tuple=True)
+    responses_N = batch.responses_T[row_N]
+    n_responses = int(responses_N.max()) + 1 if len(row_N) else 0
+    members_ST = torch.zeros(n_responses, len(batch.input_ids_T) + n_filler, dtype=torch.bool)
+    members_ST[responses_N, row_N] = True
+    return members_ST
 
 
 def _loss_positions(

@@ -128,6 +128,10 @@ class Problem:
     recompute: Literal["none", "attention", "layers"] = "none"
     experts: bool = False
     """In every layer, two for each token; Qwen2Moe also has a shared one."""
+    aux_loss: float = 0.0
+    """policy.moe_aux_loss_coeff."""
+    bias_rate: float = 0.0
+    """policy.moe_router_bias_update_rate."""
     rope: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says of the rotary angles, beside their base."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -155,6 +159,23 @@ ROUTED = {
     "routed_scaling_factor": 1.8,
 }
 """Of DeepSeek-V3 and its kin."""
+LATENT: dict[str, Any] = {
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 12,
+}
+MSCALE_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 16,
+}
 
 PROBLEMS = (
     Problem(
@@ -282,6 +303,7 @@ PROBLEMS = (
         clip_grad=1000.0,
         recompute="layers",
         experts=True,
+        aux_loss=0.1,
         seed=34,
     ),
     Problem(
@@ -324,6 +346,8 @@ PROBLEMS = (
         temperature=1.0,
         clip_grad=1000.0,
         experts=True,
+        aux_loss=0.05,
+        bias_rate=0.02,
         seed=66,
     ),
     Problem(
@@ -333,21 +357,31 @@ PROBLEMS = (
         vocab_size=131,
         head_dim=6,
         options=ROUTED
-        | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
-        | {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 6}
-        | {"qk_nope_head_dim": 10, "v_head_dim": 12}
-        | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-        rope={
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.7,
-            "original_max_position_embeddings": 16,
-        },
+        | LATENT
+        | {"q_lora_rank": 24, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        rope=MSCALE_YARN,
         algorithm=from_preset("paper"),
         temperature=1.0,
         clip_grad=1000.0,
         recompute="attention",
+        experts=True,
+        seed=106,
+    ),
+    # Two of the three experts of a token's best group: by their sum it would often be another.
+    Problem(
+        name="deepseekv2-untied",
+        family="DeepseekV2",
+        tied=False,
+        vocab_size=131,
+        head_dim=6,
+        options=ROUTED
+        | LATENT
+        | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+        rope=MSCALE_YARN,
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        recompute="layers",
         experts=True,
         seed=106,
     ),
@@ -380,6 +414,8 @@ def _is_solved(problem: Problem, layout: Layout) -> bool:
         return layout in (Layout(), Layout(tp=2))
     if problem.family == "Qwen3Next":
         return layout == Layout()
+    if problem.family == "DeepseekV2":
+        return layout == Layout()  # beside its router it has DeepSeek-V3's parts
     if problem.family in ("Glm4Moe", "DeepseekV3"):
         return layout in (Layout(), Layout(tp=2), Layout(dp=2, ep=2))
     if problem.experts:
@@ -425,6 +461,8 @@ def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
             # a gradient near zero into a step of full length.
             adam_eps=1e-2,
             clip_grad=problem.clip_grad,
+            moe_aux_loss_coeff=problem.aux_loss,
+            moe_router_bias_update_rate=problem.bias_rate,
         ),
         rollout=RolloutConfig(temperature=problem.temperature, max_response_length=MAX_RESPONSE),
         algorithm=problem.algorithm,

@@ -65,8 +65,8 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
         if hasattr(module, "A_log"):
             code: Any = sys.modules[type(module).__module__]
             code.torch_chunk_gated_delta_rule = _delta_rule
-        if hasattr(module, "e_score_correction_bias"):
-            module.forward = partial(_route_by_sigmoid, module, margins)
+        if hasattr(module, "topk_group"):
+            module.forward = partial(_route_by_groups, module, margins)
         elif hasattr(module, "norm_topk_prob"):
             module.forward = partial(_route, module, margins)
     optimizer = _optimizer(model, config.policy)
@@ -125,22 +125,24 @@ def _route(
     weights, chosen = logits.softmax(-1).topk(module.top_k)
     if module.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
+    module.seen = logits.softmax(-1), chosen
     if module.top_k < logits.shape[1]:
         best = logits.detach().topk(module.top_k + 1).values
         margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
     return logits, weights, chosen
 
 
-def _route_by_sigmoid(
+def _route_by_groups(
     module: Any, margins: list[float], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same as arXiv 2412.19437, section 2.1.2, has it; with groups their own choice is in the
-    margin too."""
+    """The same as arXiv 2412.19437, section 2.1.2, has it with a bias, and 2405.04434, section
+    2.1.2, without one; with groups their own choice is in the margin too."""
     logits = F.linear(x.flatten(0, -2), module.weight)
-    scores, n_groups = logits.sigmoid(), module.num_group
-    biased = (scores + module.e_score_correction_bias).detach()
+    n_groups, bias = module.num_group, getattr(module, "e_score_correction_bias", None)
+    scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+    biased = scores.detach() if bias is None else (scores + bias).detach()
     groups = biased.unflatten(-1, (n_groups, -1))
-    sums = groups.topk(2).values.sum(-1)
+    sums = groups.topk(1 if bias is None else 2).values.sum(-1)
     kept = sums.topk(module.topk_group).indices
     outside = torch.ones_like(sums, dtype=torch.bool).scatter(-1, kept, False)
     biased = groups.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
@@ -151,9 +153,11 @@ def _route_by_sigmoid(
         others = sums.masked_fill(~outside, -math.inf).amax(-1)
         gaps.append((sums.gather(-1, kept).amin(-1) - others).min())
     margins.append(torch.stack(gaps).min().item())
+    module.seen = scores / scores.sum(-1, keepdim=True), chosen
     weights = scores.gather(-1, chosen)
-    weights = weights / weights.sum(-1, keepdim=True) * module.routed_scaling_factor
-    return logits, weights, chosen
+    if bias is not None:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights * module.routed_scaling_factor, chosen
 
 
 def _optimizer(model: torch.nn.Module, config: PolicyConfig) -> torch.optim.AdamW:
@@ -178,11 +182,10 @@ def _update(
     samples: Sequence[TrainSample],
     start: Mapping[tuple[int, int], torch.Tensor],
 ) -> Update:
-    loss = _loss(model, config, samples, start)
+    loss, unbalance, loads = _loss(model, config, samples, start)
     optimizer.zero_grad()
-    loss.backward()
+    (loss + config.policy.moe_aux_loss_coeff * unbalance).backward()
     parameters = dict(model.named_parameters())
-    state = {n: x.clone() for n, x in model.named_buffers() if n.endswith("correction_bias")}
     alpha, in_step = _weighed(config, samples).alpha, config.algorithm.alpha_apply == "step"
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     scale = (alpha if in_step else 1.0) * _ess(model, config, samples, start)
@@ -196,6 +199,8 @@ def _update(
     optimizer.step()
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = group["lr"] / scale, scale * group["weight_decay"]
+    _move_biases(loads, config.policy.moe_router_bias_update_rate)
+    state = {n: x.clone() for n, x in model.named_buffers() if n.endswith("correction_bias")}
     return Update(
         loss=loss.item(),
         grad_norm=norm.item(),
@@ -276,23 +281,54 @@ def _as_saved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return saved
 
 
+Loads = dict[Any, torch.Tensor]
+"""Router -> how many positions of responses went to each expert."""
+
+
 def _loss(
     model: torch.nn.Module,
     config: Config,
     samples: Sequence[TrainSample],
     start: Mapping[tuple[int, int], torch.Tensor],
-) -> torch.Tensor:
-    """Over every response token, those without advantage included.
+) -> tuple[torch.Tensor, torch.Tensor, Loads]:
+    """Over every response token, those without advantage included; then the auxiliary loss and the
+    loads of the samples that a policy computes.
 
     Args:
         start: log-probs before the first update. The reference model of a KL term is the same.
     """
     update = _weighed(config, samples)
-    terms = [
-        weight * _sample_loss(model, config, sample, start[_key(sample)])
-        for sample, weight in zip(update.samples, update.weights, strict=True)
-    ]
-    return torch.stack(terms).sum()
+    every = config.algorithm.kl_coef or config.algorithm.entropy_coef
+    n_positions = sum(len(s.response_token_ids) for s in samples if every or s.advantage)
+    terms, unbalance, loads = [], torch.zeros((), dtype=torch.float64), Loads()
+    for sample, weight in zip(update.samples, update.weights, strict=True):
+        terms.append(weight * _sample_loss(model, config, sample, start[_key(sample)]))
+        if every or sample.advantage:
+            unbalance = unbalance + _unbalance(model, sample, loads) / n_positions
+    return torch.stack(terms).sum(), unbalance, loads
+
+
+def _unbalance(model: torch.nn.Module, sample: TrainSample, loads: Loads) -> torch.Tensor:
+    """arXiv 2412.19437, equations 17 to 20, of the routes of the last forward pass: the sum over
+    layers, times the positions that predict a response token."""
+    n_response, total = len(sample.response_token_ids), torch.zeros((), dtype=torch.float64)
+    own = slice(len(sample.prompt_token_ids) - 1, -1)
+    for router in (x for x in model.modules() if hasattr(x, "seen")):
+        scores, chosen = router.seen
+        (n_experts,), n_chosen = scores.shape[1:], chosen.shape[1]
+        load = chosen[own].flatten().bincount(minlength=n_experts)
+        loads[router] = loads.get(router, 0) + load
+        if n_response:
+            f = n_experts * load / (n_chosen * n_response)
+            total = total + n_response * (f * scores[own].mean(0)).sum()
+    return total
+
+
+def _move_biases(loads: Loads, rate: float) -> None:
+    for router, load in loads.items():
+        if rate:
+            mean = load.double().mean()
+            router.e_score_correction_bias += rate * torch.sign(mean - load)
 
 
 def _sample_loss(

@@ -46,6 +46,7 @@ DENSE = (Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2))
 ROUTED = (Layout(pp=2), Layout(pp=2, vpp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2, ep=2))
 REST = {
     "Glm4Moe": ROUTED,
+    "DeepseekV2": (Layout(tp=2), Layout(dp=2, ep=2), *ROUTED),
     "DeepseekV3": ROUTED,
     "Mistral": DENSE,
     "Glm4": DENSE,

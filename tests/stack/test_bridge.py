@@ -54,7 +54,7 @@ class Case:
 
     @property
     def has_experts(self) -> bool:
-        return self.family.endswith(("moe", "v3")) or self.family == "qwen3_next"
+        return self.family.endswith(("moe", "v2", "v3")) or self.family == "qwen3_next"
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
@@ -90,6 +90,8 @@ SLOW_CASES = (
     Case("qwen3_next", False, 1, dtype="bf16"),
     Case("glm4_moe", False, 1),
     Case("glm4_moe", False, 2),
+    Case("deepseek_v2", False, 1),
+    Case("deepseek_v2", False, 2),
     Case("deepseek_v3", False, 1),
     Case("deepseek_v3", False, 2),
     Case("mistral", False, 1, num_engines=2),

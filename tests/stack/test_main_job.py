@@ -331,7 +331,12 @@ def test_a_killed_run_that_draws_ahead_goes_on_as_if_nothing_had_happened(job: P
 @pytest.mark.parametrize(
     ("family", "dtype"),
     # On a CPU the engine has gated delta nets in bf16 only.
-    [("glm4_moe", "fp32"), ("deepseek_v3", "fp32"), ("qwen3_next", "bf16")],
+    [
+        ("glm4_moe", "fp32"),
+        ("deepseek_v2", "fp32"),
+        ("deepseek_v3", "fp32"),
+        ("qwen3_next", "bf16"),
+    ],
 )
 def test_a_family_trains_and_goes_on_after_a_save(
     tmp_path: Path, family: Family, dtype: str

@@ -56,7 +56,7 @@ def _shard(
     hf_name = name
     for pattern, replacement in _HF_NAMES:
         hf_name = re.sub(pattern, replacement, hf_name)
-    if model.moe and not model.moe.sigmoid:
+    if model.moe and not model.moe.routing:
         hf_name = hf_name.replace(".shared_experts.", ".shared_expert.")
     if hf_name == "lm_head.weight" and model.tied:
         hf_name = "model.embed_tokens.weight"

@@ -56,6 +56,30 @@ GLM45_AIR = SIGMOID | {
     "routed_scaling_factor": 1.0, "topk_group": 1, "transformers_version": "4.54.0",
     "use_qk_norm": False, "vocab_size": 151552,
 }  # fmt: skip
+DEEPSEEK_V2_LITE = GENERAL | {
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "aux_loss_alpha": 0.001,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+    "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
+    "hidden_size": 2048, "intermediate_size": 10944, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
+    "num_hidden_layers": 27, "num_key_value_heads": 16, "pretraining_tp": 1, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
+    "seq_aux": True, "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1", "v_head_dim": 128, "vocab_size": 102400,
+}  # fmt: skip
+DEEPSEEK_V2 = DEEPSEEK_V2_LITE | {
+    "ep_size": 1, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+    "n_group": 8, "n_routed_experts": 160, "num_attention_heads": 128, "num_hidden_layers": 60,
+    "num_key_value_heads": 128, "q_lora_rank": 1536, "routed_scaling_factor": 16.0,
+    "topk_group": 3, "topk_method": "group_limited_greedy",
+}  # fmt: skip
 LLAMA33_70B = GENERAL | {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009], "head_dim": 128, "hidden_size": 8192,
@@ -152,6 +176,8 @@ LARGE = {
     "Qwen3.5-27B": Large(QWEN35_27B, 26.9, 4, 2, 4, 1, 8, 4),
     "Qwen3.5-397B-A17B": Large(QWEN35_397B_A17B, 396.3, 4, 4, 16, 16, 16, 16),
     "GLM-4.5-Air": Large(GLM45_AIR, 106.9, 8, 1, 32, 32, 32, 8),
+    "DeepSeek-V2-Lite": Large(DEEPSEEK_V2_LITE, 15.7, 4, 1, 4, 4, 4, 4),
+    "DeepSeek-V2": Large(DEEPSEEK_V2, 235.7, 8, 4, 8, 8, 16, 16),
     "DeepSeek-V3": Large(DEEPSEEK_V3, 671.0, 8, 4, 16, 16, 32, 16, last=13, gpu_gib=141),
     "Kimi-K2": Large(KIMI_K2, 1026.4, 8, 4, 16, 16, 16, 32, last=13, gpu_gib=141),
 }

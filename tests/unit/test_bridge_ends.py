@@ -26,7 +26,7 @@ from gpg_megatron.bridge.sender import Sender, messages_of
 from gpg_megatron.bridge.state import StateTensors
 from gpg_megatron.bridge.transports.base import Patience
 from gpg_megatron.layout.topology import PolicyGrid, held_by_policy, hf_shapes, state_names
-from gpg_megatron.shapes import ModelShape, MoEShape, SigmoidRouting
+from gpg_megatron.shapes import GroupRouting, ModelShape, MoEShape
 from tests.unit import policy_layout
 from tests.unit.engine_weights import PADDING, weights
 
@@ -36,7 +36,8 @@ MODEL = ModelShape(
     head_dim=4, vocab_size=128, tied=False, qkv_bias=True, qk_norm=False, rope_theta=1e4,
     rms_norm_eps=1e-6, max_position_embeddings=16, moe=MoEShape(
         num_experts=4, experts_per_token=2, ffn_size=8, shared_ffn_size=8, renormalised=True,
-        dense_layers=(0,), sigmoid=SigmoidRouting(n_groups=1, chosen_groups=1, scale=1.0),
+        dense_layers=(0,),
+        routing=GroupRouting(has_bias=True, n_groups=1, chosen_groups=1, scale=1.0),
     ),
 )  # fmt: skip
 GRID = PolicyGrid(tp_size=2, dp_size=1, pp_size=2, ep_size=1, stage_of_layer=(0, 1))

@@ -40,7 +40,7 @@ from gpg_megatron.bridge.plan import (
 )
 from gpg_megatron.layout.boxes import Box
 from gpg_megatron.layout.topology import Held, PolicyGrid, held_by_policy, hf_shapes
-from gpg_megatron.shapes import DeltaShape, ModelShape, MoEShape, SigmoidRouting
+from gpg_megatron.shapes import DeltaShape, GroupRouting, ModelShape, MoEShape
 from tests.unit import policy_layout
 from tests.unit.engine_weights import PADDING, weights
 
@@ -102,6 +102,13 @@ FLAGS = (
     "fused_gate_up",
     "output_gate",
 )
+ROUTINGS = (
+    None,
+    *(
+        GroupRouting(has_bias=has_bias, n_groups=1, chosen_groups=1, scale=1.0)
+        for has_bias in (True, False)
+    ),
+)
 
 
 @st.composite
@@ -125,7 +132,7 @@ def cases(draw: st.DrawFn) -> Case:
         dense_layers=tuple(
             sorted(draw(st.sets(st.sampled_from(layers))) - {draw(st.sampled_from(layers))})
         ),
-        sigmoid=draw(st.sampled_from([None, SigmoidRouting(n_groups=1, chosen_groups=1, scale=1)])),
+        routing=draw(st.sampled_from(ROUTINGS)),
     )
     moe = draw(st.sampled_from([None, experts]))
     key_heads = math.lcm(tp, engine_tp) * draw(st.integers(1, 2))

@@ -29,10 +29,10 @@ from gpg_megatron.layout.topology import (
 from gpg_megatron.model.pipeline import pipeline_stages
 from gpg_megatron.shapes import (
     DeltaShape,
+    GroupRouting,
     LatentShape,
     ModelShape,
     MoEShape,
-    SigmoidRouting,
 )
 
 LAYERS = 5
@@ -85,7 +85,7 @@ MODELS = {
             EXPERTS,
             shared_ffn_size=24,
             dense_layers=(0, 1),
-            sigmoid=SigmoidRouting(n_groups=1, chosen_groups=1, scale=1.0),
+            routing=GroupRouting(has_bias=True, n_groups=1, chosen_groups=1, scale=1.0),
         ),
     ),
     "latent": replace(
@@ -98,7 +98,19 @@ MODELS = {
             EXPERTS,
             shared_ffn_size=12,
             dense_layers=(0,),
-            sigmoid=SigmoidRouting(n_groups=1, chosen_groups=1, scale=1.0),
+            routing=GroupRouting(has_bias=True, n_groups=1, chosen_groups=1, scale=1.0),
+        ),
+    ),
+    "latent_softmax": replace(
+        DENSE,
+        architecture="DeepseekV2ForCausalLM",
+        num_kv_heads=4,
+        rotary_dim=4,
+        latent=LatentShape(q_rank=0, kv_rank=12, rope_dim=4, value_dim=6, score_scale=1.0),
+        moe=replace(
+            EXPERTS,
+            shared_ffn_size=12,
+            routing=GroupRouting(has_bias=False, n_groups=2, chosen_groups=1, scale=1.0),
         ),
     ),
     "all_biases": replace(DENSE, qkv_bias=True, output_bias=True, mlp_bias=True),
@@ -339,7 +351,7 @@ def written_by_transformers(model: ModelShape, directory: Path) -> Mapping[str, 
         options["attention_bias"], options["mlp_bias"] = model.qkv_bias, model.mlp_bias
     if model.latent:
         options |= {
-            "q_lora_rank": model.latent.q_rank,
+            "q_lora_rank": model.latent.q_rank or None,
             "kv_lora_rank": model.latent.kv_rank,
             "qk_rope_head_dim": model.latent.rope_dim,
             "qk_nope_head_dim": model.head_dim - model.latent.rope_dim,
@@ -352,7 +364,7 @@ def written_by_transformers(model: ModelShape, directory: Path) -> Mapping[str, 
             "decoder_sparse_step": 1,
             "mlp_only_layers": list(model.moe.dense_layers),
         }
-        if model.moe.sigmoid:
+        if model.moe.routing:
             options |= {
                 "n_routed_experts": options.pop("num_experts"),
                 "n_shared_experts": model.moe.shared_ffn_size // model.moe.ffn_size,

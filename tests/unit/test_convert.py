@@ -40,6 +40,7 @@ FAMILIES: list[tuple[Family, bool]] = [
     ("qwen3_5_moe_text", False),
     ("qwen3_next", False),
     ("glm4_moe", False),
+    ("deepseek_v2", False),
     ("deepseek_v3", False),
 ]
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 2, 1)]
@@ -85,7 +86,7 @@ def test_there_and_back_gives_the_same_bytes(
 ) -> None:
     tp, pp, ep = layout
     source = models[key]
-    has_experts = key[0].endswith(("moe", "v3", "moe_text", "next"))
+    has_experts = key[0].endswith(("moe", "v2", "v3", "moe_text", "next"))
     hf_to_megatron(source, tmp_path / "m", grid=grid(tp, pp, ep if has_experts else 1))
     megatron_to_hf(tmp_path / "m", tmp_path / "h")
     right, found = tensors(source), tensors(tmp_path / "h")

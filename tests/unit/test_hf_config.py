@@ -12,7 +12,7 @@ import pytest
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.families import FAMILIES
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
-from gpg_megatron.shapes import DeltaShape, LatentShape, ModelShape, MoEShape, SigmoidRouting
+from gpg_megatron.shapes import DeltaShape, GroupRouting, LatentShape, ModelShape, MoEShape
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -77,11 +77,19 @@ ROUTED_KEYS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+LATENT_KEYS = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+}
 ROUTED = dataclasses.replace(
     EXPERTS,
     shared_ffn_size=72,
     dense_layers=(0,),
-    sigmoid=SigmoidRouting(n_groups=3, chosen_groups=1, scale=1.5),
+    routing=GroupRouting(has_bias=True, n_groups=3, chosen_groups=1, scale=1.5),
 )
 FLAGS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
@@ -121,6 +129,19 @@ FLAGS: dict[str, dict[str, Any]] = {
         "moe": ROUTED,
         "extra_layers": 1,
     },
+    "DeepseekV2ForCausalLM": {
+        "qk_norm": False,
+        "num_kv_heads": 4,
+        "head_dim": 24,
+        "rotary_dim": 8,
+        "rotary_neighbours": True,
+        "latent": LatentShape(q_rank=0, kv_rank=12, rope_dim=8, value_dim=14, score_scale=1.0),
+        "moe": dataclasses.replace(
+            ROUTED,
+            renormalised=False,
+            routing=GroupRouting(has_bias=False, n_groups=3, chosen_groups=1, scale=1.5),
+        ),
+    },
 }
 # What a family's configuration has besides the common keys.
 OWN_KEYS: dict[str, dict[str, Any]] = {
@@ -132,17 +153,11 @@ OWN_KEYS: dict[str, dict[str, Any]] = {
     "Qwen3_5MoeForCausalLM": HYBRID_KEYS | EXPERT_KEYS | {"shared_expert_intermediate_size": 72},
     "Glm4MoeForCausalLM": ROUTED_KEYS | {"use_qk_norm": True},
     "DeepseekV3ForCausalLM": ROUTED_KEYS
-    | {
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "q_lora_rank": 20,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 14,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-    },
+    | LATENT_KEYS
+    | {"q_lora_rank": 20, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "DeepseekV2ForCausalLM": ROUTED_KEYS
+    | LATENT_KEYS
+    | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
 }
 
 
@@ -164,6 +179,7 @@ SOME_LAYERS = (
 )
 QWEN3_5, QWEN3_NEXT = of_family("Qwen3_5ForCausalLM"), of_family("Qwen3NextForCausalLM")
 DEEPSEEK = of_family("DeepseekV3ForCausalLM")
+DEEPSEEK_V2 = of_family("DeepseekV2ForCausalLM")
 GLM4_MOE = of_family("Glm4MoeForCausalLM")
 QWEN2_MOE, QWEN3_MOE = of_family("Qwen2MoeForCausalLM"), of_family("Qwen3MoeForCausalLM")
 
@@ -432,10 +448,6 @@ def test_layers_without_experts_that_cannot_be(tmp_path: Path, change: Any, word
             "num_experts_per_tok 2 experts",
         ),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok 1 is not supported"),
-        (
-            {"num_experts_per_tok": 3},
-            "num_experts_per_tok other than 2 * topk_group is not supported",
-        ),
         ({"norm_topk_prob": False}, "norm_topk_prob other than true is not supported"),
         ({"num_nextn_predict_layers": -1}, "num_mtp_layers is -1; expected 0 to 10000"),
         ({"head_dim": ...}, "key 'head_dim' is missing"),
@@ -486,6 +498,40 @@ YARN: dict[str, Any] = {
 def test_latent_attention_that_cannot_be(tmp_path: Path, change: Any, words: Any) -> None:
     raw = {key: value for key, value in (DEEPSEEK | change).items() if value is not ...}
     assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm_topk_prob": True}, "norm_topk_prob is not supported"),
+        (
+            {"topk_method": "greedy"},
+            "topk_method greedy with topk_group below n_group is not supported",
+        ),
+        (
+            {"topk_method": "noaux_tc"},
+            "topk_method (another choice than greedy or group_limited_greedy) is not supported",
+        ),
+        ({"scoring_func": "sigmoid"}, "scoring_func other than softmax is not supported"),
+        ({"n_group": None}, "n_group is null; expected a whole number"),
+        ({"n_group": ...}, "n_group is null; expected a whole number"),
+        ({"num_experts": None}, "num_experts beside n_routed_experts is not supported"),
+        ({"hidden_size": 50}, "num_attention_heads 4 does not divide hidden_size 50"),
+        ({"mlp_bias": True}, "mlp_bias is not supported"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps other than 1e-06 is not supported"),
+    ],
+)
+def test_a_deepseek_v2_that_cannot_be(tmp_path: Path, change: Any, words: Any) -> None:
+    raw = {key: value for key, value in (DEEPSEEK_V2 | change).items() if value is not ...}
+    assert refusal(write(tmp_path, raw)) == f"{tmp_path / 'config.json'}: {words}"
+
+
+def test_a_deepseek_v2_may_choose_among_all_experts(tmp_path: Path) -> None:
+    """As DeepSeek-V2-Lite does; one expert of a token has a weight that is learned."""
+    raw = DEEPSEEK_V2 | {"topk_method": "greedy", "n_group": 1, "num_experts_per_tok": 1}
+    shape = load_model_shape(write(tmp_path, raw))
+    assert shape.moe is not None and shape.moe.routing is not None
+    assert (shape.moe.routing.n_groups, shape.moe.routing.chosen_groups) == (1, 1)
 
 
 def test_the_scores_of_latent_attention_are_scaled_by_yarn(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from gpg_megatron.model.hf_keys import Family, Key, Missing
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
 from gpg_megatron.shapes import (
     DeltaShape,
+    GroupRouting,
     LatentShape,
     LinearScaling,
     Llama3Scaling,
     ModelShape,
     MoEShape,
     RopeScaling,
-    SigmoidRouting,
     YarnScaling,
 )
 
@@ -58,8 +58,6 @@ LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 14,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
     "rms_norm_eps": 1e-6,
     "head_dim": 8,
 }
@@ -77,6 +75,8 @@ def base(architecture: str) -> dict[str, Any]:
         raw |= ROUTED
     if family.latent:
         raw |= LATENT
+    if family.model_type == "deepseek_v3":
+        raw |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     if family.shared_expert:
         raw["shared_expert_intermediate_size"] = 72
     if family.delta:
@@ -135,9 +135,10 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
             experts_per_token=config.num_experts_per_tok,
             ffn_size=config.moe_intermediate_size,
             shared_ffn_size=config.n_shared_experts * config.moe_intermediate_size,
-            renormalised=config.norm_topk_prob,
+            renormalised=family.routing == "sigmoid",
             dense_layers=tuple(range(config.first_k_dense_replace)),
-            sigmoid=SigmoidRouting(
+            routing=GroupRouting(
+                has_bias=family.routing == "sigmoid",
                 n_groups=config.n_group,
                 chosen_groups=config.topk_group,
                 scale=config.routed_scaling_factor,
@@ -194,7 +195,7 @@ def as_shape(config: Any, architecture: str) -> ModelShape:
         max_position_embeddings=config.max_position_embeddings,
         moe=moe,
         latent=latent,
-        extra_layers=config.num_mtp_layers if family.routing else 0,
+        extra_layers=getattr(config, "num_mtp_layers", 0),
     )
 
 
@@ -320,12 +321,12 @@ GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
     "linear_num_key_heads": {DELTA: [1, 8], "": []},
     "num_key_value_heads": {
         "qwen2 qwen3 llama": [1, 2, 4, None],
-        "deepseek_v3": [None],
+        "deepseek_v2 deepseek_v3": [None],
         "": [1, 2, 4],
     },
     "head_dim": {
         f"qwen3 glm4 glm4_moe {DELTA}": [16, 32],
-        "deepseek_v3": [8],
+        "deepseek_v2 deepseek_v3": [8],
         "": [16, 32, None],
     },
     "partial_rotary_factor": {f"glm4 glm4_moe {DELTA}": [0.25, 0.5, 1, 1.0], "": [1.0, 1, None]},
@@ -338,13 +339,17 @@ GOOD_OF_SOME: dict[str, dict[str, list[Any]]] = {
     "qkv_bias": {"qwen2_moe": [True], f"llama mistral {DELTA}": [False], "": [True, False]},
     "use_sliding_window": {"": [False]},
     "sliding_window": {
-        f"llama mistral glm4 glm4_moe deepseek_v3 {DELTA}": [None],
+        f"llama mistral glm4 glm4_moe deepseek_v2 deepseek_v3 {DELTA}": [None],
         "": [None, 64, 0],
     },
     "max_window_layers": {"": [0, 2, 28]},
     "use_qk_norm": {"glm4_moe": [True, False], "": [False]},
-    "rms_norm_eps": {"deepseek_v3": [1e-6], "": [1e-5, 1e-6]},
-    "rope_scaling": {"deepseek_v3": [None, {}, {"type": "default"}], "": GOOD["rope_scaling"]},
+    "rms_norm_eps": {"deepseek_v2 deepseek_v3": [1e-6], "": [1e-5, 1e-6]},
+    "rope_scaling": {
+        "deepseek_v2 deepseek_v3": [None, {}, {"type": "default"}],
+        "": GOOD["rope_scaling"],
+    },
+    "attention_dropout": {"deepseek_v2": [0.0, 0.1], "": GOOD["attention_dropout"]},
 }
 GOOD_OF_EXPERTS: dict[str, list[Any]] = {
     "norm_topk_prob": [True, False],
@@ -376,6 +381,9 @@ def good_values(architecture: str) -> dict[str, list[Any]]:
         values |= GOOD_OF_EXPERTS | {"norm_topk_prob": [True]}
         return values
     values |= GOOD_OF_ROUTED if family.routing else {}
+    if family.model_type == "deepseek_v2":
+        values |= {"num_nextn_predict_layers": [0, None], "num_experts_per_tok": [1, 3]}
+        values |= {"topk_method": ["greedy", "group_limited_greedy"], "n_group": [1]}
     return values | (GOOD_OF_EXPERTS if family.experts else {})
 
 
