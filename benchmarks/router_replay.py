@@ -1,14 +1,15 @@
 """How far a policy with experts is from its engine, with and without router replay.
 
-    python -m benchmarks.router_replay [--model DIR [--text FILE]] [--dtype bf16] [--engine-dtype bf16]
+    python -m benchmarks.router_replay [--model DIR [--text FILE]] [--dtype ...] ...
 
-A real engine answers prompts and says where it sent its tokens; a policy with the same weights computes
-their log-probs with the engine's experts and with its own. The prompts are pieces of FILE, or random
-tokens. Without --model: a random Qwen3-MoE with 64 experts, 8 for each token. On CPU. Last line: JSON.
+A real engine answers prompts and says where it sent its tokens; a policy with the same weights
+computes their log-probs with the engine's experts and with its own. The prompts are pieces of FILE,
+or random tokens. Without --model: a random Qwen3-MoE with 64 experts, 8 for each token. On CPU.
+Last line: JSON.
 
     with_mean, with_max        of |policy - engine| over the response tokens, nats
     without_mean, without_max  the same with the policy's own experts
-    differs                    share of the engine's choices that the policy's routers would not make
+    differs                    share of the engine's choices that the policy would not make
 """
 
 from __future__ import annotations

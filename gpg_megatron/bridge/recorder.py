@@ -30,7 +30,7 @@ class RoutingRecorder:
         """
         Args:
             runner: vLLM's GPUModelRunner, that of its first version.
-            routers: by the number of the layer; from routers_of.
+            routers: vLLM's, by the number of their layer.
         """
         self._runner = runner
         self._n_layers = runner.model_config.get_total_num_hidden_layers()
@@ -75,11 +75,3 @@ class RoutingRecorder:
             if start <= known < start + len(rows):
                 self._requests.setdefault(request, []).append(rows[known - start :].copy())
                 self._known[request] = start + len(rows)
-
-
-def routers_of(model: torch.nn.Module) -> Mapping[int, Any]:
-    """Number of a layer with experts -> its router, of a model in vLLM."""
-    from vllm.model_executor.layers.fused_moe.layer import MoERunner
-
-    runners = (module for module in model.modules() if isinstance(module, MoERunner))
-    return {runner.layer_id: runner.router for runner in runners}

@@ -27,7 +27,7 @@ from gpg_megatron.bridge.links import Seat
 from gpg_megatron.bridge.plan import Destination
 from gpg_megatron.bridge.protocol import BACKEND
 from gpg_megatron.bridge.receiver import Receiver
-from gpg_megatron.bridge.recorder import RoutingRecorder, routers_of
+from gpg_megatron.bridge.recorder import RoutingRecorder
 from gpg_megatron.bridge.seats import own_seat
 
 
@@ -112,7 +112,10 @@ class BridgeReceiver:
     @_remote
     def bridge_record_routing(self: Any) -> None:
         """Begin to record the experts that tokens are sent to."""
-        routers = routers_of(self.model_runner.get_model())
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+        modules = self.model_runner.get_model().modules()
+        routers = {m.layer_id: m.router for m in modules if isinstance(m, MoERunner)}
         self.bridge_recorder = RoutingRecorder(self.model_runner, routers)
 
     @_remote

@@ -53,7 +53,7 @@ def read_state(directory: Path, step: int) -> LoopState:
             tokens=file["tokens"],
             logprobs=file["logprobs"],
             # Earlier versions knew none.
-            experts=file["experts"] if "experts" in file else NO_ROUTING.prompt,
+            experts=file.get("experts", NO_ROUTING.prompt),
         )
     return LoopState(values=values, groups=unflatten(flat))
 

@@ -30,7 +30,8 @@ def check_engines(config: Config, shape: ModelShape) -> None:
     _check_engine_heads(shape)
     if config.rollout.router_replay and shape.moe is None:
         raise UserError(
-            f"rollout.router_replay is true, but {shape.architecture} has no experts; expected false"
+            f"rollout.router_replay is true, but {shape.architecture} has no experts; expected "
+            "false"
         )
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > shape.max_position_embeddings:

@@ -83,8 +83,8 @@ class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no t
     chunks: Chunks | None = None
     """On the device; None: no layer has a recurrence."""
     experts: torch.Tensor | None = None
-    """int16 [tokens of this rank's routers, layers, experts per token], on the device; UNROUTED where
-    the routers are to choose; None: everywhere."""
+    """int16 [tokens of this rank's routers, layers, experts per token], on the device; UNROUTED
+    where the routers are to choose; None: everywhere."""
 
 
 def own_positions(n_tokens: int, rank: int, size: int) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
     python -m tests.stack.replay_both MODEL FOLDER SAMPLES TOKENS
 
-FOLDER gets samples.pickle, what the engine answered, and seen.json: log-probs of the engine and of the
-policy (with the engine's experts, without, and with others), and the metrics of updates.
+FOLDER gets samples.pickle, what the engine answered, and seen.json: log-probs of the engine and of
+the policy (with the engine's experts, without, and with others), and the metrics of updates.
 """
 
 from __future__ import annotations

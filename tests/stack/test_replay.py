@@ -20,7 +20,7 @@ from tests.dist.reference import make_reference
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 400
+LIMIT_S = 600
 N_EXPERTS, LAYERS, PER_TOKEN = 4, 3, 2
 N, MAX_TOKENS = 3, 12
 

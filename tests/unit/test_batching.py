@@ -528,7 +528,11 @@ def test_what_no_engine_has_said_is_counted() -> None:
     bare = [replace(sample, routing=NO_ROUTING) for sample in (whole, half, alone)]
     (shared,), (apart,), (none,) = (
         update(samples, 1, max_tokens=50, share=share)
-        for samples, share in (([whole, half, alone], True), ([whole, half, alone], False), (bare, True))
+        for samples, share in (
+            ([whole, half, alone], True),
+            ([whole, half, alone], False),
+            (bare, True),
+        )
     )
     # 2 of the prompt, 2 and 2 of the answers, 1 of the other: that before its last token
     assert shared.unrouted == pytest.approx(1 / 7)

@@ -104,8 +104,6 @@ def _group(of: Routing) -> ScoredGroup:
         versions=(VersionSpan(version=0, start=0, end=1),),
         routing=of,
     )
-    prompt = Prompt(
-        id="p", token_ids=int32((1, 2)), messages=(), ground_truth="", data_source=""
-    )
+    prompt = Prompt(id="p", token_ids=int32((1, 2)), messages=(), ground_truth="", data_source="")
     reward = Reward(score=1.0, accuracy=1.0, parts={})
     return ScoredGroup(prompt=prompt, completions=(answer,), rewards=(reward,))

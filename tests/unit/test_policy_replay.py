@@ -22,9 +22,7 @@ def route(
     if experts is not None:
         replay.experts = torch.tensor(experts, dtype=torch.int16)
     logits = LOGITS.clone().requires_grad_()
-    weights, chosen = topk_routing_with_score_function(
-        logits, 2, router_replay=replay, **options
-    )
+    weights, chosen = topk_routing_with_score_function(logits, 2, router_replay=replay, **options)
     return logits, weights, chosen
 
 

@@ -142,7 +142,7 @@ def test_the_rows_of_a_sample_are_cut_at_the_last_token_of_the_prompt() -> None:
     assert longer.response.flatten().tolist() == [2, 3]
 
 
-def test_what_crosses_is_a_copy_and_the_prompt's_is_one() -> None:
+def test_what_crosses_is_a_copy_and_that_of_the_prompt_is_one() -> None:
     rows = np.arange(5, dtype=np.uint8).reshape(5, 1, 1)
     routing = routing_of([rows, rows], 3, (0, 3))
     a, b = to_completions(_request(2), replace(SAMPLED, routing=routing))
