@@ -21,6 +21,11 @@ import torch
 
 Tokens = npt.NDArray[np.int32]
 LogProbs = npt.NDArray[np.float32]
+Experts = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+"""Numbers of experts, [tokens, layers, experts per token]. All layers of the model count,
+and those of one without experts mean nothing."""
+UNROUTED = -1
+"""In the place of an expert that is not known."""
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The names of the configuration -> what parameters are stored and computed in."""
 FinishReason = Literal["stop", "length"]
@@ -84,6 +89,23 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Routing:
+    """The experts to which an engine sent the tokens of one sample.
+
+    Rows are missing at the end where the engine said no more, all of them where it said nothing.
+    """
+
+    prompt: Experts
+    """Of the tokens of the prompt but the last, as one sample of the group had them: the same array
+    for all."""
+    response: Experts
+    """Row t is that of the position that predicts token t of the response."""
+
+
+NO_ROUTING = Routing(prompt=np.empty((0, 0, 0), np.uint8), response=np.empty((0, 0, 0), np.uint8))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
     """One sampled answer."""
 
@@ -99,6 +121,7 @@ class Completion:
     """The response decoded without special tokens."""
     versions: tuple[VersionSpan, ...]
     """Contiguous, covering [0, L)."""
+    routing: Routing = NO_ROUTING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +170,7 @@ class TrainSample:
     """Its group has answers of different worth."""
     score: float
     """r_i."""
+    routing: Routing = NO_ROUTING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +206,8 @@ class MicroBatch:
     """float32 [T]; 0 where the mask is False."""
     responses_T: torch.Tensor
     """int64 [T]; the response, from 0, that the label belongs to; 0 where the mask is False."""
+    experts_T: torch.Tensor
+    """int16 [T, layers, experts per token]; UNROUTED where they are unknown. [T, 0, 0]: all are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +225,8 @@ class TrainBatch:
     """Tokens of the other samples that were not computed, because samples share a prompt."""
     n_loss_tokens: int
     """Positions that predict a response token, all ranks."""
+    unrouted: float
+    """Share of the computed positions that a log-prob depends on whose experts are not known."""
     flops: float
     """Floating-point operations that the computed tokens need, all ranks; see flops.TokenCosts."""
     alpha: float

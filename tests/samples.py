@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpg_megatron.types import LogProbs, Tokens, TrainSample
+from gpg_megatron.types import NO_ROUTING, LogProbs, Routing, Tokens, TrainSample
 
 
 def int32(values: Iterable[int]) -> Tokens:
@@ -19,6 +19,19 @@ def int32(values: Iterable[int]) -> Tokens:
 def float32(values: Iterable[float]) -> LogProbs:
     """Log-probs."""
     return np.array(list(values), np.float32)
+
+
+def routing(
+    prompt: Iterable[int] = (), response: Iterable[int] = (), *, layers: int = 2, per_token: int = 2
+) -> Routing:
+    """One number for each token; the experts are that number, and those that follow by layer and
+    then by place."""
+    places = np.arange(layers * per_token, dtype=np.uint8).reshape(layers, per_token)
+    rows = [
+        np.array([number + places for number in numbers], np.uint8).reshape(-1, layers, per_token)
+        for numbers in (prompt, response)
+    ]
+    return Routing(prompt=rows[0], response=rows[1])
 
 
 def plain(thing: Any) -> Any:
@@ -37,6 +50,7 @@ def train_sample(
     group: int = 0,
     index: int = 0,
     advantage: float = 1.0,
+    routing: Routing = NO_ROUTING,
 ) -> TrainSample:
     """Log-probs are a function of the token, so that the packed ones can be checked by token."""
     response = tuple(response)
@@ -51,4 +65,5 @@ def train_sample(
         version=0,
         live=True,
         score=1.0,
+        routing=routing,
     )

@@ -255,6 +255,7 @@ def _without_alpha(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> li
                 version=min((span.version for span in completion.versions), default=newest),
                 live=live,
                 score=reward.score,
+                routing=completion.routing,
             )
             samples.append(sample)
     return samples

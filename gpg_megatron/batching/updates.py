@@ -24,7 +24,15 @@ from gpg_megatron.algorithm.update import weigh_update
 from gpg_megatron.batching.planning import plan_grid, run_cost, run_tokens, shared_runs
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
-from gpg_megatron.types import MicroBatch, Tokens, TrainBatch, TrainSample
+from gpg_megatron.types import (
+    NO_ROUTING,
+    UNROUTED,
+    Experts,
+    MicroBatch,
+    Tokens,
+    TrainBatch,
+    TrainSample,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +148,7 @@ def make_update(
         n_skipped_tokens=sum(map(_n_tokens, samples)) - n_chosen_tokens,
         n_shared_tokens=n_chosen_tokens - n_packed_tokens,
         n_loss_tokens=sum(len(sample.response_token_ids) for sample in chosen),
+        unrouted=_unrouted(runs),
         flops=sum(run_cost(run, costs) for run in runs),
         alpha=weighed.alpha,
         whole_alpha=batch_alpha * weighed.alpha,
@@ -157,6 +166,16 @@ class PackedOnDemand(Sequence[MicroBatch]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._packers[index]()
+
+
+def _unrouted(runs: Sequence[Sequence[TrainSample]]) -> float:
+    """Nothing depends on the last token of a sequence that is on its own."""
+    needed = sum(run_tokens(run) - (len(run) == 1) for run in runs)
+    known = sum(
+        len(run[0].routing.prompt) + sum(len(sample.routing.response) for sample in run)
+        for run in runs
+    )
+    return 1.0 - known / needed if needed else 0.0
 
 
 def _has_gradient(sample: TrainSample, plan: BatchPlan) -> bool:
@@ -181,32 +200,41 @@ def pack(
     """
     weight_of = iter(weights)
     runs = shared_runs(samples, share=share_prompts)
-    row = _Row(sum(map(run_tokens, runs)))
+    row = _Row(sum(map(run_tokens, runs)), _routing_shape(samples))
     for run in runs:
         n_shared = len(run[0].prompt_token_ids) - 1 if len(run) > 1 else 0
-        prompt = row.add_prompt(run[0].prompt_token_ids) if n_shared else -1
+        prompt = row.add_prompt(run[0]) if n_shared else -1
         for sample in run:
             row.add_sequence(sample, next(weight_of), n_shared, prompt)
     assert next(weight_of, None) is None, "a weight for each sample"
     return row.finish()
 
 
+def _routing_shape(samples: Sequence[TrainSample]) -> tuple[int, ...]:
+    """Layers, experts per token; zeros where no sample has any."""
+    rows = (part for s in samples for part in (s.routing.prompt, s.routing.response) if len(part))
+    return next(rows, NO_ROUTING.prompt).shape[1:]
+
+
 class _Row:
     """The arrays that a MicroBatch is made of, filled from left to right."""
 
-    def __init__(self, n_tokens: int) -> None:
+    def __init__(self, n_tokens: int, routing: tuple[int, ...]) -> None:
+        """routing: shape of what a token has of it."""
         self._tokens, self._positions, self._labels, self._responses = np.zeros(
             (4, n_tokens), np.int64
         )
         self._advantages, self._weights, self._logprobs = np.zeros((3, n_tokens), np.float32)
         self._mask = np.zeros(n_tokens, np.bool_)
+        self._experts = np.full((n_tokens, *routing), UNROUTED, np.int16)
         self._borders = [0]
         self._prompts: list[int] = []
         self._n_samples = 0
 
-    def add_prompt(self, token_ids: Tokens) -> int:
-        """The segment of a prompt without its last token; returns its number."""
-        self._add(token_ids, first_position=0, prompt=-1)
+    def add_prompt(self, sample: TrainSample) -> int:
+        """The segment of a sample's prompt without its last token; returns its number."""
+        self._route(self._borders[-1], sample.routing.prompt)
+        self._add(sample.prompt_token_ids, first_position=0, prompt=-1)
         return len(self._prompts) - 1
 
     def add_sequence(self, sample: TrainSample, weight: float, n_shared: int, prompt: int) -> None:
@@ -220,6 +248,9 @@ class _Row:
         assert len(sample.rollout_logprobs) == len(response), sample.prompt_id
         first = self._borders[-1] + len(before) - 1
         loss = slice(first, first + len(response))
+        if not n_shared:
+            self._route(self._borders[-1], sample.routing.prompt)
+        self._route(first, sample.routing.response)
         self._add(
             np.concatenate((before, response)),
             first_position=n_shared,
@@ -244,6 +275,10 @@ class _Row:
         self._borders.append(begin + n)
         self._prompts.append(prompt)
 
+    def _route(self, first: int, experts: Experts) -> None:
+        if len(experts):
+            self._experts[first : first + len(experts)] = experts
+
     def finish(self) -> MicroBatch:
         return MicroBatch(
             input_ids_T=torch.from_numpy(self._tokens),
@@ -256,6 +291,7 @@ class _Row:
             weights_T=torch.from_numpy(self._weights),
             rollout_logprobs_T=torch.from_numpy(self._logprobs),
             responses_T=torch.from_numpy(self._responses),
+            experts_T=torch.from_numpy(self._experts),
         )
 
 
@@ -265,6 +301,7 @@ def _filler(sample: TrainSample) -> TrainSample:
         prompt_token_ids=sample.prompt_token_ids[:1],
         response_token_ids=sample.response_token_ids[:0],
         rollout_logprobs=sample.rollout_logprobs[:0],
+        routing=NO_ROUTING,
         advantage=0.0,
     )
 

@@ -27,6 +27,7 @@ from gpg_megatron.bridge.links import Seat
 from gpg_megatron.bridge.plan import Destination
 from gpg_megatron.bridge.protocol import BACKEND
 from gpg_megatron.bridge.receiver import Receiver
+from gpg_megatron.bridge.recorder import RoutingRecorder
 from gpg_megatron.bridge.seats import own_seat
 
 
@@ -107,6 +108,21 @@ class BridgeReceiver:
         engine.installer = Installer(self.model_runner.get_model())
         engine.receiver = Receiver(engine.installer, self.rank)
         return engine.installer.record(hf_shapes), own_seat(engine.installer.device)
+
+    @_remote
+    def bridge_record_routing(self: Any) -> None:
+        """Begin to record the experts that tokens are sent to."""
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+        modules = self.model_runner.get_model().modules()
+        routers = {m.layer_id: m.router for m in modules if isinstance(m, MoERunner)}
+        self.bridge_recorder = RoutingRecorder(self.model_runner, routers)
+
+    @_remote
+    def bridge_take_routing(self: Any, name: str) -> Mapping[int, Any]:
+        """What was recorded of a request that has ended; see RoutingRecorder.take."""
+        taken: Mapping[int, Any] = self.bridge_recorder.take(name)
+        return taken
 
     def bridge_forget_update(self: Any) -> None:
         """An interrupted update leaves vLLM's session open; a new one must be able to start."""

@@ -180,6 +180,8 @@ class RolloutConfig:
     """Share of a batch whose slowest groups it does not wait for."""
     unfinished: Literal["carry", "abort", "cut"] = "carry"
     """Those come into a later batch; or are drawn again; or end as they are, in the batch."""
+    router_replay: bool = False
+    """The policy sends each token to the experts to which the engine sent it."""
     ray_address: Optional[str] = None
     """None: a private Ray inside rank 0; otherwise the address of a cluster to join."""
 

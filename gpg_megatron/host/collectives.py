@@ -61,7 +61,9 @@ def broadcast(array: Any, group: dist.ProcessGroup | None = None) -> None:
     Args:
         group: that holds rank 0, of gloo; None: the default group.
     """
-    dist.broadcast(torch.from_numpy(array), src=0, group=group)
+    if array.size:
+        # As bytes: gloo knows no integers of 16 bits.
+        dist.broadcast(torch.from_numpy(array.reshape(-1).view("uint8")), src=0, group=group)
 
 
 def kept_on_rank0(action: Callable[[], T], on_rank0: OnRank0) -> T | None:

@@ -48,6 +48,7 @@ def canary_sample(prompt: Prompt, completion: Completion) -> TrainSample:
         version=0,
         live=True,
         score=1.0,
+        routing=completion.routing,
     )
 
 

@@ -326,6 +326,7 @@ def sampling_requests(
             params=training_params(
                 config.rollout, seed=_seed(config.trainer.seed, step, redraw, place)
             ),
+            with_routing=config.rollout.router_replay,
         )
         for prompt, place in zip(prompts, places, strict=True)
     ]

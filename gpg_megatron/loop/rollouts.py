@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -49,15 +49,16 @@ class Rollouts:
     def _take(self) -> Rollout:
         mine: list[tuple[Rollout, FlatGroups]] = []
 
-        def describe() -> tuple[Rollout, str, int, int]:
+        def describe() -> tuple[Rollout, str, list[tuple[tuple[int, ...], str]]]:
             rollout = self._here.take()
             flat = flatten(rollout.groups, with_texts=False)
             mine.append((rollout, flat))
-            return replace(rollout, groups=()), flat.text, len(flat.tokens), len(flat.logprobs)
+            forms = [(array.shape, array.dtype.name) for array in flat.arrays]
+            return replace(rollout, groups=()), flat.text, forms
 
-        rest, text, n_tokens, n_logprobs = self._on_rank0(describe)
-        rollout, flat = mine.pop() if mine else (rest, _empty(text, n_tokens, n_logprobs))
-        for array in (flat.tokens, flat.logprobs):
+        rest, text, forms = self._on_rank0(describe)
+        rollout, flat = mine.pop() if mine else (rest, _empty(text, forms))
+        for array in flat.arrays:
             self._broadcast(array)
         return rollout if self._collector else replace(rest, groups=unflatten(flat))
 
@@ -89,9 +90,6 @@ class Rollouts:
         return self._collector
 
 
-def _empty(text: str, n_tokens: int, n_logprobs: int) -> FlatGroups:
-    return FlatGroups(
-        text=text,
-        tokens=np.empty(n_tokens, np.int32),
-        logprobs=np.empty(n_logprobs, np.float32),
-    )
+def _empty(text: str, forms: Sequence[tuple[tuple[int, ...], str]]) -> FlatGroups:
+    tokens, logprobs, experts = (np.empty(shape, dtype) for shape, dtype in forms)
+    return FlatGroups(text=text, tokens=tokens, logprobs=logprobs, experts=experts)

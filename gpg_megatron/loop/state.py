@@ -12,7 +12,7 @@ import numpy as np
 
 from gpg_megatron.loop.group_arrays import FlatGroups, flatten, from_json, unflatten
 from gpg_megatron.loop.stream import Group, State, resumed
-from gpg_megatron.types import ScoredGroup
+from gpg_megatron.types import NO_ROUTING, ScoredGroup
 
 VALUES, GROUPS = "trainer.json", "groups.npz"
 
@@ -32,7 +32,13 @@ def write_state(directory: Path, state: LoopState) -> None:
     (directory / VALUES).write_text(json.dumps(state.values))
     flat = flatten(state.groups)
     text = np.frombuffer(flat.text.encode("ascii"), np.uint8)
-    np.savez(directory / GROUPS, tokens=flat.tokens, logprobs=flat.logprobs, text=text)
+    np.savez(
+        directory / GROUPS,
+        tokens=flat.tokens,
+        logprobs=flat.logprobs,
+        experts=flat.experts,
+        text=text,
+    )
 
 
 def read_state(directory: Path, step: int) -> LoopState:
@@ -42,7 +48,13 @@ def read_state(directory: Path, step: int) -> LoopState:
         return _of_earlier_version(values, step)
     with np.load(directory / GROUPS) as file:
         text = file["text"].tobytes().decode("ascii")
-        flat = FlatGroups(text=text, tokens=file["tokens"], logprobs=file["logprobs"])
+        flat = FlatGroups(
+            text=text,
+            tokens=file["tokens"],
+            logprobs=file["logprobs"],
+            # Earlier versions knew none.
+            experts=file.get("experts", NO_ROUTING.prompt),
+        )
     return LoopState(values=values, groups=unflatten(flat))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpg_megatron.errors import writing
-from gpg_megatron.types import ScoredGroup
+from gpg_megatron.types import NO_ROUTING, ScoredGroup
 
 SUSPECT_VARIABLE = "GPG_SUSPECT_STEP"
 """Of a run that is started again: the step in which it failed."""
@@ -30,5 +30,11 @@ def write_suspect(output_dir: str | Path, step: int, groups: Sequence[ScoredGrou
     path = suspect_file(output_dir, step)
     with writing(path), path.open("w", encoding="utf-8") as file:
         for group in groups:
-            row = dataclasses.asdict(group)
+            row = dataclasses.asdict(_without_routing(group))
             file.write(json.dumps(row, default=lambda array: array.tolist()) + "\n")
+
+
+def _without_routing(group: ScoredGroup) -> ScoredGroup:
+    """It would be most of the file."""
+    bare = (dataclasses.replace(c, routing=NO_ROUTING) for c in group.completions)
+    return dataclasses.replace(group, completions=tuple(bare))

@@ -28,6 +28,11 @@ def check_engines(config: Config, shape: ModelShape) -> None:
     """The engines' parallel size and the longest sequence. Raises UserError."""
     _check_tensor_parallel("rollout", config.rollout.tensor_model_parallel_size, shape, engine=True)
     _check_engine_heads(shape)
+    if config.rollout.router_replay and shape.moe is None:
+        raise UserError(
+            f"rollout.router_replay is true, but {shape.architecture} has no experts; expected "
+            "false"
+        )
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > shape.max_position_embeddings:
         raise UserError(
@@ -50,7 +55,14 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
 
 
 def check_engine_type(config: Config, shape: ModelShape, device: str) -> None:
-    """On a CPU vLLM has gated delta nets in bf16 alone. Raises UserError."""
+    """On a CPU vLLM has gated delta nets in bf16 alone, and what tokens that were guessed were sent
+    to is not recorded. Raises UserError."""
+    rollout = config.rollout
+    if rollout.router_replay and device == "cpu" and "speculative_config" in rollout.engine_args:
+        raise UserError(
+            "rollout.router_replay is true with rollout.engine_args.speculative_config, which it "
+            "cannot follow on CPU; expected one of them"
+        )
     if shape.delta and device == "cpu" and config.rollout.dtype != "bf16":
         raise UserError(
             f"rollout.dtype is {config.rollout.dtype}, but on CPU the engine computes the gated "

@@ -85,6 +85,9 @@ class SegmentParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no t
     members_ST: torch.Tensor | None = None
     """bool, on the device: whether a position predicts a token of a response; None: the balance
     among experts is left alone."""
+    experts: torch.Tensor | None = None
+    """int16 [tokens of this rank's routers, layers, experts per token], on the device; UNROUTED
+    where the routers are to choose; None: everywhere."""
 
 
 def own_positions(n_tokens: int, rank: int, size: int) -> torch.Tensor:

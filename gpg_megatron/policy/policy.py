@@ -42,6 +42,7 @@ from gpg_megatron.policy.outputs import (
     reduced,
 )
 from gpg_megatron.policy.reference import FrozenShards
+from gpg_megatron.policy.replay import Replay
 from gpg_megatron.policy.residence import Residence
 from gpg_megatron.policy.rounding import rounded_elsewhere
 from gpg_megatron.policy.row import forward_arguments
@@ -100,6 +101,8 @@ class Policy:
         for model in self._models:
             model.with_entropy = config.algorithm.entropy_coef > 0.0
         self._reference: FrozenShards | None = None
+        replays = config.rollout.router_replay
+        self._replay = Replay(self._models, device) if replays else None
         megatron_config = get_model_config(self._chunks[0])
         self._num_experts = shape.num_experts
         multiple = self.position.tp_size if megatron_config.sequence_parallel else 1
@@ -215,6 +218,8 @@ class Policy:
         )
         statistics = reduced(outputs)
         loss, metrics = statistics["loss"], objective_metrics(statistics, self._algorithm)
+        if self._replay is not None:
+            metrics = {**metrics, **self._replay.metrics(batch.unrouted)}
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         result = self._result(updated=True, loss=loss, grad_norm=grad_norm, metrics=metrics)

@@ -98,7 +98,12 @@ class _BestGroups:
         self._n_best = n_best
 
     def get_replay_topk(
-        self, scores: torch.Tensor, n_experts: int, n_groups: int, n_chosen: int, _: object
+        self,
+        scores: torch.Tensor,
+        n_experts: int,
+        n_groups: int,
+        n_chosen: int,
+        default_compute_topk: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores [t, experts], those of choosing -> the best of them and their experts
         [t, n_experts], out of the groups with the largest sums of their n_best scores."""

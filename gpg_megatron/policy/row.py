@@ -18,7 +18,7 @@ from gpg_megatron.policy.attention import (
 )
 from gpg_megatron.policy.chunks import chunks_of, sent
 from gpg_megatron.policy.spans import Varlen, ranges_of, spans_of, varlen_of
-from gpg_megatron.types import MicroBatch
+from gpg_megatron.types import UNROUTED, MicroBatch
 
 
 def forward_arguments(
@@ -85,6 +85,7 @@ def _segment_params(
         share=share,
         chunks=sent(chunks_of(spans, n_tokens, kernel), device) if kernel else None,
         loss=_loss_positions(batch, device, n_filler, own_T),
+        experts=_own_experts(batch, device, n_filler, own_T),
         max_seqlen_q=n_positions,
         max_seqlen_kv=n_positions,
     )
@@ -111,6 +112,17 @@ def _loss_positions(
         own_N=send(own_N, device),
         labels_N=send(batch.labels_T[own_T[own_N]], device),
     )
+
+
+def _own_experts(
+    batch: MicroBatch, device: Device, n_filler: int, own_T: torch.Tensor
+) -> torch.Tensor | None:
+    """Models with experts have sequence parallelism wherever they have tensor parallelism."""
+    if not batch.experts_T.numel():
+        return None
+    experts_T = F.pad(batch.experts_T, (0, 0, 0, 0, 0, n_filler), value=UNROUTED)
+    shares = own_T.chunk(parallel_state.get_tensor_model_parallel_world_size())
+    return send(experts_T[shares[parallel_state.get_tensor_model_parallel_rank()]], device)
 
 
 def _sent(varlen: Varlen, device: Device) -> Varlen:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -17,9 +18,15 @@ from typing import Any, Literal, TypeVar
 from gpg_megatron.rollout import forked
 from gpg_megatron.rollout.engine_args import engine_args
 from gpg_megatron.rollout.failures import EngineDied
-from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, from_vllm, stream_seed
+from gpg_megatron.rollout.sampling import (
+    Sampled,
+    SamplingRequest,
+    from_vllm,
+    routing_of,
+    stream_seed,
+)
 from gpg_megatron.rollout.spec import EngineSpec
-from gpg_megatron.types import EnginePart
+from gpg_megatron.types import EnginePart, Routing
 
 T = TypeVar("T")
 SleepLevel = Literal[1, 2]
@@ -111,6 +118,10 @@ class Engine:
         self._whole = True
         self._asleep: set[EnginePart] = set()
         await self._alive(self._llm.update_weight_version("0"))
+        self._records = self._spec.rollout.router_replay and self._spec.device == "cpu"
+        """Whether what vLLM does not say is recorded in its worker."""
+        if self._records:
+            await self.call_workers("bridge_record_routing", (pickle.dumps(()),))
         this = psutil.Process()
         return os.uname().nodename, [this.pid, *(p.pid for p in this.children(recursive=True))]
 
@@ -173,7 +184,23 @@ class Engine:
         async for output in self._llm.generate(prompt, params, name):
             final = output
         assert final is not None and final.finished and len(final.outputs) == wanted.n
-        return from_vllm(sorted(final.outputs, key=lambda o: o.index))
+        outputs = sorted(final.outputs, key=lambda o: o.index)
+        return from_vllm(outputs, await self._routing(request, outputs, name))
+
+    async def _routing(
+        self, request: SamplingRequest, outputs: Sequence[Any], name: str
+    ) -> tuple[Routing, ...]:
+        """Of each output, where it is asked for."""
+        rows = [output.routed_experts for output in outputs]
+        if self._records:
+            # The recorder forgets it then, so this is done in any case.
+            answers = await self.call_workers("bridge_take_routing", (pickle.dumps((name,)),))
+            recorded = pickle.loads(answers[0])
+            rows = [recorded.get(output.index) for output in outputs]
+        if not request.with_routing:
+            return ()
+        lengths = [len(output.token_ids) for output in outputs]
+        return routing_of(rows, len(request.prompt.token_ids), lengths)
 
     async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """[worker rank]; the method of the worker extension, on every worker at once."""

@@ -39,6 +39,7 @@ TAKEN = {
     "distributed_executor_backend": "it follows from the device",
     "enable_sleep_mode": "it follows from trainer.placement",
     "enable_prefix_caching": "answers to one prompt share it",
+    "enable_return_routed_experts": "it is rollout.router_replay",
     "disable_log_stats": "the run has its own",
     "logprobs_mode": _AGREEMENT,
     "generation_config": _AGREEMENT,
@@ -124,12 +125,15 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         # generators cannot: the engine core would die.
         args["enable_chunked_prefill"] = False
         # vLLM keeps states for prompts that come again only where it may cut prompts.
-        args["enable_prefix_caching"] = not spec.has_states
+        # Experts are recorded where tokens are computed; bridge/recorder.py.
+        args["enable_prefix_caching"] = not spec.has_states and not r.router_replay
         in_core = r.tensor_model_parallel_size == 1
         args["distributed_executor_backend"] = "uni" if in_core else "mp"
     else:
         args["gpu_memory_utilization"] = r.gpu_memory_utilization
         args["enable_sleep_mode"] = spec.gives_memory_back  # refused on CPU
+        if r.router_replay:
+            args["enable_return_routed_experts"] = True
     assert args.keys() <= TAKEN.keys(), args.keys() - TAKEN.keys()
     return args | _without_kernels(spec) | dict(r.engine_args)
 

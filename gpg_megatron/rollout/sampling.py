@@ -14,10 +14,13 @@ import numpy as np
 
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
 from gpg_megatron.types import (
+    NO_ROUTING,
     Completion,
+    Experts,
     FinishReason,
     LogProbs,
     Prompt,
+    Routing,
     SamplingParams,
     Tokens,
     VersionSpan,
@@ -33,6 +36,8 @@ class SamplingRequest:
 
     prompt: Prompt
     params: SamplingParams
+    with_routing: bool = False
+    """The experts that the tokens were sent to come too; with rollout.router_replay only."""
 
     def __post_init__(self) -> None:
         assert len(self.prompt.token_ids), f"prompt {self.prompt.id} is empty"
@@ -109,9 +114,24 @@ class Sampled:
     texts: tuple[str, ...]
     versions: tuple[tuple[tuple[str, int, int], ...], ...]
     """Of each sample (label, start, end)."""
+    routing: tuple[Routing, ...] = ()
+    """Of each sample, where it was asked for."""
 
 
-def from_vllm(outputs: Sequence[Any]) -> Sampled:
+def routing_of(
+    rows: Sequence[Experts | None], n_prompt: int, lengths: Sequence[int]
+) -> tuple[Routing, ...]:
+    """Of each sample of a request, from what the engine recorded of it: the rows of its prompt of
+    n_prompt tokens and of its response but the last token, or less, or None."""
+    known = [NO_ROUTING.prompt if row is None else row for row in rows]
+    prompt = max((row[: n_prompt - 1] for row in known), key=len)
+    return tuple(
+        Routing(prompt=prompt, response=row[n_prompt - 1 : n_prompt - 1 + length])
+        for row, length in zip(known, lengths, strict=True)
+    )
+
+
+def from_vllm(outputs: Sequence[Any], routing: tuple[Routing, ...] = ()) -> Sampled:
     """Of vllm.outputs.CompletionOutput with flat log-probs, in the order of their indices."""
     for o in outputs:
         starts = list(o.logprobs.start_indices)
@@ -128,6 +148,7 @@ def from_vllm(outputs: Sequence[Any]) -> Sampled:
         versions=tuple(
             tuple((s.version, s.start, s.end) for s in o.weight_versions or ()) for o in outputs
         ),
+        routing=routing,
     )
 
 
@@ -140,6 +161,7 @@ def to_completions(request: SamplingRequest, sampled: Sampled) -> list[Completio
     assert n_tokens == len(sampled.token_ids) == len(sampled.logprobs), "one log-prob per token"
     # Ray's own lie in its store, and fill it as long as anything refers to them.
     token_ids, logprobs = sampled.token_ids.copy(), sampled.logprobs.copy()
+    routing = _copied(sampled.routing) or [NO_ROUTING] * len(sampled.lengths)
     completions, end = [], 0
     for index, length in enumerate(sampled.lengths):
         reason, versions = sampled.finish_reasons[index], sampled.versions[index]
@@ -162,6 +184,13 @@ def to_completions(request: SamplingRequest, sampled: Sampled) -> list[Completio
                     VersionSpan(version=int(label), start=start, end=stop)
                     for label, start, stop in versions
                 ),
+                routing=routing[index],
             )
         )
     return completions
+
+
+def _copied(routing: Sequence[Routing]) -> list[Routing]:
+    """That of the prompt once."""
+    shared = [one.prompt.copy() for one in routing[:1]]
+    return [Routing(prompt=shared[0], response=one.response.copy()) for one in routing]

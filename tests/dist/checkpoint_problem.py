@@ -46,7 +46,7 @@ CHANGED: tuple[tuple[Variant, Variant], ...] = (
 FAMILIES = tuple(
     problem
     for problem in PROBLEMS
-    if problem.family in ("Glm4Moe", "DeepseekV3", "Qwen3Next", "Qwen3_5")
+    if problem.family in ("Glm4Moe", "DeepseekV3", "Qwen3Next", "Qwen3_5") and not problem.replayed
 )
 """Problems that are cut in half and resumed as FAMILY_VARIANT has them."""
 FAMILY_VARIANT: Variant = (Layout(tp=2), False)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from gpg_megatron.batching.updates import BatchPlan
 from gpg_megatron.config.algorithm import AlgorithmConfig
@@ -23,7 +25,7 @@ from gpg_megatron.config.sections import (
     TrainerConfig,
 )
 from gpg_megatron.model.flops import TokenCosts
-from gpg_megatron.types import TrainSample
+from gpg_megatron.types import NO_ROUTING, Experts, Routing, TrainSample
 from tests.presets import from_preset
 from tests.samples import float32, int32
 
@@ -32,6 +34,8 @@ MAX_RESPONSE = 34
 N_LAYERS = 4
 N_EXPERTS = 6
 EXPERTS_PER_TOKEN = 2
+UNKNOWN_GROUP, HALF_KNOWN = 1, (0, 3)
+"""A group, and a sample of another, whose experts are not or not all known."""
 
 # update -> group -> advantage of each sample; a zero is a sample that carries no gradient.
 ADVANTAGES = (
@@ -136,6 +140,8 @@ class Problem:
     """What config.json says of the rotary angles, beside their base."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of config.json."""
+    replayed: bool = False
+    """The samples say which experts most of their tokens go to."""
     seed: int = 14
     """Of the weights. With more experts than a token visits one where every expert is chosen, and
     never by a hair."""
@@ -386,6 +392,38 @@ PROBLEMS = (
         seed=106,
     ),
 )
+REPLAYED = (
+    Problem(
+        name="qwen2moe-replayed",
+        family="Qwen2Moe",
+        tied=False,
+        vocab_size=131,
+        head_dim=8,
+        options={"mlp_only_layers": [1]},
+        algorithm=from_preset("paper", correction="truncate-token", old_logprobs="policy"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        recompute="layers",
+        experts=True,
+        replayed=True,
+        seed=55,
+    ),
+    Problem(
+        name="deepseekv3-replayed",
+        family="DeepseekV3",
+        tied=False,
+        vocab_size=131,
+        head_dim=6,
+        options=next(p.options for p in PROBLEMS if p.family == "DeepseekV3"),
+        algorithm=from_preset("paper"),
+        temperature=1.0,
+        clip_grad=1000.0,
+        experts=True,
+        replayed=True,
+        seed=106,
+    ),
+)
+PROBLEMS += REPLAYED
 _LAYOUTS_WITH_EXPERTS = {
     Layout(),
     Layout(tp=2),
@@ -405,6 +443,9 @@ def problems_of(layout: Layout) -> list[Problem]:
 def _is_solved(problem: Problem, layout: Layout) -> bool:
     if layout.first:
         return problem.family == "Llama"
+    if problem.replayed:
+        alone, others = Layout(), (Layout(tp=2), Layout(pp=2, vpp=2), Layout(dp=2, ep=2))
+        return layout == alone or (layout in others and problem.family == "Qwen2Moe")
     if layout.vpp > 1:
         with_tp = problem.name in ("qwen3-tied", "qwen2moe-untied")
         return with_tp if layout.tp > 1 else problem.name in ("qwen2-untied", "qwen3moe-tied")
@@ -464,7 +505,11 @@ def config_of(problem: Problem, layout: Layout, model: Path) -> Config:
             moe_aux_loss_coeff=problem.aux_loss,
             moe_router_bias_update_rate=problem.bias_rate,
         ),
-        rollout=RolloutConfig(temperature=problem.temperature, max_response_length=MAX_RESPONSE),
+        rollout=RolloutConfig(
+            temperature=problem.temperature,
+            max_response_length=MAX_RESPONSE,
+            router_replay=problem.replayed,
+        ),
         algorithm=problem.algorithm,
         trainer=TrainerConfig(
             total_training_steps=1,
@@ -495,11 +540,30 @@ def make_samples(problem: Problem) -> list[TrainSample]:
     groups = [group for update in ADVANTAGES for group in update]
     vocab = problem.vocab_size
     prompts = [tuple(rng.randrange(vocab) for _ in range(n)) for n in PROMPT_LENGTHS]
-    return [
+    samples = [
         _sample(rng, vocab, prompts[group], group, index, advantage, live=any(advantages))
         for group, advantages in enumerate(groups)
         for index, advantage in enumerate(advantages)
     ]
+    return [replace(s, routing=_routing(s)) for s in samples] if problem.replayed else samples
+
+
+def _routing(sample: TrainSample) -> Routing:
+    """Any experts, for all layers. Of one group nothing is known, of one sample half."""
+    if sample.group == UNKNOWN_GROUP:
+        return NO_ROUTING
+    of_prompt = np.random.default_rng(sample.group)
+    of_response = np.random.default_rng([sample.group, sample.index])
+    n_response = len(sample.response_token_ids)
+    if (sample.group, sample.index) == HALF_KNOWN:
+        n_response //= 2
+    n_prompt = len(sample.prompt_token_ids) - 1
+    return Routing(prompt=_rows(of_prompt, n_prompt), response=_rows(of_response, n_response))
+
+
+def _rows(rng: np.random.Generator, n_tokens: int) -> Experts:
+    every = np.tile(np.arange(N_EXPERTS, dtype=np.uint8), (n_tokens, N_LAYERS, 1))
+    return rng.permuted(every, axis=2)[..., :EXPERTS_PER_TOKEN]
 
 
 def _sample(

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -58,6 +59,9 @@ def make_reference(config: Config, updates: Sequence[Sequence[TrainSample]]) -> 
         config.model.path, dtype=torch.float64, experts_implementation="eager"
     )
     margins: list[float] = []
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            module.layer, module.given = number, None
     for module in model.modules():
         # The norms and routers of transformers work in float32, whatever they are given.
         if type(module).__name__.endswith(("RMSNorm", "RMSNormGated")):
@@ -122,14 +126,30 @@ def _route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens [T, H] -> logits [T, experts], weights and numbers [T, experts per token]."""
     logits = F.linear(x, module.weight)
-    weights, chosen = logits.softmax(-1).topk(module.top_k)
+    probabilities, own = logits.softmax(-1), logits.topk(module.top_k).indices
+    chosen = _replayed(module, own)
+    weights = probabilities.gather(-1, chosen)
     if module.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     module.seen = logits.softmax(-1), chosen
     if module.top_k < logits.shape[1]:
         best = logits.detach().topk(module.top_k + 1).values
-        margins.append(((best[:, -2] - best[:, -1]).min() / logits.detach().abs().max()).item())
+        gaps = (best[:, -2] - best[:, -1])[_n_given(module) :] / logits.detach().abs().max()
+        margins.extend(gaps.tolist())
     return logits, weights, chosen
+
+
+def _n_given(module: Any) -> int:
+    """Tokens whose experts are known: the first ones."""
+    return 0 if module.given is None else len(module.given)
+
+
+def _replayed(module: Any, own: torch.Tensor) -> torch.Tensor:
+    """The experts that were given to the first tokens, then those of the router."""
+    if module.given is None:
+        return own
+    given = module.given[:, module.layer]
+    return torch.cat([given, own[len(given) :]])
 
 
 def _route_by_groups(
@@ -146,13 +166,14 @@ def _route_by_groups(
     kept = sums.topk(module.topk_group).indices
     outside = torch.ones_like(sums, dtype=torch.bool).scatter(-1, kept, False)
     biased = groups.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
-    best, chosen = biased.topk(module.top_k)
-    rest = biased.scatter(-1, chosen, -math.inf).amax(-1)
-    gaps = [(best[:, -1] - rest).min()]
+    best, own = biased.topk(module.top_k)
+    rest = biased.scatter(-1, own, -math.inf).amax(-1)
+    gaps = [best[:, -1] - rest]
     if module.topk_group < n_groups:
         others = sums.masked_fill(~outside, -math.inf).amax(-1)
-        gaps.append((sums.gather(-1, kept).amin(-1) - others).min())
-    margins.append(torch.stack(gaps).min().item())
+        gaps.append(sums.gather(-1, kept).amin(-1) - others)
+    margins.extend(torch.stack(gaps).amin(0)[_n_given(module) :].tolist())
+    chosen = _replayed(module, own)
     module.seen = scores / scores.sum(-1, keepdim=True), chosen
     weights = scores.gather(-1, chosen)
     if bias is not None:
@@ -379,6 +400,10 @@ def _distribution(
     distributions that they were drawn from."""
     prompt, response = sample.prompt_token_ids, sample.response_token_ids
     tokens = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+    rows = [x for x in (sample.routing.prompt, sample.routing.response) if len(x)]
+    given = torch.from_numpy(np.concatenate(rows)).long() if rows else None
+    for module in model.model.layers.modules():
+        module.given = given
     logits = model(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
     every = torch.log_softmax(logits, dim=-1)
     chosen = torch.tensor(response.tolist(), dtype=torch.int64).unsqueeze(1)

@@ -208,6 +208,7 @@ def _batch(pairs: Pairs) -> TrainBatch:
         n_skipped_tokens=0,
         n_shared_tokens=0,
         n_loss_tokens=n,
+        unrouted=1.0,
         flops=0.0,
         alpha=1.0,
         whole_alpha=1.0,

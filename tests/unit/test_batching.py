@@ -26,6 +26,7 @@ from gpg_megatron.batching.updates import (
 from gpg_megatron.config.algorithm import AlgorithmConfig
 from gpg_megatron.model.flops import TokenCosts
 from gpg_megatron.types import (
+    NO_ROUTING,
     Completion,
     MicroBatch,
     Prompt,
@@ -35,7 +36,7 @@ from gpg_megatron.types import (
     TrainSample,
 )
 from tests.presets import from_preset
-from tests.samples import float32, int32, train_sample
+from tests.samples import float32, int32, routing, train_sample
 from tests.unit.amap import Answer, amap_loss
 
 COSTS = TokenCosts(per_token=1.0, per_loss_token=0.5, per_pair=0.01)
@@ -516,3 +517,26 @@ def test_each_loss_token_knows_its_response(samples: Sequence[TrainSample]) -> N
     got = mb.responses_T[mb.loss_mask_T].tolist()
     assert got == [i for i, s in enumerate(samples) for _ in s.response_token_ids]
     assert not mb.responses_T[~mb.loss_mask_T].any()
+
+
+def test_what_no_engine_has_said_is_counted() -> None:
+    """A prompt of 3 tokens for two answers of 2, one of them known by half; and one alone."""
+    prompt = (1, 2, 3)
+    whole = train_sample(prompt, (4, 5), routing=routing((1, 2), (3, 4)))
+    half = train_sample(prompt, (6, 7), index=1, routing=routing((1, 2), (3,)))
+    alone = train_sample((8,), (9,), group=1, routing=routing((), (5,)))
+    bare = [replace(sample, routing=NO_ROUTING) for sample in (whole, half, alone)]
+    (shared,), (apart,), (none,) = (
+        update(samples, 1, max_tokens=50, share=share)
+        for samples, share in (
+            ([whole, half, alone], True),
+            ([whole, half, alone], False),
+            (bare, True),
+        )
+    )
+    # 2 of the prompt, 2 and 2 of the answers, 1 of the other: that before its last token
+    assert shared.unrouted == pytest.approx(1 / 7)
+    assert apart.unrouted == pytest.approx(1 / 9)
+    assert none.unrouted == 1.0
+    (full,) = update([whole, alone], 1, max_tokens=50)
+    assert full.unrouted == 0.0

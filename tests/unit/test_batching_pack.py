@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from gpg_megatron.batching.updates import pack
-from tests.samples import float32
+from gpg_megatron.types import Routing
+from tests.samples import float32, routing
 from tests.samples import train_sample as sample
 
 
@@ -46,6 +48,45 @@ def test_pack_with_a_shared_prompt_by_hand() -> None:
     assert pack([a, b], [0.25, 0.5]).prompt_S.tolist() == [-1, -1]
 
 
+def test_pack_lays_the_experts_beside_their_tokens() -> None:
+    """What a token of the table is sent to begins with the number in the last column."""
+    prompt = (10, 11, 12)
+    a = sample(prompt=prompt, response=(20, 21), routing=routing((50, 60), (70, 80)))
+    b = sample(prompt=prompt, response=(30,), routing=routing((51, 61), (90,)))
+    cut = sample(prompt=(13, 14), response=(40, 41), routing=routing((100,), (110,)))
+    alone = pack([a, cut], [1.0, 1.0])
+    assert alone.input_ids_T.tolist() == [10, 11, 12, 20, 21, 13, 14, 40, 41]
+    assert _first(alone.experts_T) == [50, 60, 70, 80, -1, 100, 110, -1, -1]
+    shared = pack([a, b, sample(prompt=(15,)), cut], [1.0] * 4, share_prompts=True)
+    assert shared.input_ids_T.tolist() == [10, 11, 12, 20, 12, 15, 3, 4, 13, 14, 40, 41]
+    assert _first(shared.experts_T) == [50, 60, 70, 80, 90, -1, -1, -1, 100, 110, -1, -1]
+
+
+def test_a_prompt_of_one_token_has_none_but_the_last() -> None:
+    one = sample(prompt=(9,), response=(3, 4), routing=routing((), (5, 7)))
+    both = pack([one, one], [1.0, 1.0], share_prompts=True)
+    assert both.input_ids_T.tolist() == [9, 3, 4, 9, 3, 4]
+    assert _first(both.experts_T) == [5, 7, -1, 5, 7, -1]
+
+
+def test_numbers_above_255_stay() -> None:
+    many = Routing(
+        prompt=np.full((1, 1, 1), 300, np.uint16), response=np.full((2, 1, 1), 511, np.uint16)
+    )
+    packed = pack([sample(routing=many)], [1.0])
+    assert packed.experts_T.flatten().tolist() == [300, 511, 511, -1]
+
+
+def _first(experts_T: torch.Tensor) -> list[int]:
+    """The first of each token; the others follow from it."""
+    assert experts_T.shape[1:] == (2, 2)
+    first_T = experts_T[:, :1, :1]
+    places = torch.tensor([[0, 1], [2, 3]]) * (first_T >= 0)
+    assert torch.equal(experts_T, (first_T + places).to(torch.int16))
+    numbers: list[int] = first_T.flatten().tolist()
+    return numbers
+
+
 def test_pack_types() -> None:
     mb = pack([sample()], [1.0])
     dtypes = {f.name: getattr(mb, f.name).dtype for f in dataclasses.fields(mb)}
@@ -60,7 +101,9 @@ def test_pack_types() -> None:
         "advantages_T": torch.float32,
         "weights_T": torch.float32,
         "rollout_logprobs_T": torch.float32,
+        "experts_T": torch.int16,
     }
+    assert mb.experts_T.shape == (4, 0, 0)
 
 
 def test_pack_of_an_empty_response_has_no_loss() -> None:

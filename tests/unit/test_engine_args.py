@@ -64,6 +64,15 @@ def test_latent_attention_does_without_a_kernel_that_is_wrong_on_a_cpu() -> None
         assert engine_args(spec) == spec_args(spec) | (off if device == "cpu" else {})
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_engines_say_where_they_send_their_tokens(device: Literal["cpu", "cuda"]) -> None:
+    """On a CPU the recorder does, which sees only what is computed."""
+    plain = spec_of(device)
+    replayed = replace(plain, rollout=replace(plain.rollout, router_replay=True))
+    key = {"cpu": "enable_prefix_caching", "cuda": "enable_return_routed_experts"}[device]
+    assert engine_args(replayed) == engine_args(plain) | {key: device == "cuda"}
+
+
 def spec_args(spec: EngineSpec) -> dict[str, Any]:
     return engine_args(replace(spec, is_latent=False))
 

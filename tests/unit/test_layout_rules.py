@@ -260,3 +260,21 @@ def test_the_engine_has_gated_delta_nets_on_a_cpu_in_bf16_only() -> None:
     check_engine_type(config, HYBRID, "cpu")
     with pytest.raises(UserError, match="in bf16 only; expected bf16"):
         check_engine_type(fp32, HYBRID, "cpu")
+
+
+def test_router_replay_needs_experts_and_on_a_cpu_tokens_that_were_not_guessed() -> None:
+    config = layout()
+    replayed = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, router_replay=True)
+    )
+    assert problem(replayed, model(architecture="Qwen3MoeForCausalLM", moe=EXPERTS)) is None
+    message = "rollout.router_replay is true, but Qwen3ForCausalLM has no experts; expected false"
+    assert problem(replayed, SHAPE) == message
+    guessing = dataclasses.replace(replayed.rollout, engine_args={"speculative_config": {}})
+    for on_cpu in (False, True):
+        both = dataclasses.replace(replayed, rollout=guessing)
+        try:
+            check_engine_type(both, SHAPE, "cpu" if on_cpu else "cuda")
+            assert not on_cpu
+        except UserError as error:
+            assert on_cpu and "rollout.router_replay" in str(error)

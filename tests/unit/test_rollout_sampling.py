@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpg_megatron.config.sections import RolloutConfig, ValidationConfig
@@ -21,13 +22,14 @@ from gpg_megatron.rollout.sampling import (
     canary_params,
     from_vllm,
     greedy,
+    routing_of,
     stream_seed,
     to_completions,
     training_params,
     validation_params,
 )
 from gpg_megatron.rollout.spec import EngineSpec
-from gpg_megatron.types import Prompt, SamplingParams, VersionSpan
+from gpg_megatron.types import NO_ROUTING, Prompt, SamplingParams, VersionSpan
 from tests.samples import float32, int32, plain
 
 
@@ -123,6 +125,32 @@ def test_completion_carries_the_version_of_every_token() -> None:
         VersionSpan(version=3, start=0, end=1),
         VersionSpan(version=4, start=1, end=3),
     )
+
+
+def test_the_rows_of_a_sample_are_cut_at_the_last_token_of_the_prompt() -> None:
+    """A prompt of 3 tokens. The last of a response was never computed; the second sample was
+    stopped early, of the third the engine knows nothing."""
+    rows = np.arange(5, dtype=np.uint8).reshape(5, 1, 1)
+    whole, short, none = routing_of([rows, rows[:3] + 10, None], 3, (3, 3, 1))
+    assert whole.prompt.flatten().tolist() == [0, 1]
+    assert whole.prompt is short.prompt is none.prompt
+    assert whole.response.flatten().tolist() == [2, 3, 4]
+    assert short.response.flatten().tolist() == [12]
+    assert len(none.response) == 0
+    # A row more than there are tokens: the request ran on after its end.
+    (longer,) = routing_of([rows], 3, (2,))
+    assert longer.response.flatten().tolist() == [2, 3]
+
+
+def test_what_crosses_is_a_copy_and_that_of_the_prompt_is_one() -> None:
+    rows = np.arange(5, dtype=np.uint8).reshape(5, 1, 1)
+    routing = routing_of([rows, rows], 3, (0, 3))
+    a, b = to_completions(_request(2), replace(SAMPLED, routing=routing))
+    assert a.routing.prompt is b.routing.prompt
+    assert not np.shares_memory(b.routing.response, rows)
+    assert b.routing.response.flatten().tolist() == [2, 3, 4]
+    (_, bare) = to_completions(_request(2), SAMPLED)
+    assert bare.routing is NO_ROUTING
 
 
 @pytest.mark.parametrize(
