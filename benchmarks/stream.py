@@ -41,8 +41,8 @@ from gpg_megatron.loop.stream import (
 )
 
 WARM_UP = 12
-"""Batches that are not counted: it begins with all engines empty. The end is not in it either: a run
-goes on beyond the batches that are counted."""
+"""Batches that are not counted: it begins with all engines empty. The end is not in it either: a
+run goes on beyond the batches that are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)

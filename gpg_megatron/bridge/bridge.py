@@ -311,7 +311,9 @@ class WeightBridge:
         self._store.add(key, 1)
         if self._rank == 0:
             size = dist.get_world_size(self._group)
-            patience.until(lambda: self._store.add(key, 0) == size, "the other policy ranks to send")
+            patience.until(
+                lambda: self._store.add(key, 0) == size, "the other policy ranks to send"
+            )
             self._store.delete_key(key)
 
     def _abort_reason(self) -> str | None:
