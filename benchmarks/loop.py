@@ -4,8 +4,8 @@
 
 Real gpg-train runs, by turns, so that a busy machine slows all. The first two steps of a run are
 left out: they warm up. Medians over the other steps; accuracy is the mean of the runs, each with a
-seed of its own, and its range. `algorithm.correction` is auto unless a row says otherwise. Last line:
-JSON.
+seed of its own, and its range. `algorithm.correction` is auto unless a row says otherwise. Last
+line: JSON.
 """
 
 from __future__ import annotations

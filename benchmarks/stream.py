@@ -41,7 +41,8 @@ from gpg_megatron.loop.stream import (
 )
 
 WARM_UP = 12
-"""Batches that are not counted: it begins with all engines empty."""
+"""Batches that are not counted: it begins with all engines empty. The end is not in it either: a
+run goes on beyond the batches that are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,14 +260,15 @@ class Simulation:
         self.trained: list[list[int]] = []
         """Lengths of each batch's answers."""
         self.ages: list[Counter[int]] = []
-        self.ends: list[float] = []
+        self.marks: list[tuple[float, float, float]] = []
+        """After each batch: seconds, tokens that were decoded, seconds of learning."""
         self.learning = 0.0
         self.n_cut = 0
 
-    def run(self) -> None:
-        """To the last batch."""
+    def run(self, batches: int) -> None:
+        """So many batches."""
         self.publish()
-        while self.state.closed < self.rules.last:
+        while self.state.closed < batches:
             self.event(Asked())
             self.wait(lambda: next_batch(self.rules, self.state) is not None)
             batch = next_batch(self.rules, self.state)
@@ -279,7 +281,7 @@ class Simulation:
             self.learning += seconds
             self.work_until(self.engines.now + seconds)
             self.publish()
-            self.ends.append(self.engines.now)
+            self.marks.append((self.engines.now, self.engines.produced, self.learning))
 
     def publish(self) -> None:
         self.event(PublishBegan())
@@ -321,11 +323,13 @@ def simulate(setup: Setup, mode: Mapping[str, Any], batches: int, lengths: Seque
     answers = Answers(setup=setup, lengths=lengths)
     extra = math.ceil(mode.get("extra", 0) * setup.prompts)
     room = room_for(setup.engines * setup.seqs, setup.n)
-    rules = Rules(**{**mode, "extra": extra}, size=setup.prompts, last=batches, room=room)
+    last = batches + mode.get("staleness", 0) + 1
+    rules = Rules(**{**mode, "extra": extra}, size=setup.prompts, last=last, room=room)
     run = Simulation(setup, rules, answers)
-    run.run()
+    run.run(batches)
     counted = batches - WARM_UP
-    seconds = run.ends[-1] - run.ends[WARM_UP - 1]
+    begin, end = run.marks[WARM_UP - 1], run.marks[-1]
+    seconds, produced, learning = (y - x for x, y in zip(begin, end, strict=True))
     tokens = [sum(batch) for batch in run.trained[WARM_UP:]]
     whole = fmean(n for ticket in range(20_000) for n in answers.draw(-1 - ticket))
     ages = sum(run.ages[WARM_UP:], Counter())
@@ -334,8 +338,8 @@ def simulate(setup: Setup, mode: Mapping[str, Any], batches: int, lengths: Seque
     return Result(
         step_s=seconds / counted,
         bound_s=max(n_tokens / setup.engine_rate, learn),
-        engines_busy=run.engines.produced / run.engines.now / setup.engine_rate,
-        trainer_busy=run.learning / run.engines.now,
+        engines_busy=produced / seconds / setup.engine_rate,
+        trainer_busy=learning / seconds,
         ages={a: n / ages.total() for a, n in sorted(ages.items())},
         early_length=fmean(n for batch in run.trained[:3] for n in batch) / whole,
         late_length=fmean(n for batch in run.trained[WARM_UP:] for n in batch) / whole,

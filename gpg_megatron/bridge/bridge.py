@@ -276,8 +276,10 @@ class WeightBridge:
         patience = Patience(self._config.timeout_s, self._abort_reason)
         try:
             self._sender.send(patience, verify=verify)
+            self._wait_for_all(patience)
         except TransferError as error:
             problem = f"policy rank {self._rank}: {error}"
+            self._store.set(str(self._publishes), problem)
         problems = self._gather(problem)
         if self._ask(lambda: self._commit(problems, version)) is None:
             return False
@@ -301,6 +303,18 @@ class WeightBridge:
             raise TransferError(f"publishing version {version} failed: {problem}")
         self._pending.wait(self._config.timeout_s)
         self._control.commit(version)
+
+    def _wait_for_all(self, patience: Patience) -> None:
+        """This rank has sent everything. Rank 0, which alone hears from the engines, goes on
+        listening until the others have; raises TransferError when that is in vain."""
+        key = f"{self._publishes} sent"
+        self._store.add(key, 1)
+        if self._rank == 0:
+            size = dist.get_world_size(self._group)
+            patience.until(
+                lambda: self._store.add(key, 0) == size, "the other policy ranks to send"
+            )
+            self._store.delete_key(key)
 
     def _abort_reason(self) -> str | None:
         """Why this publish cannot succeed any more; rank 0 tells the others what it hears."""

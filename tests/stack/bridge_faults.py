@@ -11,19 +11,22 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from gpg_megatron.bridge.sender import Message
 from gpg_megatron.host.device import init_process_group, set_threads
 from tests.engine_processes import engine_processes
 from tests.stack.bridge_ranks import COLLECTIVE_LIMIT_S, Fleets, compare, configuration
 
 # Bucket and time limits far below the defaults: a tiny model still needs many buckets.
 BRIDGE_LIMIT_S = 10
+LATE_S = 1.5
 
 
 class Faults:
@@ -94,6 +97,23 @@ class Faults:
             self.fleet.fleet.call_workers(method, [arguments], timeout_s=60)
         dist.barrier()
 
+    @contextmanager
+    def late(self) -> Iterator[None]:
+        """The last rank holds its last bucket back until the others have nothing more to send."""
+        sender = self.bridge._sender
+        assert sender is not None
+        pack = sender._pack
+
+        def late(message: Message, slot: torch.Tensor, *, verify: bool) -> int:
+            if message is sender._messages[-1]:
+                time.sleep(LATE_S)
+            return pack(message, slot, verify=verify)
+
+        if dist.get_rank() == dist.get_world_size() - 1:
+            sender._pack = late  # type: ignore[method-assign]
+        yield
+        sender._pack = pack  # type: ignore[method-assign]
+
     def kill_soon(self, delay_s: float) -> None:
         """End the engine's processes while the receiver sleeps in the middle of an update."""
         if self.fleet.fleet is None:
@@ -111,9 +131,10 @@ def main() -> None:
         faults = Faults(job, fleet)
         faults.note("first", lambda: faults.publish(1))
         faults.note("first works", faults.gap)
-        for kind in ("raise", "damage"):
+        for kind in ("raise", "damage", "last"):
             faults.ask("fault", kind)
-            faults.note(kind, lambda: faults.publish(0))
+            with faults.late() if kind == "last" else nullcontext():
+                faults.note(kind, lambda: faults.publish(0))
             faults.note(f"{kind} refuses", faults.gap)
             faults.ask("heal")
             faults.note(f"{kind} again", lambda: faults.publish(0))

@@ -17,15 +17,17 @@ class FaultyReceiver(BridgeReceiver):
     """Inside vLLM's worker."""
 
     def fault(self: Any, kind: str, seconds: float = 0.0) -> None:
-        """What goes wrong at the third bucket of the next update: raise, damage, or sleep."""
+        """What goes wrong at the third bucket of the next update: raise, damage, or sleep; last:
+        the very last bucket raises."""
         engine = self.weight_transfer_engine.receiver
         install = type(engine)._install
         seen = 0
 
         def faulty(source: Source, data: torch.Tensor, *, verify: bool) -> None:
             nonlocal seen
-            if seen == AT_BUCKET:
-                if kind == "raise":
+            left = sum(len(s.buckets) - s.n_read for s in engine._sources.values())
+            if left == 1 if kind == "last" else seen == AT_BUCKET:
+                if kind in ("raise", "last"):
                     raise OSError("the fault that was asked for")
                 if kind == "damage":
                     data = data.clone()

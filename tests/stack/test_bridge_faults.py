@@ -62,7 +62,11 @@ def test_the_first_publish_works(notes: Notes) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("raise", "the fault that was asked for"), ("damage", "arrived damaged")],
+    [
+        ("raise", "the fault that was asked for"),
+        ("damage", "arrived damaged"),
+        ("last", "the fault that was asked for"),
+    ],
 )
 def test_a_failing_receiver(notes: Notes, kind: str, words: str) -> None:
     error = failed(notes[kind], BRIDGE_LIMIT_S)
