@@ -158,8 +158,8 @@ def _check_balance(policy: PolicyConfig, shape: ModelShape) -> None:
     """Raises UserError."""
     if policy.moe_aux_loss_coeff and shape.moe is None:
         raise UserError(
-            f"policy.moe_aux_loss_coeff={policy.moe_aux_loss_coeff:g}, but {shape.architecture} has "
-            f"no experts; expected 0"
+            f"policy.moe_aux_loss_coeff={policy.moe_aux_loss_coeff:g}, but {shape.architecture} "
+            f"has no experts; expected 0"
         )
     has_bias = shape.moe and shape.moe.routing and shape.moe.routing.has_bias
     if policy.moe_router_bias_update_rate and not has_bias:

@@ -1,8 +1,8 @@
-"""Balance among the experts of a layer, two ways of it: a bias that follows their load (DeepSeek-V3,
-arXiv 2412.19437, section 2.1.2), and an auxiliary loss of each response (equations 17 to 20 there).
+"""Balance among the experts of a layer: a bias that follows their load (DeepSeek-V3, arXiv
+2412.19437, section 2.1.2), and an auxiliary loss of each response (equations 17 to 20 there).
 
-Both go by the positions that predict a response token. Each of those is computed once in any layout;
-the tokens of a shared prompt may be computed several times, and fillers are nobody's.
+Both go by the positions that predict a response token. Each of those is computed once in any
+layout; the tokens of a shared prompt may be computed several times, and fillers are nobody's.
 
 Megatron has both, and neither is used. Its bias moves while gradients are summed, before anything
 knows whether the update is made, and by counts that are of the model's type (in bf16 they stop at

@@ -309,7 +309,6 @@ PROBLEMS = (
         clip_grad=1000.0,
         recompute="layers",
         experts=True,
-        aux_loss=0.1,
         seed=34,
     ),
     Problem(
@@ -373,7 +372,8 @@ PROBLEMS = (
         experts=True,
         seed=106,
     ),
-    # Two of the three experts of a token's best group: by their sum it would often be another.
+    # Without a choice of experts: hardly any weights leave none that is made by a hair. That of
+    # groups is in test_policy_routing.py.
     Problem(
         name="deepseekv2-untied",
         family="DeepseekV2",
@@ -382,7 +382,8 @@ PROBLEMS = (
         head_dim=6,
         options=ROUTED
         | LATENT
-        | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+        | {"q_lora_rank": None, "topk_method": "greedy"}
+        | {"n_routed_experts": EXPERTS_PER_TOKEN, "n_group": 1},
         rope=MSCALE_YARN,
         algorithm=from_preset("paper"),
         temperature=1.0,
