@@ -15,11 +15,13 @@ Last line: JSON.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +40,8 @@ from gpg_megatron.config.sections import (
 )
 from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.rollout.fleet import Fleet
-from gpg_megatron.rollout.sampling import SamplingRequest
+from gpg_megatron.rollout.engine import Engine
+from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, to_completions
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import (
     NO_ROUTING,
@@ -149,14 +151,15 @@ def answers(
             weight_transfer=BACKEND,
             scratch=scratch_directory(run_id),
         )
-        fleet = Fleet.start(spec, run_id=run_id, log_dir=scratch_directory(run_id))
-        fleet.wait_ready()
         params = SamplingParams(
             n=n, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens, stop=(), seed=1
         )
         requests = [SamplingRequest(prompt=p, params=params, with_routing=True) for p in prompts]
-        completions = iter(fleet.generate(requests))
-        samples = [
+        with output_kept():
+            sampled = asyncio.run(_ask(Engine(spec, str(spec.scratch / "engine.log")), requests))
+        pairs = zip(requests, sampled, strict=True)
+        completions = iter([c for pair in pairs for c in to_completions(*pair)])
+        return [
             TrainSample(
                 prompt_id=prompt.id,
                 group=group,
@@ -173,14 +176,34 @@ def answers(
             for group, prompt in enumerate(prompts)
             for index in range(n)
         ]
-        fleet.close()
-        return samples
     finally:
         cleanup_run(run_id)
 
 
+async def _ask(engine: Engine, requests: Sequence[SamplingRequest]) -> list[Sampled]:
+    await engine.start()
+    asked = (engine.answer(request, 0, f"group {i}") for i, request in enumerate(requests))
+    sampled = await asyncio.gather(*asked)
+    await engine.shutdown()
+    return list(sampled)
+
+
 @contextmanager
-def one_policy(model: Path, dtype: Dtype) -> Any:
+def output_kept() -> Iterator[None]:
+    """An engine takes its process's output for its log."""
+    sys.stdout.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, fd in enumerate(kept, start=1):
+            os.dup2(fd, number)
+            os.close(fd)
+
+
+@contextmanager
+def one_policy(model: Path, dtype: Dtype) -> Iterator[Any]:
     """On one rank, in this process."""
     import torch.distributed as dist
 

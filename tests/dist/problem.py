@@ -563,8 +563,8 @@ def _routing(sample: TrainSample) -> Routing:
 
 
 def _rows(rng: np.random.Generator, n_tokens: int) -> Experts:
-    every = np.tile(np.arange(N_EXPERTS, dtype=np.uint8), (n_tokens, N_LAYERS, 1))
-    return rng.permuted(every, axis=2)[..., :EXPERTS_PER_TOKEN]
+    order = rng.random((n_tokens, N_LAYERS, N_EXPERTS)).argsort(-1)
+    return order[..., :EXPERTS_PER_TOKEN].astype(np.uint8)
 
 
 def _sample(

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 600
 N_EXPERTS, LAYERS, PER_TOKEN = 4, 3, 2
 N, MAX_TOKENS = 3, 12
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
