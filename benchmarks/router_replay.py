@@ -256,6 +256,7 @@ def update(policy: Any, samples: Sequence[TrainSample]) -> dict[str, float]:
         n_computed_tokens=0,
         n_skipped_tokens=0,
         n_shared_tokens=0,
+        n_loss_tokens=0,
         unrouted=0.0,
         flops=0.0,
         alpha=1.0,

@@ -112,7 +112,7 @@ class BridgeReceiver:
     @_remote
     def bridge_record_routing(self: Any) -> None:
         """Begin to record the experts that tokens are sent to."""
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
         modules = self.model_runner.get_model().modules()
         routers = {m.layer_id: m.router for m in modules if isinstance(m, MoERunner)}

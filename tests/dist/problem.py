@@ -183,7 +183,7 @@ MSCALE_YARN: dict[str, Any] = {
     "original_max_position_embeddings": 16,
 }
 
-PROBLEMS = (
+PROBLEMS: tuple[Problem, ...] = (
     Problem(
         name="qwen2-tied",
         family="Qwen2",

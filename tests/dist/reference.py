@@ -334,7 +334,8 @@ def _unbalance(model: torch.nn.Module, sample: TrainSample, loads: Loads) -> tor
     layers, times the positions that predict a response token."""
     n_response, total = len(sample.response_token_ids), torch.zeros((), dtype=torch.float64)
     own = slice(len(sample.prompt_token_ids) - 1, -1)
-    for router in (x for x in model.modules() if hasattr(x, "seen")):
+    routers: list[Any] = [x for x in model.modules() if hasattr(x, "seen")]
+    for router in routers:
         scores, chosen = router.seen
         (n_experts,), n_chosen = scores.shape[1:], chosen.shape[1]
         load = chosen[own].flatten().bincount(minlength=n_experts)
@@ -394,7 +395,7 @@ def _correction(a: AlgorithmConfig, log_ratio: torch.Tensor) -> torch.Tensor | f
 
 
 def _distribution(
-    model: torch.nn.Module, sample: TrainSample, temperature: float
+    model: Any, sample: TrainSample, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [L] each: log-probs of the response tokens of one sample, and the entropies of the
     distributions that they were drawn from."""

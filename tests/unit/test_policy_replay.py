@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def route(
     experts: list[list[int]] | None,
     tally: torch.Tensor | None = None,
     chooser: object = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, weights and choice [3 tokens, 4 experts]."""
     tally = torch.zeros(2, dtype=torch.float64) if tally is None else tally
@@ -62,7 +63,7 @@ def test_the_gradient_reaches_the_logits_of_the_given_experts_alone() -> None:
 def test_sigmoids_with_a_bias_and_groups() -> None:
     """The bias chooses and does not weigh; what is given need not lie within a group."""
     bias = torch.tensor([0.0, 0.0, 0.0, 9.0])
-    options = {
+    options: dict[str, Any] = {
         "score_function": "sigmoid",
         "expert_bias": bias,
         "num_groups": 2,
