@@ -123,13 +123,9 @@ def make_update(
     grid = plan_grid(
         chosen, dp_size=plan.dp_size, max_tokens=plan.max_tokens, costs=costs, share=share
     )
-    runs = [
-        run
-        for row in grid
-        for cell in row
-        for run in shared_runs([chosen[i] for i in cell], share=share)
-    ]
-    n_fillers = sum(not cell for row in grid for cell in row)
+    cells = [[chosen[i] for i in cell] for row in grid for cell in row]
+    runs = [run for cell in cells for run in shared_runs(cell, share=share)]
+    n_fillers = sum(not cell for cell in cells)
     n_chosen_tokens = sum(map(_n_tokens, chosen))
     n_packed_tokens = sum(map(run_tokens, runs))
     return TrainBatch(

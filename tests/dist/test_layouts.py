@@ -164,8 +164,9 @@ def test_the_metrics_are_those_of_one_process(
     """Each token is counted once, whichever ranks share it."""
     (alone,) = verdicts(Layout(), problem)
     right = [] if depends_on_ranks(problem) and layout.dp > 1 else alone["metrics"]
-    # A prompt is computed, and counted, wherever one of its samples is.
-    varying = ("policy/routing_missing", "policy/routing_differs") if layout.dp > 1 else ()
+    # A prompt is computed, and counted, in each micro-batch that has one of its samples.
+    splits = layout.dp > 1 or layout.vpp > 1
+    varying = ("policy/routing_missing", "policy/routing_differs") if splits else ()
     for verdict in verdicts(layout, problem):
         for got, expected in zip(verdict["metrics"], right, strict=False):
             for name in varying:
