@@ -39,6 +39,7 @@ from gpg_megatron.config.sections import (
     TrainerConfig,
 )
 from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
+from gpg_megatron.loop.agreement import canary_sample
 from gpg_megatron.model.shape import load_model_shape
 from gpg_megatron.rollout.engine import Engine
 from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, to_completions
@@ -160,19 +161,7 @@ def answers(
         pairs = zip(requests, sampled, strict=True)
         completions = iter([c for pair in pairs for c in to_completions(*pair)])
         return [
-            TrainSample(
-                prompt_id=prompt.id,
-                group=group,
-                index=index,
-                prompt_token_ids=prompt.token_ids,
-                response_token_ids=(completion := next(completions)).token_ids,
-                rollout_logprobs=completion.logprobs,
-                advantage=1.0,
-                version=0,
-                live=True,
-                score=1.0,
-                routing=completion.routing,
-            )
+            replace(canary_sample(prompt, next(completions)), group=group, index=index)
             for group, prompt in enumerate(prompts)
             for index in range(n)
         ]
