@@ -50,13 +50,20 @@ def fork_ranks(
     forker.stdin.write(job.line)
     forker.stdin.flush()
     answer = forker.stdout.readline()
-    assert answer, "the process that forks ranks has ended"
+    assert answer, f"the process that forks ranks has ended with code {forker.wait(timeout=60)}"
     codes: list[int] = json.loads(answer)
     return codes
 
 
-@functools.cache
 def _forker() -> subprocess.Popen[str]:
+    """A new one in place of one that has ended: that fails one test, not all that follow."""
+    if _started().poll() is not None:
+        _started.cache_clear()
+    return _started()
+
+
+@functools.cache
+def _started() -> subprocess.Popen[str]:
     """Of this process, with whose end its input ends; of no run, whose end would be its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.dist.forker"],
