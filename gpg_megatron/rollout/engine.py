@@ -11,6 +11,7 @@ import asyncio
 import os
 import pickle
 import sys
+import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -57,6 +58,7 @@ def sanitize_environment(spec: EngineSpec) -> None:
     temporary = Path(os.environ.get("GPG_SCRATCH", spec.scratch)) / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
+    tempfile.tempdir = None  # Ray has asked for it before
     if spec.device == "cpu":
         # Of each worker: the cores shared among all of them.
         threads = max(1, len(os.sched_getaffinity(0)) // (tp * count))

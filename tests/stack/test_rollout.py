@@ -504,6 +504,9 @@ def test_tensor_parallel_engine_and_its_sudden_end(model: Path) -> None:
             assert largest_gap(model, request(2).prompt, c, 0.7) < 1e-4
         processes = engine_processes()
         core = next(p for p in processes if p.name() == "VLLM::EngineCore")
+        sockets = [Path(c.laddr) for p in processes for c in p.net_connections("unix")]
+        outside = [x for x in sockets if not x.is_relative_to(scratch_directory(run_id))]
+        assert sockets and not [x for x in outside if x.is_absolute()], outside
         threading.Timer(1.0, core.kill).start()
         began = time.monotonic()
         with pytest.raises(EngineDied, match="engine 0 died while calling sleep_for"):
