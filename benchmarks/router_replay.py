@@ -1,11 +1,11 @@
 """How far a policy with experts is from its engine, with and without router replay.
 
-    python -m benchmarks.router_replay [--model DIR [--text FILE]] [--dtype ...] ...
+    python -m benchmarks.router_replay [--model DIR] [--text FILE [--train STEPS]] [--dtype ...] ...
 
 A real engine answers prompts and says where it sent its tokens; a policy with the same weights
 computes their log-probs with the engine's experts and with its own. The prompts are pieces of FILE,
-or random tokens. Without --model: a random Qwen3-MoE with 64 experts, 8 for each token. On CPU.
-Last line: JSON.
+or random tokens. Without --model: a Qwen3-MoE with 64 experts, 8 for each token, of random weights
+or trained to continue FILE. On CPU. Last line: JSON.
 
     with_mean, with_max        of |policy - engine| over the response tokens, nats
     without_mean, without_max  the same with the policy's own experts
@@ -15,11 +15,9 @@ Last line: JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +39,8 @@ from gpg_megatron.config.sections import (
 from gpg_megatron.host.reaper import cleanup_run, new_run_id, scratch_directory, start_reaper
 from gpg_megatron.loop.agreement import canary_sample
 from gpg_megatron.model.shape import load_model_shape
-from gpg_megatron.rollout.engine import Engine
-from gpg_megatron.rollout.sampling import Sampled, SamplingRequest, to_completions
+from gpg_megatron.rollout.fleet import Fleet
+from gpg_megatron.rollout.sampling import SamplingRequest
 from gpg_megatron.rollout.spec import EngineSpec
 from gpg_megatron.types import (
     NO_ROUTING,
@@ -55,12 +53,15 @@ from gpg_megatron.types import (
 Dtype = Literal["fp32", "bf16"]
 LENGTHS = (8, 48)
 """Tokens of a prompt, at least and at most."""
+PIECE, PIECES = 64, 16
+"""Tokens of a piece and pieces of a batch, in training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--train", type=int, default=0)
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--engine-dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--prompts", type=int, default=16)
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or make_model(Path(folder))
+        model = args.model or make_model(Path(folder), args.text, args.train)
         samples = answers(
             model,
             make_prompts(model, args.text, args.prompts),
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_model(folder: Path) -> Path:
-    """Random weights, whose log-probs are about as sharp as those of a trained model."""
+def make_model(folder: Path, text: Path | None, steps: int) -> Path:
+    """Of random weights its log-probs are about as sharp as those of a trained model."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from gpg_megatron.demo.model import build_tokenizer
@@ -105,10 +106,33 @@ def make_model(folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     network = Qwen3MoeForCausalLM(config)
-    network.model.norm.weight.data *= 3.0
+    lines = text.read_text().splitlines() if text else ["the quick brown fox"]
+    tokenizer = build_tokenizer(lines, 4096 if steps else 300)
+    if steps:
+        assert text is not None
+        train(network, tokenizer.encode(text.read_text()), steps)
+    else:
+        network.model.norm.weight.data *= 3.0
     network.save_pretrained(folder)
-    build_tokenizer(["the quick brown fox"], 300).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+def train(network: Any, row: Sequence[int], steps: int) -> None:
+    """To continue pieces of the row, with the loss that keeps its experts at about equal loads."""
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        begins = [rng.randrange(len(row) - PIECE) for _ in range(PIECES)]
+        ids = torch.tensor([row[begin : begin + PIECE] for begin in begins])
+        answer = network(input_ids=ids, labels=ids, output_router_logits=True)
+        answer.loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(answer.loss.item())
+    print(f"trained for {steps} steps: loss {losses[0]:.2f} -> {sum(losses[-10:]) / 10:.2f}")
 
 
 def make_prompts(model: Path, text: Path | None, n: int) -> list[Prompt]:
@@ -156,10 +180,10 @@ def answers(
             n=n, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens, stop=(), seed=1
         )
         requests = [SamplingRequest(prompt=p, params=params, with_routing=True) for p in prompts]
-        with output_kept():
-            sampled = asyncio.run(_ask(Engine(spec, str(spec.scratch / "engine.log")), requests))
-        pairs = zip(requests, sampled, strict=True)
-        completions = iter([c for pair in pairs for c in to_completions(*pair)])
+        fleet = Fleet.start(spec, run_id=run_id, log_dir=spec.scratch)
+        fleet.wait_ready()
+        completions = iter(fleet.generate(requests))
+        fleet.close()
         return [
             replace(canary_sample(prompt, next(completions)), group=group, index=index)
             for group, prompt in enumerate(prompts)
@@ -167,28 +191,6 @@ def answers(
         ]
     finally:
         cleanup_run(run_id)
-
-
-async def _ask(engine: Engine, requests: Sequence[SamplingRequest]) -> list[Sampled]:
-    await engine.start()
-    asked = (engine.answer(request, 0, f"group {i}") for i, request in enumerate(requests))
-    sampled = await asyncio.gather(*asked)
-    await engine.shutdown()
-    return list(sampled)
-
-
-@contextmanager
-def output_kept() -> Iterator[None]:
-    """An engine takes its process's output for its log."""
-    sys.stdout.flush()
-    kept = [os.dup(number) for number in (1, 2)]
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, fd in enumerate(kept, start=1):
-            os.dup2(fd, number)
-            os.close(fd)
 
 
 @contextmanager

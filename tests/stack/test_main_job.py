@@ -329,26 +329,29 @@ def test_a_killed_run_that_draws_ahead_goes_on_as_if_nothing_had_happened(job: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "replay"),
     # On a CPU the engine has gated delta nets in bf16 only.
     [
-        ("glm4_moe", "fp32"),
-        ("deepseek_v2", "fp32"),
-        ("deepseek_v3", "fp32"),
-        ("qwen3_next", "bf16"),
+        ("glm4_moe", "fp32", False),
+        ("deepseek_v2", "fp32", True),
+        ("deepseek_v3", "fp32", False),
+        ("qwen3_next", "bf16", False),
     ],
 )
 def test_a_family_trains_and_goes_on_after_a_save(
-    tmp_path: Path, family: Family, dtype: str
+    tmp_path: Path, family: Family, dtype: str, replay: bool
 ) -> None:
-    """Two steps without a break, and the second again from what the first has saved."""
+    """Two steps without a break, and the second again from what the first has saved; with the
+    engine's experts, the engine says all of them."""
     job = make_job(tmp_path, family=family, tied=False, dtype=dtype)
     two = ("trainer.total_training_steps=2", "checkpoint.save_freq=1")
+    two += (f"rollout.router_replay={str(replay).lower()}",)
     with started(job, "whole", *two) as run:
         run.ends(0, limit_s=START_LIMIT_S)
         _, *whole = run.metrics()
     assert [row["step"] for row in whole] == [1, 2]
     assert all(row["policy/grad_norm"] > 0 for row in whole)
+    assert [row.get("policy/routing_missing") for row in whole] == [0.0 if replay else None] * 2
     middle = run.output / "checkpoints" / "step_1"
     with started(job, "second", *two, f"checkpoint.resume={middle}") as run:
         run.ends(0, limit_s=START_LIMIT_S)
