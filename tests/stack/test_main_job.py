@@ -344,8 +344,11 @@ def test_a_family_trains_and_goes_on_after_a_save(
     """Two steps without a break, and the second again from what the first has saved; with the
     engine's experts, the engine says all of them."""
     job = make_job(tmp_path, family=family, tied=False, dtype=dtype)
-    two = ("trainer.total_training_steps=2", "checkpoint.save_freq=1")
-    two += (f"rollout.router_replay={str(replay).lower()}",)
+    two = (
+        "trainer.total_training_steps=2",
+        "checkpoint.save_freq=1",
+        f"rollout.router_replay={str(replay).lower()}",
+    )
     with started(job, "whole", *two) as run:
         run.ends(0, limit_s=START_LIMIT_S)
         _, *whole = run.metrics()
