@@ -61,13 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--train", type=int, default=0)
+    parser.add_argument("--train", type=int, default=0, metavar="STEPS")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--engine-dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args(argv)
+    if args.train and not args.text:
+        parser.error("--train needs --text")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or make_model(Path(folder), args.text, args.train)
         samples = answers(
