@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from gpg_megatron.config.sections import Config
 from gpg_megatron.errors import EXIT_STOPPED
 from gpg_megatron.host.cores import can_bind
-from gpg_megatron.host.reaper import RUN_ID_VARIABLE, cleanup_run, new_run_id, start_reaper
+from gpg_megatron.host.reaper import (
+    RUN_ID_VARIABLE,
+    SCRATCH_VARIABLE,
+    cleanup_run,
+    new_run_id,
+    start_reaper,
+)
 from gpg_megatron.start.leaving import AT_ONCE, leaving_in_order
 
 if TYPE_CHECKING:
@@ -83,7 +89,9 @@ def one_host_world(run_id: str, n_ranks: int, on_gpus: bool, is_alone: bool) -> 
 
 
 def world_of(n_hosts: int, n_ranks: int, on_gpus: bool, **rendezvous: Any) -> LaunchConfig:
-    """Of n_hosts with ranks, this one with n_ranks of them, each near its GPU."""
+    """Of n_hosts with ranks, this one with n_ranks of them, each near its GPU. Within own_run: the
+    files in which ranks say why they end are in its folder."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
     from torch.numa.binding import AffinityMode, NumaOptions
 
@@ -97,6 +105,7 @@ def world_of(n_hosts: int, n_ranks: int, on_gpus: bool, **rendezvous: Any) -> La
         monitor_interval=0.5,
         signals_to_handle=AT_ONCE,
         shutdown_timeout=SHUTDOWN_S,
+        logs_specs=DefaultLogsSpecs(log_dir=f"{os.environ[SCRATCH_VARIABLE]}/ranks"),
         **rendezvous,
     )
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,9 +86,11 @@ def started(folder: Path, name: str, *overrides: str) -> Iterator[Job]:
         yield job
 
 
-def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
+def test_tp2_pp2_policy_with_a_tp2_engine(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interleaved stages, and other tensor-parallel layouts on both sides; every sync is checked by
-    log-probs."""
+    log-probs. No temporary file is left."""
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a short name, for Ray's sockets
+    monkeypatch.setenv("TMPDIR", str(temporary))
     overrides = (
         "trainer.total_training_steps=3",
         "policy.pipeline_model_parallel_size=2",
@@ -97,6 +100,7 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path) -> None:
     )
     with started(job, "whole", *overrides) as run:
         printed = run.ends(0, limit_s=START_LIMIT_S)
+    temporary.rmdir()
     assert "first sync verified" in printed and "step 3/3" in printed, printed
     before, *steps = run.metrics()
     assert [row["step"] for row in steps] == [1, 2, 3]
