@@ -156,21 +156,21 @@ def gpu_states(
 def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) -> int:
     """Of one token in one layer: what autograd keeps of the project's own layer.
 
-                                     operation by operation      fused
-        two norms (or four)          2 x (4 h + b h + 4)         2 x (2 b h + 4)
-                                     (fp32 input, result         (input, result before the
-                                     before the weight)          weight)
+                                     on a CPU                    fused
+        two norms (or four)          2 x (b h + 4)               2 x (2 b h + 4)
+                                     (input)                     (input, result before the
+                                                                 weight)
         inputs of fc1 and of q, k, v 2 x b h                     2 x b h
         sines and cosines            4 b d                       4 b d
         attention                    b (4 H + 3 K) d / t         b (2 H + 2 c K) d / t, or
                                                                  b (3 H + 3 K) d / t
         its normaliser               4 H / t                     4 H / t
-        gated linear unit            5 b f / t                   3 b f / t
+        gated linear unit            3 b f / t                   3 b f / t
 
     Attention keeps q, k, v as the projection gave them, rotated q and k, and the output, of each
     sequence and of all. In one call it keeps rotated q, the output, and keys and values: c copies
     of a token's where prompts are shared, else views of what the projection gave. The gated linear
-    unit keeps gate and up, up again, silu(gate) and the product; fused not the second and third.
+    unit keeps gate and up, and the product.
 
     In the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), without dropout and
     without the score matrix. With experts f is what a token visits, and each visit keeps a
@@ -180,13 +180,11 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
     are divided by t under sequence parallelism.
 
     Args:
-        fused: norms and gated linear unit are one kernel each, attention one call, as on CUDA
-            in bf16.
+        fused: a norm is one kernel, attention one call, as on CUDA in bf16.
     """
     item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
     h, d, heads, kv_heads = shape.hidden_size, shape.head_dim, shape.num_heads, shape.num_kv_heads
-    norms = (2 * item * h + FP32) if fused else ((FP32 + item) * h + FP32)
-    norms *= 4 if shape.post_norms else 2
+    norms = ((1 + fused) * item * h + FP32) * (4 if shape.post_norms else 2)
     whole = (norms + 2 * item * h + 4 * item * d) // sequence_shares(config)
     if shape.latent is not None:
         # Before and after their norms; keys, values and queries are counted as every head's own.
@@ -200,11 +198,10 @@ def activation_bytes(config: Config, shape: ModelShape, *, fused: bool = False) 
     attention = math.ceil(item * kept_heads * d) + FP32 * heads
     if shape.delta:
         attention = max(attention, kept_bytes(shape.delta, item))
-    kept = 3 if fused else 5
-    mlp = kept * shape.ffn_size if shape.dense_layers else 0
+    mlp = 3 * shape.ffn_size if shape.dense_layers else 0
     if shape.moe is not None:
         ffn = shape.moe.experts_per_token * shape.moe.ffn_size + shape.moe.shared_ffn_size
-        mlp = max(mlp, kept * ffn + shape.moe.experts_per_token * shape.hidden_size)
+        mlp = max(mlp, 3 * ffn + shape.moe.experts_per_token * shape.hidden_size)
     return whole + (attention + item * mlp) // t
 
 

@@ -7,7 +7,7 @@ than a call for each segment, and less than half of the whole row under one mask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,21 +227,59 @@ def attend_by_span(
     window: int | None,
 ) -> torch.Tensor:
     """The same, a span after the other."""
-    return torch.cat([_attend(span, query, key, value, window) for span in spans])
+    cut: Any = _Cut.apply  # torch has no types for it
+    queries = cut(query, tuple((s.start, s.start + s.n * s.length) for s in spans))
+    ranges = tuple(r for span in spans for r in _key_ranges(span))
+    keys, values = iter(cut(key, ranges)), iter(cut(value, ranges))
+    return torch.cat(
+        [
+            _attend(span, _segments(q, span.n), _keys(span, keys), _keys(span, values), window)
+            for span, q in zip(spans, queries, strict=True)
+        ]
+    )
+
+
+class _Cut(torch.autograd.Function):
+    """Pieces [begin, end) of a row, some of which overlap: views.
+
+    Their gradients are added into one row. The backward pass of a slice makes a whole row of zeros
+    for each of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: torch.Tensor, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.ranges, ctx.shape = ranges, row.shape
+        return tuple(row[begin:end] for begin, end in ranges)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out = grads[0].new_zeros(ctx.shape)
+        for (begin, end), grad in zip(reversed(ctx.ranges), reversed(grads), strict=True):
+            out[begin:end] += grad
+        return out, None
+
+
+def _key_ranges(span: Span) -> list[tuple[int, int]]:
+    """Of its own keys, and of its prompt's."""
+    own = (span.key_start, span.key_start + span.n * span.n_keys)
+    return [own] if span.prompt is None else [own, span.prompt]
+
+
+def _keys(span: Span, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Keys or values [n, kv heads, prompt + n_keys, d] of a span, from the next pieces."""
+    own = _segments(next(pieces), span.n)
+    if span.prompt is None:
+        return own
+    prompt = next(pieces).transpose(0, 1)
+    return torch.cat([prompt.expand(span.n, *prompt.shape), own], dim=2)
 
 
 def _attend(
-    span: Span,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int | None,
+    span: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """The outputs [n * length, heads, d] of a span, from the rank's queries and the row's keys."""
-    q = _segments(query, span.start, span.n, span.length)
-    k, v = (_segments(x, span.key_start, span.n, span.n_keys) for x in (key, value))
-    if span.prompt is not None:
-        k, v = _after_prompt(span, key, k), _after_prompt(span, value, v)
+    """The outputs [n * length, heads, d] of a span."""
     mask = None
     n_before = k.shape[2] - q.shape[2]
     is_cut = window is not None and window < k.shape[2]
@@ -259,14 +297,7 @@ def _attend(
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _segments(row: torch.Tensor, start: int, n: int, length: int) -> torch.Tensor:
-    """[n, heads, length, d] of a row [T, heads, d]."""
-    segments: torch.Tensor = row[start : start + n * length].unflatten(0, (n, length))
+def _segments(piece: torch.Tensor, n: int) -> torch.Tensor:
+    """[n * length, heads, d] -> [n, heads, length, d]."""
+    segments: torch.Tensor = piece.unflatten(0, (n, -1))
     return segments.transpose(1, 2)
-
-
-def _after_prompt(span: Span, row: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Keys or values [n, kv heads, prompt + n_keys, d], from the row and those of the span."""
-    assert span.prompt is not None
-    prompt = row[slice(*span.prompt)].transpose(0, 1)
-    return torch.cat([prompt.expand(span.n, *prompt.shape), own], dim=2)

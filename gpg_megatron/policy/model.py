@@ -252,11 +252,14 @@ def _transformer_config(
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=device == "cpu",
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        # One kernel for the gated linear unit, which keeps its input alone, and, of Transformer
-        # Engine, one for rotary embeddings. Both round in other places than the CPU's.
+        # The gated linear unit keeps its input alone: on CUDA in one kernel of Megatron, else by
+        # gated_unit: "te" stands for a function of one's own. Of Transformer Engine one for rotary
+        # embeddings. Kernels round in other places than the CPU's operations.
         bias_activation_fusion=device == "cuda",
+        use_te_activation_func=device == "cpu",
+        # Our sum on_cpu; on CUDA it is a kernel of Apex.
+        gradient_accumulation_fusion=device == "cpu",
         apply_rope_fusion=device == "cuda" and has_transformer_engine(),
         bias_dropout_fusion=False,
     )

@@ -39,6 +39,7 @@ from megatron.core.utils import get_pg_rank
 
 from gpg_megatron.policy.attention import PackedAttention
 from gpg_megatron.policy.delta import GatedDeltaNet
+from gpg_megatron.policy.gate import gated_unit
 from gpg_megatron.policy.latent import LatentAttention
 from gpg_megatron.policy.norm import RMSNorm
 from gpg_megatron.policy.routing import Router
@@ -146,7 +147,9 @@ def _layer_class(shape: ModelShape) -> type[TransformerLayer]:
     return PostNormLayer if shape.post_norms else TransformerLayer
 
 
-_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_LINEARS = MLPSubmodules(
+    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=gated_unit
+)
 _MLP = ModuleSpec(module=MLP, submodules=_LINEARS)
 
 

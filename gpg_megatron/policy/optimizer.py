@@ -21,7 +21,7 @@ def build_optimizer(
     device: Device,
 ) -> MegatronOptimizer:
     """Adam with decoupled weight decay; fp32 master weights when the parameters are bf16."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -38,6 +38,12 @@ def build_optimizer(
         list(chunks),
         use_gloo_process_groups=device == "cuda",
     )
+    if device == "cpu":
+        # torch's, which reads memory once instead of once for each operation: a fifth of the time.
+        for part in optimizer_parts(optimizer):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 def build_scheduler(

@@ -40,6 +40,7 @@ def run_rank(config: Config) -> int:
     from gpg_megatron.host.device import (
         init_process_group,
         is_lost_peer,
+        keep_freed_memory,
         resolve_device,
         set_threads,
     )
@@ -53,6 +54,8 @@ def run_rank(config: Config) -> int:
     from gpg_megatron.loop.inputs import check_model
 
     set_threads(config.policy.num_threads)
+    if device == "cpu":
+        keep_freed_memory()
     world = int(os.environ["WORLD_SIZE"])
     if world != config.policy.world_size:
         raise UserError(

@@ -191,6 +191,8 @@ def waits() -> dict[str, Any]:
     (ddp,) = build_model(small(2), config, dtype=torch.bfloat16, device="cpu", temperature=1.0)
     model, device = ddp.module.to("meta"), cast(Device, "meta")
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to("meta")
+    for parameter in model.parameters():  # torch makes new ones
+        parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
     samples = [sample(16, n) for n in (5, 7, 7)]
     algorithm = AlgorithmConfig(correction="reject-sequence")
     with Recorder() as recorder:

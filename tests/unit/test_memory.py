@@ -142,10 +142,10 @@ def test_experts_count_as_often_as_a_token_visits_them() -> None:
     moe = replace(QWEN3_30B.moe, experts_per_token=4)
     fewer = replace(QWEN3_30B, moe=moe)
     difference = activation_bytes(config, QWEN3_30B) - activation_bytes(config, fewer)
-    assert difference == 2 * (5 * 4 * 768 + 4 * 2048)
+    assert difference == 2 * (3 * 4 * 768 + 4 * 2048)
     some = replace(fewer, moe=replace(moe, dense_layers=(0,)), ffn_size=6144)
     dense = activation_bytes(config, some) - activation_bytes(config, fewer)
-    assert dense == 2 * (5 * 6144 - 5 * 4 * 768 - 4 * 2048), "the layer that keeps more"
+    assert dense == 2 * (3 * 6144 - 3 * 4 * 768 - 4 * 2048), "the layer that keeps more"
 
 
 def test_an_engine_worker() -> None:

@@ -1,4 +1,4 @@
-"""Fused operations of the policy on GPUs compute what the CPU's compute, and keep less.
+"""Fused operations of the policy compute what plain ones compute, and keep less.
 
 Megatron compiles its own; here they run as they are written.
 """
@@ -21,6 +21,7 @@ from gpg_megatron.policy.on_cpu import quiet_megatron
 quiet_megatron()
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl  # noqa: E402
 
+from gpg_megatron.policy.gate import gated_unit  # noqa: E402
 from gpg_megatron.policy.model import _transformer_config  # noqa: E402
 from gpg_megatron.policy.norm import RMSNorm  # noqa: E402
 
@@ -35,9 +36,10 @@ def uncompiled() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_gated_linear_unit_is_fused_on_gpus_alone(device: Device) -> None:
+def test_the_gated_linear_unit_is_megatrons_on_gpus_alone(device: Device) -> None:
     config = _transformer_config(QWEN2_7B, PolicyConfig(), torch.bfloat16, device)
     assert config.bias_activation_fusion is (device == "cuda")
+    assert config.use_te_activation_func is (device == "cpu")
     assert config.apply_rope_fusion is False, "there is no Transformer Engine"
 
 
@@ -67,6 +69,9 @@ def test_a_fused_gated_linear_unit(dtype: torch.dtype) -> None:
         return F.silu(gate) * up
 
     right, fused = run(plain, x), run(lambda y: bias_swiglu_impl(y, None), x)
+    own = run(gated_unit, x)
+    assert torch.equal(own[0], right[0]) and torch.equal(own[1], right[1])
+    assert own[2] == [x.nbytes], "its input alone"
     for a, b in zip(right[:2], fused[:2], strict=True):
         # Each step rounds here; compiled, they round once.
         torch.testing.assert_close(
@@ -90,6 +95,17 @@ def test_the_norm_is_that_of_fp32_rounded_once_before_the_weight(dtype: torch.dt
         return norm.weight * (x32 * scale).to(dtype)
 
     x = torch.randn(N, 1, WIDTH, generator=generator).to(dtype)
-    (right, right_grad, _), (found, grad, _) = run(in_fp32, x), run(norm, x)
+    (right, right_grad, _), weight_grad = run(in_fp32, x), gradient_of(norm.weight)
+    (found, grad, kept), own_weight_grad = run(norm, x), gradient_of(norm.weight)
     assert torch.equal(right, found)
     torch.testing.assert_close(right_grad, grad)
+    torch.testing.assert_close(weight_grad, own_weight_grad)
+    weight_bytes = WIDTH * dtype.itemsize
+    assert kept == sorted([x.nbytes, weight_bytes, N * 4]), "input, weight and a factor of a token"
+
+
+def gradient_of(weight: torch.nn.Parameter) -> Tensor:
+    """That of the last backward pass."""
+    grad, weight.grad = weight.grad, None
+    assert grad is not None
+    return grad
