@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from gpg_megatron.algorithm.aggregation import aggregation_weights
 from gpg_megatron.batching.updates import BatchPlan, make_update, pack
@@ -151,7 +150,8 @@ def _padded(mb: MicroBatch, longest: int) -> MicroBatch:
 
     def pad(values_T: torch.Tensor) -> torch.Tensor:
         parts = values_T.split(sizes)
-        return torch.cat([F.pad(x, (0, n)) for x, n in zip(parts, fill, strict=True)])
+        ends = (x.new_zeros(n, *x.shape[1:]) for x, n in zip(parts, fill, strict=True))
+        return torch.cat([y for pair in zip(parts, ends, strict=True) for y in pair])
 
     total = [size + n for size, n in zip(sizes, fill, strict=True)]
     return replace(
