@@ -63,13 +63,13 @@ def is_lost_peer(error: RuntimeError) -> bool:
     )
 
 
-# Names of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
 def set_threads(num_threads: int | None) -> None:
     """CPU threads of this rank: as configured, or its share of the cores."""
     torch.set_num_threads(num_threads or threads_of_rank())
+
+
+# Names of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:

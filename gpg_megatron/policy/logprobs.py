@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gpg_megatron.policy.gradients import add_product
+
 NO_LOGIT = -1e30
 """Stands for the largest logit of a rank that has only padding rows: finite, because -inf minus
 -inf is nan."""
@@ -202,11 +204,7 @@ class _GradientSum:
         self._sum = torch.zeros_like(weight_VH, dtype=torch.float32)
 
     def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-        rows = self._sum[: grad_CV.shape[1]]
-        if grad_CV.dtype == torch.float32:
-            rows.addmm_(grad_CV.t(), hidden_CH)
-        else:
-            rows += grad_CV.t() @ hidden_CH
+        add_product(hidden_CH, grad_CV, self._sum[: grad_CV.shape[1]])
 
     def total(self) -> torch.Tensor:
         return self._sum.to(self._weight.dtype)

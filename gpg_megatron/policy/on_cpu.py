@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gpg_megatron.policy.gradients import add_product
 from gpg_megatron.policy.transformer_engine import PACKAGE, has_transformer_engine
 
 
@@ -111,21 +112,15 @@ def redirect_megatron_to_cpu() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     for name in _MODULES_NAMING_CUDA:
         _retarget_module(importlib.import_module(name))
-    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
-        wgrad_gemm_accum_fp32=_add_product
-    )
-    layers._grad_accum_fusion_available = True
+    _redirect_weight_gradients()
     _redirect_experts()
 
 
-def _add_product(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
-    """total [out, in] += grad [T, out].T @ x [T, in], of a weight; total is fp32. In fp32 without a
-    product in memory of its own."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.t(), x)
-    else:
-        total += grad.t() @ x
+def _redirect_weight_gradients() -> None:
+    """Linear layers add a weight's gradient where gradients are: what Apex has a kernel for."""
+    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+    layers._grad_accum_fusion_available = True
 
 
 def _redirect_experts() -> None:
