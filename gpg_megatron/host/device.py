@@ -1,8 +1,7 @@
-"""The device of this process: which one, its process group, its threads, its memory."""
+"""The device of this process: which one, its process group, its threads."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from datetime import timedelta
 from typing import Literal
@@ -66,19 +65,6 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def set_threads(num_threads: int | None) -> None:
     """CPU threads of this rank: as configured, or its share of the cores."""
     torch.set_num_threads(num_threads or threads_of_rank())
-
-
-# Names of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def keep_freed_memory() -> None:
-    """The C library keeps what this process frees, and does not give it back to the system: the
-    next step wants it again, and the system clears page by page what it hands out."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):  # glibc, musl has none
-        for what, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20)):
-            library.mallopt(what, value)
 
 
 def device_bytes(device: Device) -> int | None:

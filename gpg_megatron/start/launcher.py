@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from gpg_megatron.config.sections import Config
+from gpg_megatron.host.allocator import allocator_variables
 from gpg_megatron.host.leaving import BEGAN_VARIABLE
 from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.loop.suspect import SUSPECT_VARIABLE
@@ -36,6 +37,7 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     os.environ[BEGAN_VARIABLE] = str(time.time())
     if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ |= allocator_variables(os.environ)
     restarts = Restarts(config)
     with meet(config, hosts) if hosts.count > 1 else nullcontext() as meeting:
 

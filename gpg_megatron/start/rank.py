@@ -37,10 +37,10 @@ def run_rank(config: Config) -> int:
     """Returns the exit code. Raises UserError."""
     import torch.distributed as dist
 
+    from gpg_megatron.host.allocator import keep_freed_memory
     from gpg_megatron.host.device import (
         init_process_group,
         is_lost_peer,
-        keep_freed_memory,
         resolve_device,
         set_threads,
     )
