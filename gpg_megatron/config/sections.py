@@ -93,17 +93,18 @@ class PolicyConfig:
     overlap_grad_reduce: bool = False
     """Gradients are summed over data-parallel ranks in buckets, while the backward pass of the
     last micro-batch goes on."""
-    recompute: Literal["none", "attention", "layers"] = "none"
+    recompute: Literal["auto", "none", "attention", "layers"] = "auto"
     """What the backward pass computes again instead of keeping it: nothing, the attention of each
-    layer, or whole layers."""
+    layer, or whole layers. auto: layers where the dry run says that nothing would not fit."""
     moe_aux_loss_coeff: float = ranged(0.0, at_least=0)
     """Of a loss that is 1 where the experts of each layer have the same load in every response, and
     greater elsewhere."""
     moe_router_bias_update_rate: float = ranged(0.0, at_least=0)
     """After each update the bias of an expert with less than the mean load rises so much, that of
     one with more falls (DeepSeek-V3)."""
-    max_tokens_per_micro_batch: int = ranged(16384, at_least=1)
-    """Token budget of one packed micro-batch; a single longer sequence goes alone."""
+    max_tokens_per_micro_batch: Optional[int] = ranged(None, at_least=1)
+    """Token budget of one packed micro-batch; a single longer sequence goes alone. None: 16,384,
+    on a CPU 1,024."""
     share_prompts: bool = True
     """The prompt of samples of one group is computed once per micro-batch."""
     logits_chunk_mb: int = ranged(256, at_least=1)
@@ -124,6 +125,12 @@ class PolicyConfig:
     seconds."""
     num_threads: Optional[int] = ranged(None, at_least=1)
     """CPU threads of each rank; None: the machine's cores shared among its ranks."""
+
+    @property
+    def row_tokens(self) -> int:
+        """max_tokens_per_micro_batch, where the default has been decided already."""
+        assert self.max_tokens_per_micro_batch is not None
+        return self.max_tokens_per_micro_batch
 
     @property
     def world_size(self) -> int:

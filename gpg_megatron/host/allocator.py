@@ -1,8 +1,8 @@
 """Who hands out memory in processes whose tensors are in the host's.
 
-glibc leaves holes: what it frees is too small by its alignment for a tensor of the same size, so the
-next one goes elsewhere. jemalloc, which Ray brings, leaves fewer: a rank holds a fifth less, an engine
-too. It has to be there before a process starts.
+glibc leaves holes: what it frees is too small, by its alignment, for a tensor of the same size, so
+the next one goes elsewhere. jemalloc, which Ray brings, leaves fewer. It has to be there before a
+process starts.
 """
 
 from __future__ import annotations

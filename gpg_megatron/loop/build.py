@@ -262,10 +262,10 @@ def _watchdog(silent_s: float) -> Watchdog:
 
 
 def _pids() -> list[int]:
-    """Of the other ranks and the launcher. Collective."""
+    """Of the other ranks. Collective."""
     pids: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
-    return [*pids[1:], os.getppid()]
+    return pids[1:]
 
 
 # ---- plain values ---------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def _batch_plan(config: Config, shape: ModelShape, policy: Policy) -> BatchPlan:
     return BatchPlan(
         algorithm=config.algorithm,
         n_updates=config.trainer.updates_per_batch,
-        max_tokens=p.max_tokens_per_micro_batch,
+        max_tokens=p.row_tokens,
         max_response_length=config.rollout.max_response_length,
         dp_rank=at.dp_rank,
         dp_size=at.dp_size,

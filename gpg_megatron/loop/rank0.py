@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class Rank0:
     logger: RunLogger
     progress: Progress
     pids: Sequence[int]
-    """Of the other policy ranks on this host and the launcher, for memory/rss_gb."""
+    """Of the other policy ranks, for the memory metrics."""
     gpu_metrics: Callable[[], dict[str, float]]
     """Since the last call; nothing on CPU."""
     _has_warned: bool = field(default=False, init=False)
@@ -88,7 +89,7 @@ class Rank0:
         samples: Sequence[TrainSample] = (),
     ) -> None:
         """Write one step everywhere; step 0 is the state before training."""
-        metrics = {**metrics, **memory_metrics(self.pids), **self.gpu_metrics()}
+        metrics = {**metrics, **memory_metrics(self.pids, os.getppid()), **self.gpu_metrics()}
         self.logger.log(step, metrics)
         if step:
             self.progress.step(step, metrics)

@@ -12,6 +12,8 @@ import psutil
 
 from gpg_megatron.types import ScoredGroup, StepResult, TrainSample
 
+ENGINE_PROCESS = "ray::Engine"
+"""What Ray calls an engine's actor; the method that it is in follows."""
 GIGABYTE = 10**9
 
 
@@ -62,18 +64,40 @@ def update_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     return {key: fmean(values) for key, values in merged.items()}
 
 
-def memory_metrics(pids: Iterable[int] = ()) -> dict[str, float]:
-    """memory/rss_gb: resident memory, 10^9 bytes, of this process, the processes `pids`, and
-    all their descendants, each counted once. Processes that have ended count as 0; pages
-    that processes share count in each of them.
+def memory_metrics(ranks: Iterable[int] = (), launcher: int | None = None) -> dict[str, float]:
+    """Resident memory, 10^9 bytes, of processes on this host and all their descendants, each
+    counted once. Processes that have ended count as 0; pages that processes share count in each of
+    them.
+
+        memory/rss_gb       this process, the other policy ranks, the launcher
+        memory/policy_gb    of these the ranks alone, without descendants
+        memory/engines_gb   of these the engines' actors, with descendants
+        memory/other_gb     the launcher, Ray, processes that score
     """
-    processes: set[psutil.Process] = set()
-    for pid in (os.getpid(), *pids):
+    policy = {os.getpid(), *ranks}
+    held: dict[psutil.Process, int] = {}
+    engines: set[psutil.Process] = set()
+    for pid in policy | ({launcher} if launcher else set()):
         with suppress(psutil.NoSuchProcess):
-            root = psutil.Process(pid)
-            processes |= {root, *root.children(recursive=True)}
-    n_bytes = 0
-    for process in processes:
+            held |= {p: _resident(p) for p in _with_descendants(psutil.Process(pid))}
+    for process in held:
         with suppress(psutil.NoSuchProcess):
-            n_bytes += process.memory_info().rss
-    return {"memory/rss_gb": n_bytes / GIGABYTE}
+            if process.name().startswith(ENGINE_PROCESS):
+                engines |= _with_descendants(process)
+    parts = {
+        "rss": sum(held.values()),
+        "policy": sum(n_bytes for process, n_bytes in held.items() if process.pid in policy),
+        "engines": sum(held.get(process, 0) for process in engines),
+    }
+    parts["other"] = parts["rss"] - parts["policy"] - parts["engines"]
+    return {f"memory/{name}_gb": n_bytes / GIGABYTE for name, n_bytes in parts.items()}
+
+
+def _with_descendants(process: psutil.Process) -> set[psutil.Process]:
+    return {process, *process.children(recursive=True)}
+
+
+def _resident(process: psutil.Process) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return int(process.memory_info().rss)
+    return 0

@@ -30,6 +30,7 @@ _SIZES = {
     "CP": "context_parallel_size",
     "DP": "data_parallel_size",
 }
+_HOLDERS = ("policy", "engines", "other")
 _LABELS = {
     "reward/accuracy": "training accuracy",
     "reward/mean": "training reward",
@@ -37,6 +38,8 @@ _LABELS = {
     "mismatch/logprob_mean": "mean",
     "throughput/rollout_tokens_per_s": "rollout",
     "throughput/policy_tokens_per_s": "policy",
+    "memory/rss_gb": "all",
+    **{f"memory/{holder}_gb": holder for holder in _HOLDERS},
 }
 
 
@@ -128,6 +131,8 @@ def _charts(frame: DataFrame) -> Iterator[tuple[str, str, list[Panel]]]:
         ("Throughput", "Tokens sampled and tokens trained on, per second of their phase.",
          [_panel(frame, "tokens/s",
                  ["throughput/rollout_tokens_per_s", "throughput/policy_tokens_per_s"])]),
+        ("Memory", "Resident on rank 0's host. Other: the launcher, Ray, processes that score.",
+         [_panel(frame, "GB", ["memory/rss_gb", *(f"memory/{part}_gb" for part in _HOLDERS)])]),
     )  # fmt: skip
     for title, remark, panels in drawn:
         if panels := [panel for panel in panels if panel.series]:

@@ -62,6 +62,9 @@ class EngineMemory:
     kv_cache: int
     """What is left of it for keys and values, the engine's own workspace not deducted."""
     kv_bytes_per_token: int
+    packed: int = 0
+    """On CPU: copies of the vocabulary's weights in the order that vLLM's products read. It makes
+    one of the embedding too, which nothing multiplies with."""
 
     @property
     def kv_tokens(self) -> int:
@@ -100,7 +103,7 @@ def policy_memory(
     shares = replicas if p.use_distributed_optimizer else 1
     of_experts = shares // p.expert_model_parallel_size if p.use_distributed_optimizer else 1
     state = optimizer_item(config)
-    tokens = math.ceil(p.max_tokens_per_micro_batch / p.context_parallel_size)
+    tokens = math.ceil(p.row_tokens / p.context_parallel_size)
     pp = p.pipeline_model_parallel_size
     layers = max(pipeline_chunks(p, shape.num_layers)[stage::pp])
     in_flight = passes_in_flight(p, stage, micro_batches_per_update(config))
@@ -226,7 +229,7 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
     rows = padded_vocab_size(shape, p.tensor_model_parallel_size) // p.tensor_model_parallel_size
     responses = config.rollout.max_response_length
     share = responses / (config.data.max_prompt_length + responses)
-    tokens = p.max_tokens_per_micro_batch / p.context_parallel_size
+    tokens = p.row_tokens / p.context_parallel_size
     chunk = max(1, p.logits_chunk_mb * MIB // (FP32 * rows))
     of_each = DTYPES[config.model.dtype].itemsize + 2 * FP32
     return min(math.ceil(tokens * share), chunk) * rows * of_each
@@ -244,7 +247,7 @@ def micro_batches_per_update(config: Config) -> int:
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     sequences = config.trainer.prompts_per_update * config.rollout.n
     mine = math.ceil(sequences / config.policy.data_parallel_size)
-    together = max(1, config.policy.max_tokens_per_micro_batch // longest)
+    together = max(1, config.policy.row_tokens // longest)
     return math.ceil(mine / together)
 
 
@@ -263,9 +266,11 @@ def engine_memory(
     cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
     cache_item = 1 if cache.startswith("fp8") else item
     parameters = n_parameters * item
+    packed = 0
     if device_bytes is None:
         kv_cache = int(config.rollout.kv_cache_gb * GIB)
         reserved = parameters + kv_cache
+        packed = 2 * item * padded_vocab_size(shape, t) // t * shape.hidden_size
     else:
         reserved = int(config.rollout.gpu_memory_utilization * device_bytes)
         kv_cache = reserved - parameters
@@ -274,6 +279,7 @@ def engine_memory(
         parameters=parameters,
         kv_cache=kv_cache,
         # A gated delta net keeps a state for each sequence instead.
+        packed=packed,
         kv_bytes_per_token=(shape.num_layers - len(shape.delta_layers)) * kept * cache_item,
     )
 

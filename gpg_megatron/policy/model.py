@@ -194,8 +194,10 @@ def _mark_tensor_parallel(model: PolicyModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, split[type(module)], 1)
 
 
-# policy.recompute -> keywords of TransformerConfig.
+# policy.recompute -> keywords of TransformerConfig. A run has decided auto; a model that is not
+# trained, as when a checkpoint is converted, keeps nothing.
 _RECOMPUTE: dict[str, dict[str, Any]] = {
+    "auto": {},
     "none": {},
     "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "layers": {

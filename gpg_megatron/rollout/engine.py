@@ -67,8 +67,8 @@ def sanitize_environment(spec: EngineSpec) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # "auto" leaves a core idle and refuses TP > 1 on a machine with one NUMA node.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # On a CPU vLLM 0.32 cannot load what it stores so, and compiles anew at every start; torch's
-        # own store works.
+        # On a CPU vLLM 0.32 cannot load what it stores so, and compiles anew at every start; what
+        # torch stores by itself is found again.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if spec.rollout.enforce_eager:
             # vLLM compiles a function of its sampler even then: 10 to 20 s, and a C++ compiler.

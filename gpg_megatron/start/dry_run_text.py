@@ -10,8 +10,9 @@ from gpg_megatron.bridge.links import Distance
 from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
-from gpg_megatron.start.dry_run import RunPlan, gib, problems
+from gpg_megatron.start.dry_run import gib, problems
 from gpg_megatron.start.host_memory import HostMemory
+from gpg_megatron.start.run_plan import RunPlan
 from gpg_megatron.types import DTYPES
 
 _FROM = {
@@ -77,7 +78,7 @@ updates    {t.updates_per_batch} per rollout batch, {update:,} prompts = {update
 each; {t.total_updates:,} in {t.total_training_steps:,} steps
            {summary(c.objective, c.sampled)}
            at most {micro_batches_per_update(c)} micro-batches of \
-{c.policy.max_tokens_per_micro_batch:,} tokens per data-parallel rank and update
+{c.policy.row_tokens:,} tokens per data-parallel rank and update
 epoch      {epoch}
 """
 
@@ -92,6 +93,7 @@ def _memory(plan: RunPlan) -> str:
         text += f"           {f'policy stage {stage.number}':<16}{numbers}\n"
     e = plan.engine
     text += f"""\
+           computed again in the backward pass: {plan.config.policy.recompute}
            engine worker: {gib(e.reserved)} = parameters {gib(e.parameters)} + \
 KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {e.kv_tokens // plan.longest:,} sequences of full length
@@ -99,7 +101,10 @@ KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {plan.limits.max_num_batched_tokens:,} tokens
 """
     if plan.device_bytes is None:
-        return text
+        parts = plan.cpu_parts
+        held = " + ".join(f"{name} {gib(n_bytes)}" for name, n_bytes in parts.items())
+        total, there = gib(sum(parts.values())), gib(plan.host_bytes)
+        return f"{text}           all processes: {held} = {total} of {there}\n"
     if plan.config.trainer.placement == "colocated":
         fullest = max(plan.peaks, key=lambda gpu: sum(plan.peaks[gpu][1:]))
         states = plan.memory_by_gpu[fullest].items()

@@ -38,6 +38,7 @@ def run_rank(config: Config) -> int:
     import torch.distributed as dist
 
     from gpg_megatron.host.allocator import keep_freed_memory
+    from gpg_megatron.host.collectives import on_rank0
     from gpg_megatron.host.device import (
         init_process_group,
         is_lost_peer,
@@ -52,6 +53,7 @@ def run_rank(config: Config) -> int:
     if device == "cpu":
         hide_gpu_libraries()
     from gpg_megatron.loop.inputs import check_model
+    from gpg_megatron.start.dry_run import settled
 
     set_threads(config.policy.num_threads)
     if device == "cpu":
@@ -66,7 +68,7 @@ def run_rank(config: Config) -> int:
     shape = check_model(config)
     init_process_group(device, config.policy.timeout_s)
     try:
-        return _train(config, shape, device)
+        return _train(on_rank0(lambda: settled(config, device)), shape, device)
     except (RunError, TimeoutError) as error:
         if dist.get_rank() and getattr(error, "everywhere", False):
             time.sleep(RANK0_GRACE_S)  # rank 0 says it; the launcher ends this rank then

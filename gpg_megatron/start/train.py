@@ -114,8 +114,9 @@ def check(config: Config, n_ranks: int) -> int:
 def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     """Print the plan of a run. Without a GPU here, trainer.device=auto is planned for CPU."""
     from gpg_megatron.host.device import resolve_device
-    from gpg_megatron.start.dry_run import Machine, plan_run
+    from gpg_megatron.start.dry_run import plan_run
     from gpg_megatron.start.dry_run_text import lines
+    from gpg_megatron.start.run_plan import Machine
 
     device = config.trainer.device
     if device == "auto":

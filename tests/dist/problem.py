@@ -526,7 +526,7 @@ def plan_of(config: Config, costs: TokenCosts, dp_rank: int) -> BatchPlan:
     return BatchPlan(
         algorithm=config.algorithm,
         n_updates=config.trainer.updates_per_batch,
-        max_tokens=config.policy.max_tokens_per_micro_batch,
+        max_tokens=config.policy.row_tokens,
         max_response_length=config.rollout.max_response_length,
         dp_rank=dp_rank,
         dp_size=config.policy.data_parallel_size,

@@ -281,7 +281,7 @@ def _weighed(config: Config, samples: Sequence[TrainSample]) -> WeighedUpdate:
         samples,
         config.algorithm,
         dp_size=config.policy.data_parallel_size,
-        max_tokens=config.policy.max_tokens_per_micro_batch,
+        max_tokens=config.policy.row_tokens,
         max_response_length=config.rollout.max_response_length,
     )
 

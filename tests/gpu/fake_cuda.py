@@ -44,7 +44,8 @@ from gpg_megatron.model.hub import SHAPES  # noqa: E402
 from gpg_megatron.placement.memory import micro_batches_per_update  # noqa: E402
 from gpg_megatron.policy.policy import Policy  # noqa: E402
 from gpg_megatron.policy.row import forward_arguments  # noqa: E402
-from gpg_megatron.start.dry_run import Stage, plan_run  # noqa: E402
+from gpg_megatron.start.dry_run import plan_run  # noqa: E402
+from gpg_megatron.start.run_plan import Stage  # noqa: E402
 from gpg_megatron.types import MicroBatch, TrainSample  # noqa: E402
 from tests.samples import float32, int32  # noqa: E402
 
@@ -159,7 +160,7 @@ def full_row(config: Config) -> MicroBatch:
         ]  # fmt: skip
         wider = samples + group
         row = pack(wider, [1.0] * len(wider), share_prompts=config.policy.share_prompts)
-        if len(row.input_ids_T) > config.policy.max_tokens_per_micro_batch:
+        if len(row.input_ids_T) > config.policy.row_tokens:
             return pack(samples, [1.0] * len(samples), share_prompts=config.policy.share_prompts)
         samples = wider
 
@@ -220,7 +221,7 @@ def planned_activations(config: Config, stage: Stage) -> float:
     """Bytes of one token of one micro-batch."""
     p = config.policy
     in_flight = min(p.pipeline_model_parallel_size - stage.number, micro_batches_per_update(config))
-    return stage.memory.activations / in_flight / p.max_tokens_per_micro_batch
+    return stage.memory.activations / in_flight / p.row_tokens
 
 
 def on_gpu(values: Any) -> Any:

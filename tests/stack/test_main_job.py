@@ -18,6 +18,7 @@ import pytest
 from gpg_megatron.checkpoint.compare import compare
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import EXIT_STOPPED
+from gpg_megatron.start.dry_run import plan_run
 from tests.engine_processes import engine_processes
 from tests.stack.jobs import START_LIMIT_S, STEP_KEYS, Job, running_job
 from tests.tiny import Family, make_tiny_model, write_problems
@@ -116,7 +117,10 @@ def test_tp2_pp2_policy_with_a_tp2_engine(job: Path, monkeypatch: pytest.MonkeyP
     assert {row["version"] for row in rows} == {1}
     assert (run.output / "report.html").stat().st_size > 10_000
     assert any((run.output / "tensorboard").iterdir())
-    assert load_config(run.output / "config.yaml").trainer.total_training_steps == 3
+    config = load_config(run.output / "config.yaml")
+    assert config.trainer.total_training_steps == 3
+    for part, n_bytes in plan_run(config, device="cpu").cpu_parts.items():
+        assert steps[-1][f"memory/{part}_gb"] == pytest.approx(n_bytes / 1e9, rel=0.15), part
 
 
 @pytest.mark.slow

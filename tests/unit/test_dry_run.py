@@ -22,8 +22,9 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.host.reaper import RUN_ID_VARIABLE
 from gpg_megatron.placement.memory import fitting_limits
 from gpg_megatron.start import train
-from gpg_megatron.start.dry_run import Machine, count_rows, plan_run, problems
+from gpg_megatron.start.dry_run import plan_run, problems
 from gpg_megatron.start.dry_run_text import lines
+from gpg_megatron.start.run_plan import Machine, count_rows
 from tests.tiny import write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +260,8 @@ def test_the_shipped_72b_layout_fits(models: Path) -> None:
 
 
 def test_what_does_not_fit_is_named(models: Path) -> None:
-    (found,) = problems(plan_run(flagship(models), device="cuda", machine=Machine(gpu_gib=24)))
+    kept = flagship(models, "policy.recompute=none")
+    (found,) = problems(plan_run(kept, device="cuda", machine=Machine(gpu_gib=24)))
     assert found.startswith("8 of 8 GPUs are too small; worst is GPU 0 in state policy: policy ")
     assert "+ engine 0.00 GiB of 24.00 GiB" in found
     tight = plan_run(flagship(models, "rollout.gpu_memory_utilization=0.01"), device="cuda")
@@ -277,6 +279,28 @@ def test_what_does_not_fit_is_named(models: Path) -> None:
         )
     host = replace(plan_run(flagship(models), device="cpu"), host_bytes=GIB)
     assert "are more than this machine's 1.00 GiB" in problems(host)[0]
+
+
+@pytest.mark.parametrize(("gpu_gib", "chosen"), [(80, "none"), (34, "layers"), (10, "layers")])
+def test_layers_are_computed_again_where_nothing_else_fits(
+    models: Path, gpu_gib: float, chosen: str
+) -> None:
+    """33.8 GiB without, 25.0 with: 0.9 of 34 GiB is between them."""
+    open_config = flagship(models, "policy.recompute=auto")
+    plan = plan_run(open_config, device="cuda", machine=Machine(gpu_gib=gpu_gib))
+    assert plan.config.policy.recompute == chosen
+    for said in ("none", "attention", "layers"):
+        config = flagship(models, f"policy.recompute={said}")
+        fixed = plan_run(config, device="cuda", machine=Machine(gpu_gib=gpu_gib))
+        assert fixed.config.policy.recompute == said
+
+
+def test_a_row_is_as_long_as_the_device_gains_from(models: Path) -> None:
+    config = flagship(models, "policy.max_tokens_per_micro_batch=null")
+    assert plan_run(config, device="cuda").config.policy.row_tokens == 16384
+    assert plan_run(config, device="cpu").config.policy.row_tokens == 1024
+    given = flagship(models, "policy.max_tokens_per_micro_batch=3000")
+    assert plan_run(given, device="cpu").config.policy.row_tokens == 3000
 
 
 @pytest.mark.parametrize("case", LARGE[:2], ids=lambda case: case.name)

@@ -12,7 +12,8 @@ import pytest
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.errors import UserError
 from gpg_megatron.model.shape import load_model_shape, shape_warnings
-from gpg_megatron.start.dry_run import Machine, plan_run, problems
+from gpg_megatron.start.dry_run import plan_run, problems
+from gpg_megatron.start.run_plan import Machine
 from tests.unit.published import LARGE, Large
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "qwen3-8b_math_megatron.yaml"

@@ -52,6 +52,7 @@ def test_layers_parameters_gradients_and_optimizer_of_every_stage(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=virtual,
+        max_tokens_per_micro_batch=16384,
     )
     config = replace(Config(), policy=policy, model=ModelConfig(dtype="bf16"))
     stages = pipeline_stages(policy, shape.num_layers)
@@ -130,7 +131,10 @@ def test_what_reduces_activations() -> None:
 
 def test_ranks_that_share_a_row_share_the_optimizer() -> None:
     config = config_of(
-        use_distributed_optimizer=True, data_parallel_size=2, context_parallel_size=4
+        use_distributed_optimizer=True,
+        data_parallel_size=2,
+        context_parallel_size=4,
+        max_tokens_per_micro_batch=1024,
     )
     memory = policy_memory(config, QWEN2_7B, n_parameters=800, stage=0)
     assert memory.optimizer == 800 * 12 // 8

@@ -129,8 +129,11 @@ def test_memory_counts_descendants_once() -> None:
         child.stdout.readline()
         with_child = memory_metrics()["memory/rss_gb"]
         assert 0.19 < with_child - own < 0.3
-        twice = memory_metrics([child.pid, os.getpid()])["memory/rss_gb"]
-        assert twice == pytest.approx(with_child, abs=0.02)
+        parts = memory_metrics([child.pid, os.getpid()])
+        assert parts["memory/rss_gb"] == pytest.approx(with_child, abs=0.02)
+        assert parts["memory/policy_gb"] == pytest.approx(this.memory_info().rss / 1e9 + 0.2, 0.2)
+        assert parts["memory/engines_gb"] == 0.0
+        assert sum(parts.values()) == pytest.approx(2 * parts["memory/rss_gb"])
     finally:
         child.kill()
         child.communicate()

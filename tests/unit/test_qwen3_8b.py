@@ -9,8 +9,9 @@ import pytest
 
 from gpg_megatron.config.loading import load_config
 from gpg_megatron.config.sections import GIB
-from gpg_megatron.start.dry_run import RunPlan, plan_run, problems
+from gpg_megatron.start.dry_run import plan_run, problems
 from gpg_megatron.start.dry_run_text import lines
+from gpg_megatron.start.run_plan import RunPlan
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "qwen3-8b_math_megatron.yaml"
 

@@ -14,8 +14,8 @@ import pytest
 from benchmarks.large_layouts import QWEN2_7B
 from gpg_megatron.config.sections import Config, PolicyConfig
 from gpg_megatron.layout.topology import policy_grid
-from gpg_megatron.start.dry_run import _stage
 from gpg_megatron.start.host_memory import rank_host_memory
+from gpg_megatron.start.run_plan import stage_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,11 +33,12 @@ def test_bytes_written_are_bytes_held(tp: int, pp: int, dp: int, ranks: tuple[in
         pipeline_model_parallel_size=pp,
         data_parallel_size=dp,
         use_distributed_optimizer=True,
+        max_tokens_per_micro_batch=1024,
     )
     config = replace(Config(), policy=policy)
     grid = policy_grid(policy, QWEN2_7B)
     for rank, found in zip(ranks, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        stage = _stage(config, QWEN2_7B, grid, rank // (tp * dp), on_gpus=True)
+        stage = stage_of(config, QWEN2_7B, grid, rank // (tp * dp), on_gpus=True)
         replica = rank // tp % dp
         expected = rank_host_memory(
             config,
