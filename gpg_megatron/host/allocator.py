@@ -1,8 +1,7 @@
 """Who hands out memory in processes whose tensors are in the host's.
 
-glibc leaves holes: what it frees is too small, by its alignment, for a tensor of the same size, so
-the next one goes elsewhere. jemalloc, which Ray brings, leaves fewer. It has to be there before a
-process starts.
+glibc leaves holes between what lives long and what does not: a third of what a rank held. jemalloc,
+which Ray brings, leaves fewer. It has to be there before a process starts.
 """
 
 from __future__ import annotations
