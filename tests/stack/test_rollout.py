@@ -411,8 +411,8 @@ class TestOneEngine:
     def test_every_process_carries_the_run(self, fleet: Fleet) -> None:
         mark = f"{RUN_ID_VARIABLE}={os.environ[RUN_ID_VARIABLE]}".encode()
         below = psutil.Process().children(recursive=True)
-        # What forks the ranks of other tests is no part of the run, nor is what other tests have not
-        # yet waited for.
+        # No part of the run: what forks the ranks of other tests, and what has ended and is not yet
+        # waited for.
         alive = [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         mine = [p for p in alive if "tests.dist.forker" not in p.cmdline()]
         names = {p.pid: p.name() for p in mine}
