@@ -278,8 +278,8 @@ def engine_memory(
         reserved=reserved,
         parameters=parameters,
         kv_cache=kv_cache,
-        # A gated delta net keeps a state for each sequence instead.
         packed=packed,
+        # A gated delta net keeps a state for each sequence instead.
         kv_bytes_per_token=(shape.num_layers - len(shape.delta_layers)) * kept * cache_item,
     )
 

@@ -6,6 +6,7 @@ What the policy section leaves open is decided here too, for a run and for a dry
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,9 +81,8 @@ def problems(plan: RunPlan) -> list[str]:
     if problem := cache_problem(config, engine):
         found.append(problem)
     if plan.device_bytes is None:
-        parts = plan.cpu_parts
-        if sum(parts.values()) > plan.host_bytes:
-            needed = " + ".join(f"{name} {gib(n_bytes)}" for name, n_bytes in parts.items())
+        if sum(plan.cpu_parts.values()) > plan.host_bytes:
+            needed = sum_of(plan.cpu_parts)
             found.append(f"host: {needed} are more than this machine's {gib(plan.host_bytes)}")
         return found
     peaks = plan.peaks
@@ -117,6 +117,11 @@ def _host_problems(plan: RunPlan) -> list[str]:
         f"host {number} needs {gib(needed)} of memory while {state}, it has "
         f"{gib(plan.host_bytes)}; use more hosts, or policy.use_distributed_optimizer"
     ]
+
+
+def sum_of(parts: Mapping[str, int]) -> str:
+    """Named bytes, for people."""
+    return " + ".join(f"{name} {gib(n_bytes)}" for name, n_bytes in parts.items())
 
 
 def gib(n_bytes: float) -> str:

@@ -10,7 +10,7 @@ from gpg_megatron.bridge.links import Distance
 from gpg_megatron.config.off_policy import summary
 from gpg_megatron.config.sections import GIB
 from gpg_megatron.placement.memory import micro_batches_per_update
-from gpg_megatron.start.dry_run import gib, problems
+from gpg_megatron.start.dry_run import gib, problems, sum_of
 from gpg_megatron.start.host_memory import HostMemory
 from gpg_megatron.start.run_plan import RunPlan
 from gpg_megatron.types import DTYPES
@@ -101,10 +101,8 @@ KV cache {gib(max(0, e.kv_cache))}: {e.kv_tokens:,} tokens, \
 {plan.limits.max_num_batched_tokens:,} tokens
 """
     if plan.device_bytes is None:
-        parts = plan.cpu_parts
-        held = " + ".join(f"{name} {gib(n_bytes)}" for name, n_bytes in parts.items())
-        total, there = gib(sum(parts.values())), gib(plan.host_bytes)
-        return f"{text}           all processes: {held} = {total} of {there}\n"
+        total, there = gib(sum(plan.cpu_parts.values())), gib(plan.host_bytes)
+        return f"{text}           all processes: {sum_of(plan.cpu_parts)} = {total} of {there}\n"
     if plan.config.trainer.placement == "colocated":
         fullest = max(plan.peaks, key=lambda gpu: sum(plan.peaks[gpu][1:]))
         states = plan.memory_by_gpu[fullest].items()
