@@ -104,7 +104,7 @@ class PolicyConfig:
     one with more falls (DeepSeek-V3)."""
     max_tokens_per_micro_batch: Optional[int] = ranged(None, at_least=1)
     """Token budget of one packed micro-batch; a single longer sequence goes alone. None: 16,384,
-    on a CPU 1,024."""
+    on a CPU 768."""
     share_prompts: bool = True
     """The prompt of samples of one group is computed once per micro-batch."""
     logits_chunk_mb: int = ranged(256, at_least=1)

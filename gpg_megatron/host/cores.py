@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 NODES = Path("/sys/devices/system/node")
+_POLICY, _SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 
 
 def can_bind(nodes: Path = NODES) -> bool:
@@ -24,6 +25,19 @@ def can_bind(nodes: Path = NODES) -> bool:
 def host_cores() -> set[int]:
     """Those of the run on this host: under torchrun its agent's, who binds its ranks alone."""
     return os.sched_getaffinity(os.getppid() if "LOCAL_RANK" in os.environ else 0)
+
+
+def waiting_variables(environment: Mapping[str, str], *, by_turns: bool) -> dict[str, str]:
+    """How OpenMP's threads wait for work in processes that share cores, beside the environment:
+    asleep, since those that spin take the cores from others. Empty where the user says how.
+
+    by_turns: engines generate while ranks wait, and never beside them. Then a thread looks some
+    microseconds for work before it sleeps, as long as from one operation to the next.
+    """
+    if _POLICY in environment:
+        return {}
+    spins = {_SPINS: environment.get(_SPINS, "1000")} if by_turns else {}
+    return {_POLICY: "passive"} | spins
 
 
 def threads_of_rank() -> int:

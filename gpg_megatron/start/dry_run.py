@@ -21,7 +21,7 @@ from gpg_megatron.placement.memory import cache_problem
 from gpg_megatron.rollout.engine_args import check_engine_args
 from gpg_megatron.start.run_plan import Machine, RunPlan, made_plan
 
-ROW_TOKENS = {"cuda": 16384, "cpu": 1024}
+ROW_TOKENS = {"cuda": 16384, "cpu": 768}
 """Of a micro-batch by default: on a CPU longer rows are not faster, and hold more."""
 ROOM = 0.9
 """Of a memory, what is planned with; the rest is for CUDA, NCCL, other processes and holes."""

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.allocator import allocator_variables
+from gpg_megatron.host.cores import waiting_variables
 from gpg_megatron.host.leaving import BEGAN_VARIABLE
 from gpg_megatron.host.limits import allow_open_files
 from gpg_megatron.loop.suspect import SUSPECT_VARIABLE
@@ -35,8 +36,9 @@ def launch(config: Config, arguments: Sequence[str], hosts: Hosts) -> int:
     allow_open_files()
     on_gpus = resolve_device(config.trainer.device) == "cuda"
     os.environ[BEGAN_VARIABLE] = str(time.time())
-    if not on_gpus:  # idle threads that spin would take the cores from other ranks and engines
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not on_gpus:
+        by_turns = config.trainer.max_staleness == 0
+        os.environ |= waiting_variables(os.environ, by_turns=by_turns)
         os.environ |= allocator_variables(os.environ)
     restarts = Restarts(config)
     with meet(config, hosts) if hosts.count > 1 else nullcontext() as meeting:

@@ -298,7 +298,7 @@ def test_layers_are_computed_again_where_nothing_else_fits(
 def test_a_row_is_as_long_as_the_device_gains_from(models: Path) -> None:
     config = flagship(models, "policy.max_tokens_per_micro_batch=null")
     assert plan_run(config, device="cuda").config.policy.row_tokens == 16384
-    assert plan_run(config, device="cpu").config.policy.row_tokens == 1024
+    assert plan_run(config, device="cpu").config.policy.row_tokens == 768
     given = flagship(models, "policy.max_tokens_per_micro_batch=3000")
     assert plan_run(given, device="cpu").config.policy.row_tokens == 3000
 

@@ -76,6 +76,15 @@ def test_a_rank_that_is_bound_shares_the_hosts_cores(monkeypatch: pytest.MonkeyP
     assert cores.threads_of_rank() == 64, "no more than it is bound to"
 
 
+def test_threads_spin_only_where_nothing_runs_beside_them() -> None:
+    sleeps = {"OMP_WAIT_POLICY": "passive"}
+    assert cores.waiting_variables({}, by_turns=False) == sleeps
+    assert cores.waiting_variables({}, by_turns=True) == sleeps | {"GOMP_SPINCOUNT": "1000"}
+    by_user = {"GOMP_SPINCOUNT": "5"}
+    assert cores.waiting_variables(by_user, by_turns=True) == sleeps | by_user
+    assert cores.waiting_variables({"OMP_WAIT_POLICY": "active"}, by_turns=True) == {}
+
+
 def test_what_a_bound_rank_starts_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's cores, which a process that is bound to one of them may still take."""
     everything = os.sched_getaffinity(0)
