@@ -15,7 +15,7 @@ from pathlib import Path
 _PRELOAD, _OPTIONS = "LD_PRELOAD", "MALLOC_CONF"
 # Freed memory is kept for good, and given out again for requests of any size.
 _KEEP = "narenas:1,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:12"
-# Freed memory goes back after ten seconds.
+# Freed memory goes back after ten seconds; rollout/forked.py sees to what this leaves out.
 _GIVE_BACK = "oversize_threshold:0"
 # Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -44,14 +44,3 @@ def keep_freed_memory() -> None:
     if hasattr(library, "mallopt"):  # glibc, musl has none
         for what, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20)):
             library.mallopt(what, value)
-
-
-def keep_freed_memory_a_while() -> None:
-    """Of requests beyond 8 MiB too, which jemalloc gives back at once: the logits of a step, and
-    the next step wants them. Its option (version 5.3) leaves out the first arena, which is the main
-    thread's. Processes that are forked from this one have it. Without jemalloc nothing is done."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallctl"):
-        limit = ctypes.c_size_t(2**62)
-        name, size = b"arena.0.oversize_threshold", ctypes.c_size_t(ctypes.sizeof(limit))
-        library.mallctl(name, None, None, ctypes.byref(limit), size)

@@ -9,6 +9,7 @@ of a core. An engine on CPU shares few cores with the policy; on GPUs vLLM's own
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from importlib import import_module
 from multiprocessing import forkserver
@@ -35,3 +36,15 @@ def fork_what_vllm_starts() -> None:
     for name in _STARTERS:
         module: Any = import_module(name)
         module.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+
+
+def keep_freed_memory_a_while() -> None:
+    """As long as jemalloc's options say, that of requests beyond 8 MiB too, which it gives back at
+    once: the logits of a step, and the next step wants them. Its own option against that leaves out
+    the first arena (version 5.3), which is the main thread's. Processes that are forked from this
+    one have it. Without jemalloc nothing is done."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallctl"):
+        limit = ctypes.c_size_t(2**62)
+        name, size = b"arena.0.oversize_threshold", ctypes.c_size_t(ctypes.sizeof(limit))
+        library.mallctl(name, None, None, ctypes.byref(limit), size)

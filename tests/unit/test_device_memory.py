@@ -17,12 +17,13 @@ import os
 import sys
 import psutil
 import torch
-from gpg_megatron.host import allocator
+from gpg_megatron.host.allocator import keep_freed_memory
+from gpg_megatron.rollout.forked import keep_freed_memory_a_while
 
 if sys.argv[1] == "keeps":
-    allocator.keep_freed_memory()
+    keep_freed_memory()
 if sys.argv[1] == "keeps a while":
-    allocator.keep_freed_memory_a_while()
+    keep_freed_memory_a_while()
 held = lambda: psutil.Process().memory_info().rss / 2**20
 before = held()
 block = torch.ones(200 * 2**18)  # 200 MiB
