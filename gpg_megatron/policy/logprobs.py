@@ -1,7 +1,8 @@
 """Log-probabilities and entropies from hidden states, a chunk of tokens at a time.
 
-The logits of a chunk live only while it is worked on; the backward pass computes them again.
-So memory depends on the chunk, not on the number of tokens times the vocabulary.
+The logits of a chunk live only while it is worked on, but for the last one's: the backward pass
+begins with it, and computes the others again. So memory depends on the chunk, not on the number of
+tokens times the vocabulary.
 
 Shape legend: N tokens with loss, H hidden size, V vocabulary rows of this rank, C tokens of
 a chunk.
@@ -9,7 +10,7 @@ a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from gpg_megatron.policy.gradients import add_product
 NO_LOGIT = -1e30
 """Stands for the largest logit of a rank that has only padding rows: finite, because -inf minus
 -inf is nan."""
+N_PARTS = 8
+"""A chunk's exponentials are summed in as many parts: what is held beside its logits is one part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +41,12 @@ class VocabShard:
     group: dist.ProcessGroup | None
     """The tensor-parallel ranks; None: this rank has the whole vocabulary."""
 
-    def chunks(self, n: int) -> Iterator[slice]:
+    def chunks(self, n: int) -> Sequence[slice]:
         """[0, n) in runs of as many tokens as the limit allows, evenly."""
         most = max(1, self.chunk_bytes // (4 * max(1, self.n_tokens)))
         count = -(-n // most)
         size = -(-n // max(1, count))
-        return (slice(i, min(i + size, n)) for i in range(0, n, max(1, size)))
+        return [slice(i, min(i + size, n)) for i in range(0, n, max(1, size))]
 
 
 def vocab_parallel_logprobs(
@@ -76,7 +79,8 @@ def vocab_parallel_logprobs(
 
 
 class _Logprobs(torch.autograd.Function):
-    """Saves its inputs and one number per token; no logit outlives its chunk."""
+    """Saves its inputs, the logits of one chunk, and one number per token. A backward pass follows
+    its forward pass at once, as on a pipeline's last stage: what is saved is what it would need."""
 
     @staticmethod
     def forward(
@@ -87,12 +91,12 @@ class _Logprobs(torch.autograd.Function):
         shard: VocabShard,
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lse_N, label_logit_N, mean_N = _statistics(
+        lse_N, label_logit_N, mean_N, first_CV = _statistics(
             hidden_NH, weight_VH, labels_N, shard, with_entropy
         )
         entropy_N = lse_N - mean_N
         ctx.save_for_backward(hidden_NH, weight_VH, labels_N, lse_N, entropy_N)
-        ctx.shard, ctx.with_entropy = shard, with_entropy
+        ctx.shard, ctx.with_entropy, ctx.first_CV = shard, with_entropy, first_CV
         return label_logit_N - lse_N, entropy_N
 
     @staticmethod
@@ -102,11 +106,13 @@ class _Logprobs(torch.autograd.Function):
         shard = ctx.shard
         weight = weight_VH[: shard.n_tokens]
         grad_hidden_NH = torch.zeros_like(hidden_NH)
-        grad_weight_VH = _GradientSum(weight_VH)
+        total_VH = _gradient_sum(weight_VH)
+        logits_CV, ctx.first_CV = ctx.first_CV, None
         for chunk in shard.chunks(len(hidden_NH)):
-            # A function of its own, so that one chunk's logits are gone when the next are made.
+            if logits_CV is None:
+                logits_CV = _logits(hidden_NH[chunk], weight, shard)
             grad_CV = _grad_logits(
-                hidden_NH[chunk] @ weight.t(),
+                logits_CV,
                 labels_N[chunk],
                 lse_N[chunk],
                 entropy_N[chunk],
@@ -115,11 +121,11 @@ class _Logprobs(torch.autograd.Function):
                 shard,
             ).to(hidden_NH.dtype)
             torch.mm(grad_CV, weight, out=grad_hidden_NH[chunk])
-            grad_weight_VH.add(grad_CV, hidden_NH[chunk])
-            del grad_CV
+            add_product(hidden_NH[chunk], grad_CV, total_VH[: shard.n_tokens])
+            logits_CV = grad_CV = None  # before the next chunk's are made
         if shard.group is not None:
             dist.all_reduce(grad_hidden_NH, group=shard.group)
-        return grad_hidden_NH, grad_weight_VH.total(), None, None, None
+        return grad_hidden_NH, _left_to_autograd(weight_VH, total_VH), None, None, None
 
 
 def _statistics(
@@ -128,25 +134,23 @@ def _statistics(
     labels_N: torch.Tensor,
     shard: VocabShard,
     with_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Of each token, over the whole vocabulary: the log-sum-exp of its logits, the logit of its
-    label, and the mean logit under the softmax (only with_entropy; else the log-sum-exp)."""
+    label, and the mean logit under the softmax (only with_entropy; else the log-sum-exp). And the
+    logits of the first chunk."""
     weight = weight_VH[: shard.n_tokens]
     top_N = hidden_NH.new_full((len(hidden_NH),), NO_LOGIT, dtype=torch.float32)
     # Sums over the rank's rows of exp(l - top), of the label's logit, of exp(l - top) * l.
     sums_3N = hidden_NH.new_zeros((3, len(hidden_NH)), dtype=torch.float32)
-    for chunk in shard.chunks(len(hidden_NH)) if shard.n_tokens else ():
-        logits_CV = _logits(hidden_NH[chunk] @ weight.t(), shard)
+    logits_CV = None
+    # The first one last: it is the one that the backward pass begins with.
+    for chunk in reversed(shard.chunks(len(hidden_NH))) if shard.n_tokens else ():
+        logits_CV = None  # before this chunk's are made
+        logits_CV = _logits(hidden_NH[chunk], weight, shard)
         top_N[chunk] = logits_CV.amax(1)
         is_local, local = _local_labels(labels_N[chunk], shard)
         sums_3N[1, chunk] = torch.where(is_local, logits_CV.gather(1, local).squeeze(1), 0.0)
-        if with_entropy:
-            exp_CV = (logits_CV - top_N[chunk, None]).exp_()
-            sums_3N[2, chunk] = torch.linalg.vecdot(exp_CV, logits_CV)
-        else:
-            exp_CV = logits_CV.sub_(top_N[chunk, None]).exp_()
-        sums_3N[0, chunk] = exp_CV.sum(1)
-        del logits_CV, exp_CV  # before the next chunk's are made
+        sums_3N[0::2, chunk] = _sums(logits_CV, top_N[chunk], with_entropy)
     if shard.group is not None:
         own_top_N = top_N.clone()
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=shard.group)
@@ -154,16 +158,29 @@ def _statistics(
         dist.all_reduce(sums_3N, group=shard.group)
     lse_N = top_N + sums_3N[0].log()
     mean_N = sums_3N[2] / sums_3N[0] if with_entropy else lse_N
-    return lse_N, sums_3N[1].clone(), mean_N
+    return lse_N, sums_3N[1].clone(), mean_N, logits_CV
 
 
-def _logits(product_CV: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """float32 [C, tokens of this rank]; in fp32 it overwrites the product."""
-    return product_CV.float().div_(shard.temperature)
+def _logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """float32 [C, tokens of this rank]."""
+    return (hidden_CH @ weight_VH.t()).float().div_(shard.temperature)
+
+
+def _sums(logits_CV: torch.Tensor, top_C: torch.Tensor, with_entropy: bool) -> torch.Tensor:
+    """float32 [2, C]: the sums of exp(l - top), and with_entropy of exp(l - top) * l (else 0)."""
+    sums_2C = logits_CV.new_zeros((2, len(top_C)))
+    parts = zip(logits_CV.chunk(N_PARTS), top_C.chunk(N_PARTS), strict=True)
+    columns = sums_2C.chunk(N_PARTS, dim=1)
+    for (part_CV, part_top_C), column_2C in zip(parts, columns, strict=True):
+        exp_CV = (part_CV - part_top_C[:, None]).exp_()
+        column_2C[0] = exp_CV.sum(1)
+        if with_entropy:
+            column_2C[1] = torch.linalg.vecdot(exp_CV, part_CV)
+    return sums_2C
 
 
 def _grad_logits(
-    product_CV: torch.Tensor,
+    logits_CV: torch.Tensor,
     labels_C: torch.Tensor,
     lse_C: torch.Tensor,
     entropy_C: torch.Tensor,
@@ -171,12 +188,12 @@ def _grad_logits(
     grad_entropy_C: torch.Tensor | None,
     shard: VocabShard,
 ) -> torch.Tensor:
-    """float32 [C, tokens of this rank], the gradient of hidden @ weight.T.
+    """float32 [C, tokens of this rank], the gradient of hidden @ weight.T. Overwrites the logits.
 
     Of the scaled logits l: d logprob / d l_v = 1[v is the label] - p_v, and
     d entropy / d l_v = -p_v (log p_v + entropy).
     """
-    logp_CV = _logits(product_CV, shard).sub_(lse_C[:, None])
+    logp_CV = logits_CV.sub_(lse_C[:, None])
     if grad_entropy_C is None:
         grad_CV = logp_CV.exp_().mul_(-grad_logprob_C[:, None])
     else:
@@ -196,15 +213,20 @@ def _local_labels(labels_C: torch.Tensor, shard: VocabShard) -> tuple[torch.Tens
     return is_local, torch.where(is_local, local, 0).unsqueeze(1)
 
 
-class _GradientSum:
-    """The projection's gradient, added up over chunks in fp32."""
+def _gradient_sum(weight_VH: torch.Tensor) -> torch.Tensor:
+    """float32 [V, H], to which the projection's gradient is added: where Megatron's DDP sums
+    gradients, if it has the weight."""
+    total: torch.Tensor | None = getattr(weight_VH, "main_grad", None)
+    return torch.zeros_like(weight_VH, dtype=torch.float32) if total is None else total
 
-    def __init__(self, weight_VH: torch.Tensor) -> None:
-        self._weight = weight_VH
-        self._sum = torch.zeros_like(weight_VH, dtype=torch.float32)
 
-    def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-        add_product(hidden_CH, grad_CV, self._sum[: grad_CV.shape[1]])
-
-    def total(self) -> torch.Tensor:
-        return self._sum.to(self._weight.dtype)
+def _left_to_autograd(weight_VH: Any, total_VH: torch.Tensor) -> torch.Tensor | None:
+    """The gradient that autograd gets where total_VH is the whole. DDP counts a gradient as there
+    when autograd has one, and adds it unless the weight is marked."""
+    if not hasattr(weight_VH, "main_grad"):
+        return total_VH.to(weight_VH.dtype)
+    if getattr(weight_VH, "zero_out_wgrad", False):
+        # Megatron's word for a weight that is this stage's embedding too, whose gradient follows.
+        return None
+    weight_VH.grad_added_to_main_grad = True
+    return torch.empty_like(weight_VH)
