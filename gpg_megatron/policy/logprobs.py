@@ -23,7 +23,7 @@ NO_LOGIT = -1e30
 """Stands for the largest logit of a rank that has only padding rows: finite, because -inf minus
 -inf is nan."""
 N_PARTS = 8
-"""A chunk's exponentials are summed in as many parts: what is held beside its logits is one part."""
+"""A chunk's exponentials are summed in so many parts: one is held beside its logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

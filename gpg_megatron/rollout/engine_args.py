@@ -135,7 +135,15 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         if r.router_replay:
             args["enable_return_routed_experts"] = True
     assert args.keys() <= TAKEN.keys(), args.keys() - TAKEN.keys()
-    return args | _without_kernels(spec) | dict(r.engine_args)
+    return args | _small_blocks(spec) | _without_kernels(spec) | dict(r.engine_args)
+
+
+def _small_blocks(spec: EngineSpec) -> dict[str, Any]:
+    """Only whole blocks of a prompt are shared, and on CPU vLLM's have 128 tokens: most prompts
+    would be computed for each answer. Its kernels take multiples of 32. Latent attention and states
+    choose theirs."""
+    choose = spec.is_latent or spec.has_states
+    return {"block_size": 32} if spec.device == "cpu" and not choose else {}
 
 
 def _without_kernels(spec: EngineSpec) -> dict[str, Any]:

@@ -58,10 +58,23 @@ def test_states_are_not_kept_for_prompts_that_are_not_cut() -> None:
 
 
 def test_latent_attention_does_without_a_kernel_that_is_wrong_on_a_cpu() -> None:
-    for device in ("cpu", "cuda"):
-        spec = replace(spec_of(device), is_latent=True)
-        off = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-        assert engine_args(spec) == spec_args(spec) | (off if device == "cpu" else {})
+    off = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+    for device, more in (("cpu", off), ("cuda", {})):
+        spec = spec_of(device)  # type: ignore[arg-type]
+        others = engine_args(spec)
+        others.pop("block_size", None)
+        assert engine_args(replace(spec, is_latent=True)) == others | more
+
+
+def test_on_a_cpu_the_blocks_that_answers_share_are_small() -> None:
+    assert engine_args(spec_of("cpu"))["block_size"] == 32
+    assert engine_args(spec_of("cpu", block_size=128))["block_size"] == 128
+    for spec in (
+        spec_of("cuda"),
+        replace(spec_of("cpu"), is_latent=True),
+        replace(spec_of("cpu"), has_states=True),
+    ):
+        assert "block_size" not in engine_args(spec)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -71,10 +84,6 @@ def test_engines_say_where_they_send_their_tokens(device: Literal["cpu", "cuda"]
     replayed = replace(plain, rollout=replace(plain.rollout, router_replay=True))
     key = {"cpu": "enable_prefix_caching", "cuda": "enable_return_routed_experts"}[device]
     assert engine_args(replayed) == engine_args(plain) | {key: device == "cuda"}
-
-
-def spec_args(spec: EngineSpec) -> dict[str, Any]:
-    return engine_args(replace(spec, is_latent=False))
 
 
 def test_they_come_from_the_file_and_the_command_line(tmp_path: Path) -> None:
