@@ -122,7 +122,8 @@ class _Logprobs(torch.autograd.Function):
             ).to(hidden_NH.dtype)
             torch.mm(grad_CV, weight, out=grad_hidden_NH[chunk])
             add_product(hidden_NH[chunk], grad_CV, total_VH[: shard.n_tokens])
-            logits_CV = grad_CV = None  # before the next chunk's are made
+            logits_CV = None  # before the next chunk's are made
+            del grad_CV
         if shard.group is not None:
             dist.all_reduce(grad_hidden_NH, group=shard.group)
         return grad_hidden_NH, _left_to_autograd(weight_VH, total_VH), None, None, None
