@@ -5,9 +5,9 @@
 All do the same work (benchmarks/peer_task.py) by turns, so that a busy machine slows all of them:
 with no group dead and with half of them dead, which TRL computes too. Medians over the steps after
 the first; memory is what all processes of a run hold at once (PSS), looked at so seldom that a core
-spends a twentieth of its time on it (the kernel walks all pages). The bound of a step is vLLM alone
-plus the update's matrix products at the rate that a large one
-reaches here. Last line: JSON.
+spends a twentieth of its time on it (the kernel walks all pages). vLLM runs as it comes, and with blocks of its
+cache as small as gpg-train's, in which answers share their prompt; the bound of a step is the latter
+plus the update's matrix products at the rate that a large one reaches here. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ LOOK_S, LOOKS = 0.5, 0.05
 RUN_LIMIT_S = 1800
 KV_CACHE_GB = 0.25
 SHARES = {"none dead": 0.0, "half dead": 0.5}
+BARE = {"vLLM": 0, "vLLM, small blocks": 32}
+"""Tokens of a block; 0: vLLM chooses."""
 HOW_TO = f"""without --peer-python TRL is left out. Its environment:
     python3 -m venv peer && peer/bin/pip install torch=={torch.__version__} {TRL} datasets
 where launch/setup_cpu_env.sh says from where pip gets torch's build for CPUs"""
@@ -82,7 +84,8 @@ def main() -> int:
                 )
                 if options.peer_python:
                     found.setdefault(("TRL", dtype, share), []).append(trl(options, dtype, share))
-            found.setdefault(("vLLM", dtype, "none dead"), []).append(bare(options, dtype))
+            for who, block in BARE.items():
+                found.setdefault((who, dtype, ""), []).append(bare(options, dtype, block))
             print(table(found), flush=True)
     peaks = {dtype: peak_flops_per_s("cpu", DTYPES[dtype]) for dtype in options.dtypes}
     print(bounds(found, peaks))
@@ -171,9 +174,9 @@ def trl(options: argparse.Namespace, dtype: str, share: str) -> Found:
     return _found(*watched([*map(str, command)]))
 
 
-def bare(options: argparse.Namespace, dtype: str) -> Found:
+def bare(options: argparse.Namespace, dtype: str, block: int) -> Found:
     """vLLM in one process."""
-    numbers = (options.steps, options.prompts, options.samples, options.tokens, KV_CACHE_GB)
+    numbers = (options.steps, options.prompts, options.samples, options.tokens, block, KV_CACHE_GB)
     command = [sys.executable, "-m", "benchmarks.peer_vllm", options.model, dtype, *numbers]
     return _found(*watched([*map(str, command)]))
 
@@ -235,6 +238,11 @@ def _memory(runs: Sequence[Found]) -> float:
     return median(run.peak_gb for run in runs)
 
 
+def _rate(runs: Sequence[Found]) -> float:
+    """Tokens of responses a second of rollout."""
+    return median(run.tokens for run in runs) / _median(runs, "rollout")
+
+
 def table(found: Results) -> str:
     """Markdown."""
     head = ("who", "type", "groups", "rollout, s", "update, s", "step, s", "tokens", "memory, GB")
@@ -257,11 +265,11 @@ def bounds(found: Results, peaks: Mapping[str, float]) -> str:
     for (who, dtype, share), runs in found.items():
         if who != "gpg-train":
             continue
-        rollout = _median(found["vLLM", dtype, "none dead"], "rollout")
+        rollout = _median(found["vLLM, small blocks", dtype, ""], "rollout")
         products = median(run.flops for run in runs) / peaks[dtype]
         step, least = _median(runs, "step"), rollout + products
         line = (
-            f"{dtype}, {share}: step {step:.2f} s; vLLM alone {rollout:.2f} s and matrix products "
+            f"{dtype}, {share}: step {step:.2f} s; vLLM, small blocks {rollout:.2f} s and products "
             f"at {peaks[dtype] / 1e9:.0f} GFLOP/s {products:.2f} s: at least {least:.2f} s"
         )
         if peer := found.get(("TRL", dtype, share)):
@@ -279,11 +287,10 @@ def summary(found: Results, dtypes: Sequence[str]) -> dict[str, dict[str, float]
         out.setdefault(name, {})[dtype] = round(value, 2)
 
     for dtype in dtypes:
-        own, alone = found["gpg-train", dtype, "none dead"], found["vLLM", dtype, "none dead"]
-        rates = [
-            median(run.tokens for run in runs) / _median(runs, "rollout") for runs in (own, alone)
-        ]
-        put("rollout_over_bare_vllm", dtype, rates[0] / rates[1])
+        names = ("rollout_over_bare_vllm", "rollout_over_bare_vllm_small_blocks")
+        own = _rate(found["gpg-train", dtype, "none dead"])
+        for name, who in zip(names, BARE, strict=True):
+            put(name, dtype, own / _rate(found[who, dtype, ""]))
         for share in SHARES:
             runs, peer = found["gpg-train", dtype, share], found.get(("TRL", dtype, share))
             if peer:

@@ -1,8 +1,9 @@
 """vLLM alone, in one process, on the prompts of benchmarks.peer.
 
-    python -m benchmarks.peer_vllm MODEL DTYPE STEPS PROMPTS SAMPLES TOKENS KV_CACHE_GB
+    python -m benchmarks.peer_vllm MODEL DTYPE STEPS PROMPTS SAMPLES TOKENS BLOCK KV_CACHE_GB
 
-Last line: JSON, seconds of each batch and its response tokens.
+BLOCK: tokens of a block of the cache; 0: vLLM chooses. Last line: JSON, seconds of each batch and
+its response tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     model, dtype, *numbers, cache_gb = sys.argv[1:]
-    steps, prompts, samples, tokens = map(int, numbers)
+    steps, prompts, samples, tokens, block = map(int, numbers)
     os.environ |= ENVIRONMENT
     from vllm import LLM, SamplingParams
 
@@ -33,6 +34,7 @@ def main() -> None:
         dtype=DTYPES[dtype],  # type: ignore[arg-type]  # as its own enumeration
         max_model_len=64 + tokens,
         kv_cache_memory_bytes=int(float(cache_gb) * 2**30),
+        block_size=block or None,
     )
     params = SamplingParams(n=samples, temperature=1.0, max_tokens=tokens)
     texts = [text for text, _ in rows(prompts, 0.0)]

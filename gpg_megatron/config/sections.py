@@ -109,7 +109,7 @@ class PolicyConfig:
     """The prompt of samples of one group is computed once per micro-batch."""
     logits_chunk_mb: int = ranged(256, at_least=1)
     """Limit of the logits that each rank holds at once, MiB; log-probs are computed by chunks
-    of as many tokens as fit, and computed again in the backward pass."""
+    of as many tokens as fit, all but one of them again in the backward pass."""
     lr: float = ranged(1e-6, above=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = ranged(0, at_least=0)

@@ -236,10 +236,11 @@ def logit_bytes(config: Config, shape: ModelShape) -> int:
 
 
 def projection_bytes(config: Config, shape: ModelShape) -> int:
-    """The fp32 sum and, in bf16, one chunk's product or the sum's copy in bf16."""
-    item, t = DTYPES[config.model.dtype].itemsize, config.policy.tensor_model_parallel_size
+    """One gradient of the projection in the model's type beside the sum: in bf16 a chunk's product,
+    and at the end what autograd is handed."""
+    t = config.policy.tensor_model_parallel_size
     rows = padded_vocab_size(shape, t) // t
-    return rows * shape.hidden_size * (FP32 + (item if item < FP32 else 0))
+    return rows * shape.hidden_size * DTYPES[config.model.dtype].itemsize
 
 
 def micro_batches_per_update(config: Config) -> int:

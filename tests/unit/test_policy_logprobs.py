@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 
@@ -117,6 +119,52 @@ def test_a_vocabulary_larger_than_the_chunk_works_token_by_token() -> None:
     assert list(tiny.chunks(3)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     logprobs, _ = vocab_parallel_logprobs(hidden, weight, labels, tiny, with_entropy=False)
     torch.testing.assert_close(logprobs, direct(hidden, weight, labels, 12, 1.0)[0])
+
+
+@pytest.mark.parametrize(("chunk_tokens", "n_chunks"), [(6, 2), (3, 4)])
+def test_all_chunks_but_one_are_computed_again(chunk_tokens: int, n_chunks: int) -> None:
+    hidden, weight, labels = case(12, 11, 0)
+
+    def flops(chunk_tokens: int) -> int:
+        settings = shard(11, chunk_tokens=chunk_tokens)
+        with FlopCounterMode(display=False) as counter:
+            logprobs, _ = vocab_parallel_logprobs(
+                hidden, weight, labels, settings, with_entropy=False
+            )
+            logprobs.sum().backward()
+        return int(counter.get_total_flops())
+
+    logits = 2 * 12 * 11 * N_HIDDEN
+    assert flops(chunk_tokens) - flops(12) == logits * (n_chunks - 1) // n_chunks
+
+
+def test_a_second_backward_pass_gives_the_same() -> None:
+    hidden, weight, labels = case(12, 11, 0)
+    logprobs, _ = vocab_parallel_logprobs(
+        hidden, weight, labels, shard(11, chunk_tokens=6), with_entropy=False
+    )
+    once, again = (
+        torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("embeds_too", [False, True])
+def test_where_ddp_sums_gradients_the_projections_is_added_there(embeds_too: bool) -> None:
+    """DDP adds autograd's gradient unless the weight is marked, and has to see one; a weight that
+    is the embedding too gets that of the embedding."""
+    hidden, weight, labels = case(5, 7, 1)
+    right = weight.detach().clone().requires_grad_()
+    direct(hidden, right, labels, 7, 1.0)[0].sum().backward()
+    ddps: Any = weight
+    ddps.main_grad, ddps.zero_out_wgrad = torch.ones_like(weight), embeds_too
+    ddps.grad_added_to_main_grad = False
+    logprobs, _ = vocab_parallel_logprobs(hidden, weight, labels, shard(7), with_entropy=False)
+    logprobs.sum().backward()
+    assert right.grad is not None
+    torch.testing.assert_close(ddps.main_grad, 1 + right.grad)
+    assert (weight.grad is None) == embeds_too
+    assert ddps.grad_added_to_main_grad is not embeds_too
 
 
 def peak_bytes(n: int, n_tokens: int, chunk_bytes: int, *, with_entropy: bool = False) -> int:
