@@ -5,9 +5,10 @@
 All do the same work (benchmarks/peer_task.py) by turns, so that a busy machine slows all of them:
 with no group dead and with half of them dead, which TRL computes too. Medians over the steps after
 the first; memory is what all processes of a run hold at once (PSS), looked at so seldom that a core
-spends a twentieth of its time on it (the kernel walks all pages). vLLM runs as it comes, and with blocks of its
-cache as small as gpg-train's, in which answers share their prompt; the bound of a step is the latter
-plus the update's matrix products at the rate that a large one reaches here. Last line: JSON.
+spends a twentieth of its time on it (the kernel walks all pages). vLLM runs as it comes, and with
+blocks of its cache as small as gpg-train's, in which answers share their prompt; the bound of a
+step is the latter plus the update's matrix products at the rate that a large one reaches here. Last
+line: JSON.
 """
 
 from __future__ import annotations
@@ -269,8 +270,8 @@ def bounds(found: Results, peaks: Mapping[str, float]) -> str:
         products = median(run.flops for run in runs) / peaks[dtype]
         step, least = _median(runs, "step"), rollout + products
         line = (
-            f"{dtype}, {share}: step {step:.2f} s; vLLM, small blocks {rollout:.2f} s and products "
-            f"at {peaks[dtype] / 1e9:.0f} GFLOP/s {products:.2f} s: at least {least:.2f} s"
+            f"{dtype}, {share}: step {step:.2f} s; vLLM, small blocks {rollout:.2f} s and "
+            f"products at {peaks[dtype] / 1e9:.0f} GFLOP/s {products:.2f} s: at least {least:.2f} s"
         )
         if peer := found.get(("TRL", dtype, share)):
             theirs = _median(peer, "step")
