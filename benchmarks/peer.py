@@ -34,6 +34,7 @@ from benchmarks.peer_task import rows
 from gpg_megatron.host.device import set_threads
 from gpg_megatron.host.peak import peak_flops_per_s
 from gpg_megatron.observe.rundir import read_metrics
+from gpg_megatron.rollout.engine_args import BLOCK_TOKENS
 from gpg_megatron.types import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +45,8 @@ LOOK_S, LOOKS = 0.5, 0.05
 RUN_LIMIT_S = 1800
 KV_CACHE_GB = 0.25
 SHARES = {"none dead": 0.0, "half dead": 0.5}
-BARE = {"vLLM": 0, "vLLM, small blocks": 32}
+SMALL_BLOCKS = "vLLM, small blocks"
+BARE = {"vLLM": 0, SMALL_BLOCKS: BLOCK_TOKENS}
 """Tokens of a block; 0: vLLM chooses."""
 HOW_TO = f"""without --peer-python TRL is left out. Its environment:
     python3 -m venv peer && peer/bin/pip install torch=={torch.__version__} {TRL} datasets
@@ -266,7 +268,7 @@ def bounds(found: Results, peaks: Mapping[str, float]) -> str:
     for (who, dtype, share), runs in found.items():
         if who != "gpg-train":
             continue
-        rollout = _median(found["vLLM, small blocks", dtype, ""], "rollout")
+        rollout = _median(found[SMALL_BLOCKS, dtype, ""], "rollout")
         products = median(run.flops for run in runs) / peaks[dtype]
         step, least = _median(runs, "step"), rollout + products
         line = (

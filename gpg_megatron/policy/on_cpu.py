@@ -118,12 +118,11 @@ def redirect_megatron_to_cpu() -> None:
 
 
 def _redirect_weight_gradients() -> None:
-    """Linear layers add a weight's gradient where gradients are: what Apex has a kernel for. So
-    do embeddings."""
+    """Linear layers add a weight's gradient where gradients are: what Apex has a kernel for.
+    An embedding's is of the rows that were looked up, not of the whole vocabulary."""
     layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
     layers._grad_accum_fusion_available = True
-    # An embedding's gradient is of the rows that were looked up, not of the whole vocabulary.
     layers.F = types.SimpleNamespace(embedding=functools.partial(F.embedding, sparse=True))
 
 

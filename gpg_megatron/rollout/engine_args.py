@@ -19,6 +19,8 @@ from gpg_megatron.errors import UserError
 from gpg_megatron.rollout.spec import EngineSpec
 
 KEY = "rollout.engine_args"
+BLOCK_TOKENS = 32
+"""Of the cache on a CPU: the fewest that vLLM's kernels there take."""
 _ONE_WORLD = "an engine has rollout.tensor_model_parallel_size workers"
 _AGREEMENT = "engine and policy must agree on it"
 # vLLM's name -> why a user does not set it here.
@@ -140,10 +142,10 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
 
 def _small_blocks(spec: EngineSpec) -> dict[str, Any]:
     """Only whole blocks of a prompt are shared, and on CPU vLLM's have 128 tokens: most prompts
-    would be computed for each answer. Its kernels take multiples of 32. Latent attention and states
-    choose theirs."""
-    choose = spec.is_latent or spec.has_states
-    return {"block_size": 32} if spec.device == "cpu" and not choose else {}
+    would be computed for each answer. For latent attention and states vLLM has to choose."""
+    if spec.device == "cuda" or spec.is_latent or spec.has_states:
+        return {}
+    return {"block_size": BLOCK_TOKENS}
 
 
 def _without_kernels(spec: EngineSpec) -> dict[str, Any]:
