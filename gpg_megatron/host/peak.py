@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from gpg_megatron.host.device import Device
+from gpg_megatron.host.device import Device, product_dtype
 
 # Words of a device's name -> dense bf16 operations per second, as the data sheets state them.
 # Names without a form factor are of the SXM version.
@@ -61,7 +61,8 @@ def peak_flops_per_s(device: Device, dtype: torch.dtype) -> float:
 
 
 def _measured_flops_per_s(device: Device, dtype: torch.dtype) -> float:
-    size = 8192 if device == "cuda" else 512  # in bf16 some CPUs do less than 1e9 in a second
+    size = 8192 if device == "cuda" else 512
+    dtype = product_dtype(device, dtype)
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = math.inf
     for _ in range(8):

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.policy.gradients import add_product
+from gpg_megatron.host.device import product_dtype
+from gpg_megatron.policy.products import add_product
 
 NO_LOGIT = -1e30
 """Stands for the largest logit of a rank that has only padding rows: finite, because -inf minus
@@ -104,13 +105,13 @@ class _Logprobs(torch.autograd.Function):
         grad_logprob_N, grad_entropy_N = grads
         hidden_NH, weight_VH, labels_N, lse_N, entropy_N = ctx.saved_tensors
         shard = ctx.shard
-        weight = weight_VH[: shard.n_tokens]
-        grad_hidden_NH = torch.zeros_like(hidden_NH)
+        hidden, weight = _factors(hidden_NH, weight_VH[: shard.n_tokens])
+        grad_hidden_NH = torch.zeros_like(hidden)
         total_VH = _gradient_sum(weight_VH)
         logits_CV, ctx.first_CV = ctx.first_CV, None
         for chunk in shard.chunks(len(hidden_NH)):
             if logits_CV is None:
-                logits_CV = _logits(hidden_NH[chunk], weight, shard)
+                logits_CV = _logits(hidden[chunk], weight, shard)
             grad_CV = _grad_logits(
                 logits_CV,
                 labels_N[chunk],
@@ -119,14 +120,15 @@ class _Logprobs(torch.autograd.Function):
                 grad_logprob_N[chunk],
                 grad_entropy_N[chunk] if ctx.with_entropy else None,
                 shard,
-            ).to(hidden_NH.dtype)
+            ).to(hidden.dtype)
             torch.mm(grad_CV, weight, out=grad_hidden_NH[chunk])
-            add_product(hidden_NH[chunk], grad_CV, total_VH[: shard.n_tokens])
+            add_product(hidden[chunk], grad_CV, total_VH[: shard.n_tokens])
             logits_CV = None  # before the next chunk's are made
             del grad_CV
         if shard.group is not None:
             dist.all_reduce(grad_hidden_NH, group=shard.group)
-        return grad_hidden_NH, _left_to_autograd(weight_VH, total_VH), None, None, None
+        grad_weight_VH = _left_to_autograd(weight_VH, total_VH)
+        return grad_hidden_NH.to(hidden_NH.dtype), grad_weight_VH, None, None, None
 
 
 def _statistics(
@@ -139,7 +141,7 @@ def _statistics(
     """Of each token, over the whole vocabulary: the log-sum-exp of its logits, the logit of its
     label, and the mean logit under the softmax (only with_entropy; else the log-sum-exp). And the
     logits of the first chunk."""
-    weight = weight_VH[: shard.n_tokens]
+    hidden, weight = _factors(hidden_NH, weight_VH[: shard.n_tokens])
     top_N = hidden_NH.new_full((len(hidden_NH),), NO_LOGIT, dtype=torch.float32)
     # Sums over the rank's rows of exp(l - top), of the label's logit, of exp(l - top) * l.
     sums_3N = hidden_NH.new_zeros((3, len(hidden_NH)), dtype=torch.float32)
@@ -147,7 +149,7 @@ def _statistics(
     # The first one last: it is the one that the backward pass begins with.
     for chunk in reversed(shard.chunks(len(hidden_NH))) if shard.n_tokens else ():
         logits_CV = None  # before this chunk's are made
-        logits_CV = _logits(hidden_NH[chunk], weight, shard)
+        logits_CV = _logits(hidden[chunk], weight, shard)
         top_N[chunk] = logits_CV.amax(1)
         is_local, local = _local_labels(labels_N[chunk], shard)
         sums_3N[1, chunk] = torch.where(is_local, logits_CV.gather(1, local).squeeze(1), 0.0)
@@ -160,6 +162,12 @@ def _statistics(
     lse_N = top_N + sums_3N[0].log()
     mean_N = sums_3N[2] / sums_3N[0] if with_entropy else lse_N
     return lse_N, sums_3N[1].clone(), mean_N, logits_CV
+
+
+def _factors(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the type in which their products are computed."""
+    dtype = product_dtype(hidden.device.type, hidden.dtype)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def _logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabShard) -> torch.Tensor:

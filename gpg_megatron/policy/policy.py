@@ -41,6 +41,7 @@ from gpg_megatron.policy.outputs import (
     objective_output,
     reduced,
 )
+from gpg_megatron.policy.products import redirect_bf16_products
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.replay import Replay
 from gpg_megatron.policy.residence import Residence
@@ -70,8 +71,11 @@ class Policy:
         The default process group must exist (platform.init_process_group).
         """
         define_missing_names()
+        dtype = DTYPES[config.model.dtype]
         if device == "cpu":
             redirect_megatron_to_cpu()
+            if dtype == torch.bfloat16:
+                redirect_bf16_products()
         p = config.policy
         n_chunks = p.virtual_pipeline_model_parallel_size
         parallel_state.initialize_model_parallel(
@@ -87,7 +91,6 @@ class Policy:
         self.device = device
         self.position = _position()
         self.version = 0
-        dtype = DTYPES[config.model.dtype]
         if device == "cuda":
             # For heads that flash does not take. cuDNN builds a graph for every new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,0 +1,108 @@
+"""bf16's products in fp32: the same numbers, rounded once; nothing else changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpg_megatron.host import device
+from gpg_megatron.policy.products import add_product
+
+PROGRAM = """
+import torch
+import torch.nn.functional as F
+from gpg_megatron.host import device
+from gpg_megatron.policy.products import redirect_bf16_products
+
+device._has_bf16_products = lambda: False  # as on a CPU without AVX-512
+
+
+def tensors(dtype, *shapes):
+    generator = torch.Generator().manual_seed(7)
+    made = [torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def with_gradients(function, dtype, *shapes):
+    inputs = tensors(dtype, *shapes)
+    out = function(*inputs)
+    size = torch.arange(out.numel()).reshape(out.shape).cos()
+    return [out.detach(), *torch.autograd.grad(out, inputs, size.bfloat16().to(dtype))]
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def attend_masked(q, k, v):
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+heads = ((1, 4, 33, 16), (1, 2, 33, 16), (1, 2, 33, 16))
+CASES = {
+    "matmul": (torch.matmul, (5, 3, 64), (64, 24)),
+    "batched": (torch.matmul, (4, 9, 40), (4, 40, 7)),
+    "linear": (F.linear, (6, 48), (10, 48)),
+    "with bias": (F.linear, (6, 48), (10, 48), (10,)),
+    "attention": (attend, *heads),
+    "masked attention": (attend_masked, (1, 4, 9, 16), *heads[1:]),
+}
+wide = {name: with_gradients(run, torch.float32, *shapes) for name, (run, *shapes) in CASES.items()}
+redirect_bf16_products()
+redirect_bf16_products()
+for name, (run, *shapes) in CASES.items():
+    again = with_gradients(run, torch.float32, *shapes)
+    assert all(torch.equal(a, b) for a, b in zip(again, wide[name], strict=True)), name
+    low = with_gradients(run, torch.bfloat16, *shapes)
+    assert {x.dtype for x in low} == {torch.bfloat16}, name
+    right = [x.bfloat16() for x in wide[name]]
+    for a, b in zip(low, right, strict=True):
+        if "attention" in name:  # its backward pass is given the rounded output
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+        else:
+            assert torch.equal(a, b), name
+print("ok")
+"""
+
+
+SIZES = st.integers(1, 5)
+
+
+def test_products_and_attention_are_those_of_fp32_rounded_once() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, timeout=120
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("ok\n", "", 0)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+@given(n=SIZES, n_in=SIZES, n_out=SIZES)
+def test_a_product_is_added_in_fp32(has_bf16: bool, n: int, n_in: int, n_out: int) -> None:
+    generator = torch.Generator().manual_seed(100 * n + 10 * n_in + n_out)
+    x, grad = (torch.randn(n, k, generator=generator).bfloat16() for k in (n_in, n_out))
+    total = torch.randn(n_out, n_in, generator=generator)
+    right = total.double() + grad.double().t() @ x.double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_has_bf16_products", lambda: has_bf16)
+        add_product(x, grad, total)
+    product = (grad.double().abs().t() @ x.double().abs()).max().item()
+    # torch's kernels of bf16 give a product of eight bits.
+    limit = product * 2**-8 if has_bf16 else 1e-5
+    torch.testing.assert_close(total.double(), right, rtol=1e-6, atol=limit + 1e-6)
+
+
+def test_only_bf16_on_a_cpu_without_it_is_computed_in_another_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "_has_bf16_products", lambda: False)
+    assert device.product_dtype("cpu", torch.bfloat16) == torch.float32
+    assert device.product_dtype("cpu", torch.float16) == torch.float16
+    assert device.product_dtype("cuda", torch.bfloat16) == torch.bfloat16
+    monkeypatch.setattr(device, "_has_bf16_products", lambda: True)
+    assert device.product_dtype("cpu", torch.bfloat16) == torch.bfloat16
