@@ -42,7 +42,7 @@ TRL = "trl==1.16.0"
 N_WARM_UP = 1
 LOOK_S, LOOKS = 0.5, 0.05
 """The shortest time between two looks at the memory, and their share of the time."""
-RUN_LIMIT_S = 1800
+RUN_LIMIT_S = 3600
 KV_CACHE_GB = 0.25
 SHARES = {"none dead": 0.0, "half dead": 0.5}
 SMALL_BLOCKS = "vLLM, small blocks"

@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.platforms import current_platform
 
 from gpg_megatron.bridge.install import Installer
 from gpg_megatron.bridge.links import Seat
@@ -29,6 +30,7 @@ from gpg_megatron.bridge.protocol import BACKEND
 from gpg_megatron.bridge.receiver import Receiver
 from gpg_megatron.bridge.recorder import RoutingRecorder
 from gpg_megatron.bridge.seats import own_seat
+from gpg_megatron.host.products import redirect_bf16_products
 
 
 @dataclass
@@ -82,6 +84,8 @@ if torch.cpu._is_amx_tile_supported():
     # vLLM's bf16 attention uses the tiles before anything has asked the kernel for them when the
     # first prompt is a single token: the process would die by an illegal instruction.
     torch.cpu._init_amx()
+if current_platform.is_cpu():
+    redirect_bf16_products()  # before the model is there, and what is compiled of it
 
 
 def _remote(method: Callable[..., Any]) -> Callable[[Any, bytes], bytes]:

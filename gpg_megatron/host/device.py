@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from datetime import timedelta
 from typing import Literal
@@ -61,21 +60,6 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistNetworkError) or any(
         all(word in text for word in row) for row in _LOST
     )
-
-
-def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The type in which matrix products of a type are computed on a device ("cpu" or another):
-    their own, but fp32 for bf16 on a CPU for which torch has no such kernels."""
-    if device == "cpu" and dtype == torch.bfloat16 and not _has_bf16_products():
-        return torch.float32
-    return dtype
-
-
-@functools.cache
-def _has_bf16_products() -> bool:
-    """torch's own question: oneDNN's kernels want AVX-512 here, on Arm bf16 instructions."""
-    has_onednn = torch.backends.mkldnn.is_available()
-    return has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def set_threads(num_threads: int | None) -> None:

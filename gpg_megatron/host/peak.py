@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from gpg_megatron.host.device import Device, product_dtype
+from gpg_megatron.host.device import Device
+from gpg_megatron.host.products import product_dtype
 
 # Words of a device's name -> dense bf16 operations per second, as the data sheets state them.
 # Names without a form factor are of the SXM version.

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpg_megatron.host.device import product_dtype
-from gpg_megatron.policy.products import add_product
+from gpg_megatron.host.products import product_dtype
+from gpg_megatron.policy.gradients import add_product
 
 NO_LOGIT = -1e30
 """Stands for the largest logit of a rank that has only padding rows: finite, because -inf minus

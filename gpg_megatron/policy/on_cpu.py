@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from gpg_megatron.policy.products import add_product
+from gpg_megatron.policy.gradients import add_product
 from gpg_megatron.policy.transformer_engine import PACKAGE, has_transformer_engine
 
 

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 from gpg_megatron.algorithm.objective import metrics as objective_metrics
 from gpg_megatron.config.sections import Config
 from gpg_megatron.host.device import Device
+from gpg_megatron.host.products import redirect_bf16_products
 from gpg_megatron.policy.attention import flash_takes
 from gpg_megatron.policy.balance import Balance
 from gpg_megatron.policy.checkpoint import CheckpointWriter, load_all, load_rng, load_weights
@@ -41,7 +42,6 @@ from gpg_megatron.policy.outputs import (
     objective_output,
     reduced,
 )
-from gpg_megatron.policy.products import redirect_bf16_products
 from gpg_megatron.policy.reference import FrozenShards
 from gpg_megatron.policy.replay import Replay
 from gpg_megatron.policy.residence import Residence

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpg_megatron.host import device
+from gpg_megatron.host import products
 from gpg_megatron.policy.logprobs import VocabShard, vocab_parallel_logprobs
 
 N_HIDDEN = 6
@@ -102,7 +102,7 @@ def test_values_and_gradients(
 def test_bf16_sums_the_chunks_of_the_weight_gradient_in_fp32(
     has_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_has_bf16_products", lambda: has_bf16)
+    monkeypatch.setattr(products, "_has_bf16_products", lambda: has_bf16)
     hidden, weight, labels = case(64, 11, 1, torch.bfloat16)
     right_hidden, right_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logprobs, _ = vocab_parallel_logprobs(
