@@ -80,14 +80,15 @@ def _multiply_into(
     into: Any, kernel: Any, keys: Any, *args: Any, out: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """The same; what torch compiles calls it so."""
-    if not _gains(*args[-2:]):
+    if not (_is_bf16(out) and _gains(*args[-2:])):
         return cast(torch.Tensor, into.call_boxed(keys, *args, out=out, **options))
     found = _wide_product(kernel, keys, *args, **options)
     return out.resize_(found.shape).copy_(found)
 
 
 def _gains(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return _is_bf16(a) and not (a.shape[-2] < FEW_ROWS and _is_transposed(b))
+    is_bf16 = _is_bf16(a) and _is_bf16(b)
+    return is_bf16 and not (a.shape[-2] < FEW_ROWS and _is_transposed(b))
 
 
 def _is_transposed(b: torch.Tensor) -> bool:

@@ -125,10 +125,10 @@ class _Logprobs(torch.autograd.Function):
             add_product(hidden[chunk], grad_CV, total_VH[: shard.n_tokens])
             logits_CV = None  # before the next chunk's are made
             del grad_CV
+        grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
         if shard.group is not None:
             dist.all_reduce(grad_hidden_NH, group=shard.group)
-        grad_weight_VH = _left_to_autograd(weight_VH, total_VH)
-        return grad_hidden_NH.to(hidden_NH.dtype), grad_weight_VH, None, None, None
+        return grad_hidden_NH, _left_to_autograd(weight_VH, total_VH), None, None, None
 
 
 def _statistics(

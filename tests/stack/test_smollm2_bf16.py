@@ -4,7 +4,7 @@ trains without being refused.
     SMOLLM2=DIR tests/run_slow.sh tests/stack/test_smollm2_bf16.py
 
 DIR is the Hugging Face directory of SmolLM2-135M-Instruct; SMOLLM2_STEPS steps, 50 of them
-without it. On a CPU without bf16 instructions that takes hours.
+without it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def test_values_and_gradients(
     for ours, theirs in ((hidden, right_hidden), (weight, right_weight)):
         assert ours.grad is not None and theirs.grad is not None
         size = max([1.0, *theirs.grad.abs().flatten().tolist()])
-        assert ((ours.grad - theirs.grad).abs() <= 1e-5 * size).all()
+        # A logit of 16 is rounded by 1e-6; 3 / temperature and a weight multiply that by up to 15.
+        assert ((ours.grad - theirs.grad).abs() <= 4e-5 * size).all()
     assert weight.grad is not None and not weight.grad[n_tokens:].any()
 
 

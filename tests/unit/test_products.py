@@ -81,6 +81,13 @@ assert torch.equal(fresh, (a @ b).bfloat16())
 torch.addmm(low_bias, low_a, low_b, alpha=0.5, out=turned)
 assert torch.equal(turned, torch.addmm(bias, a, b, alpha=0.5).bfloat16())
 assert turned.stride() == (1, 7)
+for wrong in (lambda: torch.mm(low_a, b), lambda: torch.mm(low_a, low_b, out=torch.empty(7, 9))):
+    try:
+        wrong()
+    except RuntimeError as error:
+        assert "dtype" in str(error), error
+    else:
+        raise AssertionError("types were mixed")
 print("ok")
 """
 
