@@ -14,6 +14,7 @@ from gpg_megatron.errors import RunError, writing
 from gpg_megatron.loop.agreement import (
     Distance,
     Limit,
+    MismatchError,
     canary_sample,
     distance,
     judge,
@@ -29,6 +30,9 @@ ROUNDING_SEEDS = (1, 2)
 STALE_STEPS = 10
 """Between two canaries of a run whose engines draw ahead: each has to wait for them, which took
 more than half of a step of the demo."""
+FEW_TOKENS = 64
+"""Fewer say too little to end a run: those of one prompt are off together, in bf16 by 0.1 nats in
+the mean of twelve."""
 
 
 class TooManyBadSteps(RunError):
@@ -114,7 +118,8 @@ class Guard:
 
         Returns:
             whether nothing is left to show; otherwise the canary has to show that engines and
-            policy agree. Where engines draw ahead that is every tenth step.
+            policy agree. Where engines draw ahead that is every tenth step. A few tokens that are
+            too far apart are left to it, too.
 
         Raises:
             TooManyBadSteps, MismatchError
@@ -128,7 +133,12 @@ class Guard:
             return True  # the engines are busy; until then the bridge's checksums have to do
         if found is None or not self._judges_rollouts or not is_fresh:
             return False
-        judge(found, self.limit, f"step {step}, rollouts of the present weights")
+        try:
+            judge(found, self.limit, f"step {step}, rollouts of the present weights")
+        except MismatchError:
+            if _n_trained(split_updates(samples, len(results))[0]) >= FEW_TOKENS:
+                raise
+            return False
         return True
 
     def _check_finite(
@@ -192,6 +202,11 @@ class BadSteps:
 def _rows(pairs: Sequence[tuple[Prompt, Completion]]) -> list[MicroBatch]:
     """Each in a row of its own, which fits where anything is trained."""
     return [pack([canary_sample(prompt, completion)], [1.0]) for prompt, completion in pairs]
+
+
+def _n_trained(samples: Sequence[TrainSample]) -> int:
+    """Response tokens with a gradient."""
+    return sum(len(sample.response_token_ids) for sample in samples if sample.live)
 
 
 def _engine_logprobs(batches: Sequence[MicroBatch]) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpg_megatron.loop.agreement import MismatchError
-from gpg_megatron.loop.guard import Guard, TooManyBadSteps
+from gpg_megatron.loop.guard import FEW_TOKENS, Guard, TooManyBadSteps
 from gpg_megatron.types import (
     Completion,
     MicroBatch,
@@ -37,14 +37,14 @@ EMPTY = result(updated=False, loss=0.0, grad_norm=0.0)
 BAD = result(updated=False, loss=math.nan)
 
 
-def sample(name: str, *, group: int = 0, version: int = 4) -> TrainSample:
+def sample(name: str, *, group: int = 0, version: int = 4, n_tokens: int = 2) -> TrainSample:
     return TrainSample(
         prompt_id=name,
         group=group,
         index=1,
         prompt_token_ids=int32((1,)),
-        response_token_ids=int32((2, 3)),
-        rollout_logprobs=float32((-1.0, -1.0)),
+        response_token_ids=int32([2] * n_tokens),
+        rollout_logprobs=float32([-1.0] * n_tokens),
         advantage=0.5,
         version=version,
         live=True,
@@ -169,12 +169,25 @@ NEAR = FAR | {"mismatch/logprob_mean": 1e-6, "mismatch/logprob_max": 1e-5}
 def test_only_whole_samples_of_the_present_weights_are_held_against_the_policy(
     tmp_path: Path, version: int, judges_rollouts: bool, judged: bool
 ) -> None:
-    samples = [sample("a", version=version), sample("b", version=4, group=1)]
+    samples = [
+        sample("a", version=version, n_tokens=FEW_TOKENS),
+        sample("b", version=4, group=1),
+    ]
     judge = guard(tmp_path, judges_rollouts=judges_rollouts)
     near, far = (replace(MADE, version=5, metrics=metrics) for metrics in (NEAR, FAR))
     assert judge.check(1, samples, [near]) is judged, "otherwise the canary has to"
     with pytest.raises(MismatchError) if judged else nullcontext():
         judge.check(1, samples, [far])
+
+
+def test_a_few_tokens_that_are_too_far_apart_are_left_to_the_canary(tmp_path: Path) -> None:
+    few, dead = sample("a", n_tokens=FEW_TOKENS - 1), sample("b", n_tokens=9, group=1)
+    near, far = (replace(MADE, version=5, metrics=metrics) for metrics in (NEAR, FAR))
+    judge = guard(tmp_path)
+    assert judge.check(1, [few], [near])
+    assert not judge.check(1, [few, replace(dead, live=False)], [far])
+    with pytest.raises(MismatchError):
+        judge.check(1, [few, dead], [far])
 
 
 def test_where_engines_draw_ahead_the_canary_has_to_show_it_at_every_tenth_step(
