@@ -182,12 +182,17 @@ def test_only_whole_samples_of_the_present_weights_are_held_against_the_policy(
 
 def test_a_few_tokens_that_are_too_far_apart_are_left_to_the_canary(tmp_path: Path) -> None:
     few, dead = sample("a", n_tokens=FEW_TOKENS - 1), sample("b", n_tokens=9, group=1)
-    near, far = (replace(MADE, version=5, metrics=metrics) for metrics in (NEAR, FAR))
+    apart = FAR | {"mismatch/logprob_mean": 1e-3, "mismatch/logprob_max": 2e-3}
+    near, mean = (replace(MADE, version=5, metrics=metrics) for metrics in (NEAR, apart))
     judge = guard(tmp_path)
     assert judge.check(1, [few], [near])
-    assert not judge.check(1, [few, replace(dead, live=False)], [far])
+    assert not judge.check(1, [few, replace(dead, live=False)], [mean])
     with pytest.raises(MismatchError):
-        judge.check(1, [few, dead], [far])
+        judge.check(1, [few, dead], [mean])
+    for wrong in (1.0, math.nan):
+        token = replace(mean, metrics=apart | {"mismatch/logprob_max": wrong})
+        with pytest.raises(MismatchError):
+            judge.check(1, [few], [token])
 
 
 def test_where_engines_draw_ahead_the_canary_has_to_show_it_at_every_tenth_step(
